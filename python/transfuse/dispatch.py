@@ -148,7 +148,7 @@ def _choose(op: str, implementations: Sequence[Implementation], full_key: tuple,
             continue
         fallback = wanted == "auto" and implementation.name == "reference"
         if fallback:
-            _tell_fallback(op, passed_over)
+            _tell_fallback(op, _reason_lines(passed_over))
         else:
             _choices[full_key] = implementation
         return implementation
@@ -157,14 +157,15 @@ def _choose(op: str, implementations: Sequence[Implementation], full_key: tuple,
     raise RuntimeError(f"{op}: no backend can run this under use_backend({wanted!r}):\n{_reason_lines(passed_over)}")
 
 
-def _tell_fallback(op: str, passed_over: list[tuple[str, tuple[str, ...]]]) -> None:
-    reason = _reason_lines(passed_over)
+@torch.compiler.assume_constant_result  # torch.compile calls it while tracing: the warning is not part of the graph
+def _tell_fallback(op: str, reason: str) -> bool:
     _fallbacks[(op, reason)] += 1
     if env.get("TRANSFUSE_STRICT"):
         raise RuntimeError(f"{op}: TRANSFUSE_STRICT=1 and only the reference can run this:\n{reason}")
     if (op, reason) not in _warned:
         _warned.add((op, reason))
-        warnings.warn(f"{op}: running the slow reference, because\n{reason}", TransfuseWarning, stacklevel=4)
+        warnings.warn(f"{op}: running the slow reference, because\n{reason}", TransfuseWarning, stacklevel=5)
+    return True
 
 
 def _reason_lines(passed_over: list[tuple[str, tuple[str, ...]]]) -> str:
