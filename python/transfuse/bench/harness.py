@@ -11,11 +11,8 @@ in alternating order, and yields one ratio. The interval is taken over the round
 `Comparison.method` says which one was used. Nothing is timed before its result was compared: see `measure`.
 """
 
-import datetime
 import json
 import math
-import os
-import platform
 import statistics
 import time
 from dataclasses import dataclass
@@ -23,11 +20,16 @@ from pathlib import Path
 
 import torch
 
+from transfuse.bench.machine import environment
+
 CONFIDENCE = 0.95
 MEDIAN_ROUNDS = 6  # the fewest rounds whose extremes cover the median with 95 %: 1 - 2 * 0.5**6 = 0.969
 # Two-sided 95 % points of Student's t for 1 to 4 degrees of freedom (2 to 5 rounds).
 STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 BLOCK_SECONDS = 0.02  # one timed block lasts at least this long, so that the clock's grain and the call to it vanish
+
+
+PEERS = ("torch", "compile", "reference")
 
 
 class ParityError(AssertionError):
@@ -146,75 +148,6 @@ def compare(ours, theirs, *, rounds=11, warmup=1, calls=None, fresh=False, timer
     return Comparison(centre, low, high, method, tuple(ours_s), tuple(theirs_s))
 
 
-def git_commit(start=None):
-    """The commit of the checkout this package runs from, read from .git itself; 'unknown' outside a checkout."""
-    for folder in (Path(start or __file__).resolve(), *Path(start or __file__).resolve().parents):
-        git = folder / ".git"
-        if git.is_file():  # a worktree: the file names the real folder
-            git = (folder / git.read_text().partition("gitdir:")[2].strip()).resolve()
-        if not (git / "HEAD").is_file():
-            continue
-        head = (git / "HEAD").read_text().strip()
-        if not head.startswith("ref:"):
-            return head
-        ref = head.partition("ref:")[2].strip()
-        shared = (git / (git / "commondir").read_text().strip()) if (git / "commondir").is_file() else git
-        for root in (git, shared):
-            if (root / ref).is_file():
-                return (root / ref).read_text().strip()
-        if (shared / "packed-refs").is_file():
-            for line in (shared / "packed-refs").read_text().splitlines():
-                if line.endswith(" " + ref):
-                    return line.split()[0]
-        return "unknown"
-    return "unknown"
-
-
-def processor_name():
-    """The processor's name as the kernel tells it ('AMD EPYC ...'); the architecture where it tells none."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def environment():
-    """What a figure depends on, as a flat dict: it stands in every row that is written."""
-    from importlib import metadata
-
-    versions = {}
-    for name in ("transfuse", "transformers", "sentence-transformers"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "commit": git_commit(),
-        "machine": processor_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cpu_isa": cpu_isa(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **{f"{name.replace('-', '_')}_version": version for name, version in versions.items()},
-    }
-
-
-def cpu_isa():
-    """The SIMD level that the compiled kernels run at here, or None without the compiled module."""
-    try:
-        from transfuse import _C
-    except ImportError:
-        return None
-    level = getattr(_C, "cpu_isa", None)
-    return str(level()) if callable(level) else None
-
-
 def gradients_of(call, inputs, grad_output):
     """A callable for the backward direction alone: the graph is built once and walked again by every call."""
     leaves = [value.detach().requires_grad_(value.is_floating_point()) for value in inputs]
@@ -234,6 +167,10 @@ def measure(case, *, dtype=torch.float32, device="cpu", direction="forward", pee
     Returns: a flat dict, ready for JSON.
     Raises: ParityError, naming case, dtype, direction and the two figures, when ours misses the error budget.
     """
+    if peer not in PEERS:
+        raise ValueError(f"measure: peer is {peer!r}, expected one of {', '.join(PEERS)}")
+    if case.torch is None and peer != "reference":
+        raise ValueError(f"measure: torch has no counterpart of {case.op} {case.name}, expected peer 'reference'")
     inputs = case.inputs(dtype, device)
     error = case.parity(inputs, direction)
     theirs = {"torch": case.torch, "compile": None, "reference": case.reference}[peer]
@@ -262,11 +199,7 @@ def measure(case, *, dtype=torch.float32, device="cpu", direction="forward", pee
 
 def backend_of(case, inputs):
     """The name of the implementation that the dispatcher takes for these inputs."""
-    try:
-        explanation = case.explain(*inputs)
-    except (ImportError, AttributeError):
-        return "unknown"
-    return str(getattr(explanation, "chosen", explanation))
+    return case.explain(*inputs).chosen
 
 
 def synchronizer(device):
