@@ -1,27 +1,28 @@
 // Every operation of kernels/cpu/vec.h on fixed inputs, hashed. Built once per ISA level: the hashes must be equal.
 #include <cstdio>
 #include <cstring>
+#include <initializer_list>
 
 #include "vec.h"
 
 using namespace transfuse::cpu::TRANSFUSE_ISA;
 using transfuse::cpu::bf16;
 
-static unsigned hash = 0;
+static unsigned digest = 0;
 
 static void mix(f32 v) {
   float lane[16];
   unsigned word[16];
   store(lane, v);
   memcpy(word, lane, sizeof lane);
-  for (unsigned w : word) hash = hash * 31 + w;
+  for (unsigned w : word) digest = digest * 31 + w;
 }
 static void mix(f64 v) {
   double lane[8];
   unsigned word[16];
   store(lane, v);
   memcpy(word, lane, sizeof lane);
-  for (unsigned w : word) hash = hash * 31 + w;
+  for (unsigned w : word) digest = digest * 31 + w;
 }
 
 int main() {
@@ -36,7 +37,7 @@ int main() {
     mix(select(isnan(v), set1(7), v));
   for (mask m : {a < b, a <= b, a > b, a >= b, a == a, isnan(nan), (a < b) & (t > z), (a < b) | (t > z), ~(a < b), first_n(5)}) {
     mix(select(m, a, b));
-    hash = hash * 31 + any(m) * 2 + all(m);
+    digest = digest * 31 + any(m) * 2 + all(m);
   }
   unsigned char bytes[16];
   for (int i = 0; i < 16; ++i) bytes[i] = i % 3;
@@ -61,5 +62,5 @@ int main() {
   mix(set1(reduce_max(a)));
   store(x, a, 9);
   mix(load(x));
-  printf("%u\n", hash);
+  printf("%u\n", digest);
 }
