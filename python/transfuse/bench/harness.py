@@ -148,6 +148,15 @@ def compare(ours, theirs, *, rounds=11, warmup=1, calls=None, fresh=False, timer
     return Comparison(centre, low, high, method, tuple(ours_s), tuple(theirs_s))
 
 
+def compiled(call):
+    """torch.compile for one shape, whose backward can be walked more than once."""
+    import torch._functorch.config
+
+    # With donated buffers the compiled backward reuses the saved tensors, and refuses retain_graph.
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(call, dynamic=False)
+
+
 def gradients_of(call, inputs, grad_output):
     """A callable for the backward direction alone: the graph is built once and walked again by every call."""
     leaves = [value.detach().requires_grad_(value.is_floating_point()) for value in inputs]
@@ -175,7 +184,7 @@ def measure(case, *, dtype=torch.float32, device="cpu", direction="forward", pee
     error = case.parity(inputs, direction)
     theirs = {"torch": case.torch, "compile": None, "reference": case.reference}[peer]
     if peer == "compile":
-        theirs = torch.compile(case.torch, dynamic=False)
+        theirs = compiled(case.torch)
     if direction == "forward":
         with torch.no_grad():
             result = compare(lambda: case.ours(*inputs), lambda: theirs(*inputs), rounds=rounds, fresh=fresh, timer=timer,

@@ -14,6 +14,7 @@ from transfuse import env
 from transfuse.bench.cases import DIRECTIONS, DTYPES, PARITY_CASES, check_op, selected
 from transfuse.bench.harness import write_json
 from transfuse.bench.machine import environment
+from transfuse.bench.parity import verify_case
 from transfuse.cli.output import Progress, table
 
 DTYPE_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -40,23 +41,6 @@ def check_device(command, device):
         raise ValueError(f"{command}: --device is {device!r}, expected cpu or cuda")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"{command}: --device is {device!r}, and torch sees no GPU here")
-
-
-def verify_case(case, dtype, direction, backend, device):
-    """One row of the table: {'op', 'case', ..., 'status': 'ok' | 'failed' | 'error', 'error', 'allowed', 'repeat'}."""
-    name = str(dtype).removeprefix("torch.")
-    row = {"op": case.op, "case": case.name, "shape": case.shape, "dtype": name, "direction": direction, "device": device,
-           "backend": backend, "error": None, "allowed": None, "worst": "", "reason": "",
-           "repeat": f"transfuse verify --op {case.op} --case {case.name} --dtype {name} --backend {backend} --device {device}"}
-    try:
-        inputs = case.inputs(dtype, device)
-        with transfuse.use_backend(backend):
-            row["backend"] = case.explain(*inputs).chosen or backend
-            found = case.compare(inputs, direction)
-    except Exception as error:  # one broken op must not hide the figures of the others
-        lines = str(error).splitlines()
-        return {**row, "status": "error", "reason": f"{type(error).__name__}: {lines[0] if lines else ''}"}
-    return {**row, "status": "ok" if found.ok else "failed", "error": found.largest, "allowed": found.budget, "worst": found.what}
 
 
 def _summary(rows):
