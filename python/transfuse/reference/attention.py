@@ -184,7 +184,7 @@ def _kept_sum(weights: Tensor, values: Tensor, keep: Tensor) -> Tensor:
     weights = torch.where(keep, weights, 0.0)
     finite = torch.isfinite(values)
     total = weights @ torch.where(finite, values, 0.0)
-    if not torch.compiler.is_compiling() and bool(finite.all()):
+    if _may_read(finite) and bool(finite.all()):
         return total
     keep = keep.expand(weights.shape)
 
@@ -196,6 +196,11 @@ def _kept_sum(weights: Tensor, values: Tensor, keep: Tensor) -> Tensor:
     bad = meets(keep & ~((weights > 0) | (weights < 0)), ~finite) | meets(keep, values.isnan()) | (up & down)
     total = torch.where(up, torch.inf, torch.where(down, -torch.inf, total))
     return torch.where(bad, torch.nan, total)
+
+
+def _may_read(tensor: Tensor) -> bool:
+    """A plain tensor with values, outside of tracing: elsewhere the general formula below is used, with equal results."""
+    return type(tensor) is Tensor and not tensor.is_meta and not torch.compiler.is_compiling()
 
 
 class _KeptScores(torch.autograd.Function):
