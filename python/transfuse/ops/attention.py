@@ -123,6 +123,8 @@ def _run_cpu(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_
 
 
 def _run_reference(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right, features):
+    if seqlens_k is not None:
+        checks.check_length_values(_OP, "seqlens_k", seqlens_k, key.shape[2])
     options = {name: option for name, option in features.items() if name != "dropout_p"}
     if "dropout_p" in features:
         options["dropout_p"], options["dropout_seed"] = features["dropout_p"]
@@ -218,7 +220,7 @@ def _normalise(
     """Checks everything once and brings it to the form the implementations take.
 
     Returns:
-        arguments: query, key, value as 4-D, bias, mask as 4-D with 1 where broadcast, seqlens_k int64, scale, is_causal,
+        arguments: query, key, value as 4-D, bias, mask as 4-D with 1 where broadcast, seqlens_k, scale, is_causal,
             bottom_right.
         features: option name -> value, for the options in use that only some backends have.
         restore: the caller's dimensions before [Lq, Dv], or None if there were four.
@@ -235,8 +237,6 @@ def _normalise(
         bias, mask = _masks(attn_mask, attn_bias, query, lead, (heads, len_q, len_k))
     if seqlens_k is not None:
         checks.check_lengths(_OP, "seqlens_k", seqlens_k, query, batch)
-        checks.check_length_values(_OP, "seqlens_k", seqlens_k, len_k)
-        seqlens_k = seqlens_k.long()
     if is_causal.__class__ is not bool:
         checks.check_flag(_OP, "is_causal", is_causal)
     scale = head_dim**-0.5 if scale is None else checks.check_scale(_OP, scale)

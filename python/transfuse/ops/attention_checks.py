@@ -151,27 +151,30 @@ def may_read_values(tensor: Tensor) -> bool:
 
 
 def check_length_values(op: str, name: str, lengths: Tensor, longest: int) -> None:
-    """0 <= length <= longest for every entry, where the values can be read; names the first bad one."""
+    """0 <= length <= longest, where values can be read. (The compiled kernels check for themselves.)"""
     if not may_read_values(lengths):
         return
-    bad = ((lengths < 0) | (lengths > longest)).nonzero()
-    if bad.shape[0]:
-        entry = int(bad[0, 0])
-        raise ValueError(f"{op}: {name}[{entry}] is {int(lengths[entry])}, expected 0 <= length <= {longest} (key's)")
+    for entry, length in enumerate(lengths.tolist()):
+        if not 0 <= length <= longest:
+            raise ValueError(f"{op}: {name}[{entry}] is {length}, expected 0 to {longest} (key's length)")
 
 
-def check_offset_values(op: str, name: str, offsets: Tensor, tokens: int, longest: int | None) -> None:
+def check_offset_values(op: str, name: str, offsets: Tensor, tokens: int, owner: str, longest: int) -> None:
     """From 0 to tokens, never falling, no sequence above `longest`, where values can be read; names the first bad entry."""
     if not may_read_values(offsets):
         return
-    values = offsets.tolist()
-    if values[0] != 0:
-        raise ValueError(f"{op}: {name}[0] is {values[0]}, expected 0")
-    for entry in range(1, len(values)):
-        length = values[entry] - values[entry - 1]
-        if length < 0:
-            raise ValueError(f"{op}: {name}[{entry}] is {values[entry]}, expected at least {values[entry - 1]} (the entry before)")
-        if longest is not None and length > longest:
-            raise ValueError(f"{op}: {name}[{entry}] ends a sequence of {length}, expected at most {longest} (the max_seqlen given)")
-    if values[-1] != tokens:
-        raise ValueError(f"{op}: {name}[{len(values) - 1}] is {values[-1]}, expected {tokens} (the number of tokens)")
+    before = 0
+    for entry, value in enumerate(offsets.tolist()):
+        here = f"{op}: {name}[{entry}] is {value}"
+        if entry == 0 and value != 0:
+            raise ValueError(f"{here}, expected 0")
+        if value < before:
+            raise ValueError(f"{here}, expected at least {before} (the entry before)")
+        if value > tokens:
+            raise ValueError(f"{here}, expected at most {tokens} ({owner}'s tokens)")
+        if value - before > longest:
+            limit = f"max_seqlen_{name[-1]}"
+            raise ValueError(f"{here}, a sequence of length {value - before}, expected at most {longest} ({limit})")
+        before = value
+    if before != tokens:
+        raise ValueError(f"{op}: {name}[{offsets.shape[0] - 1}] is {before}, expected {tokens} ({owner}'s tokens)")
