@@ -1,0 +1,227 @@
+"""Which backend runs an op: a visible ordered list per op, each entry with reasons instead of booleans.
+
+An op's page (ops/<op>.py) declares ``IMPLEMENTATIONS``, most wanted first. ``select`` walks it for a ``Problem``, plain
+data, so that support is decided and tested without a device. On the hot path no Problem is built: the choice is looked
+up under (backend setting, device type, dtype, flags).
+
+The backend setting is one per process, like torch's own backend flags, because torch.compile guards on it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from transfuse import env, extension
+
+
+class TransfuseWarning(UserWarning):
+    """A fallback to a slower path, or something that was asked for and had no effect. Once per reason."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What an implementation decides on. Each op subclasses it with its own shapes and flags."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    requires_grad: bool
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend of one op.
+
+    Args:
+        name: backend name, one of ``env.BACKENDS`` without "auto".
+        unsupported: Problem -> reasons why it cannot run; empty when it can.
+        run: executes the op, with autograd, on the op's normalised positional arguments.
+        automatic: taken by "auto"; False for what runs only when asked for by name.
+    """
+
+    name: str
+    unsupported: Callable[[Any], tuple[str, ...]]
+    run: Callable[..., Any]
+    automatic: bool = True
+
+
+_default: str = env.get("TRANSFUSE_BACKEND")  # read once: the environment costs a microsecond per look
+_override: str | None = None  # use_backend
+_choices: dict[tuple, Implementation] = {}
+_warned: set[tuple[str, str]] = set()
+_fallbacks: Counter[tuple[str, str]] = Counter()
+
+
+def setting() -> str:
+    """The backend asked for now: use_backend, else TRANSFUSE_BACKEND, else "auto"."""
+    return _default if _override is None else _override
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs every op on one backend; an op it cannot run raises RuntimeError with the list of reasons.
+
+    Args:
+        name: "auto", "cuda", "triton", "cpu", "torch" or "reference". "auto" restores the ordered choice.
+    Raises:
+        ValueError: an unknown name. TypeError: not a string.
+    """
+    global _override
+    _check_backend("use_backend", "name", name)
+    before, _override = _override, name
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def _check_backend(op: str, argument: str, name: object) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"{op}: {argument} is a {type(name).__name__}, expected str")
+    if name not in env.BACKENDS:
+        raise ValueError(f"{op}: {argument} is {name!r}, expected one of {', '.join(env.BACKENDS)}")
+
+
+def backends() -> dict[str, bool | str]:
+    """Each backend's name -> True, or the reason why it is not available on this machine."""
+    gpu = "" if torch.cuda.is_available() else "torch sees no GPU"
+    return {
+        "cuda": "the CUDA kernels are not built yet",
+        "triton": "the Triton kernels are not built yet" + (f"; {gpu}" if gpu else ""),
+        "cpu": extension.cpu_unavailable or True,
+        "torch": True,
+        "reference": True,
+    }
+
+
+def cpu_reasons(problem: Problem, dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)) -> tuple[str, ...]:
+    """The reasons every compiled CPU kernel shares: module, device, dtype."""
+    reasons = []
+    if extension.cpu_unavailable:
+        reasons.append(extension.cpu_unavailable)
+    if problem.device != "cpu":
+        reasons.append(f"device is {problem.device}, the kernel takes cpu")
+    if problem.dtype not in dtypes:
+        reasons.append(f"dtype is {_short(problem.dtype)}, the kernel takes {', '.join(map(_short, dtypes))}")
+    return tuple(reasons)
+
+
+def supports_all(problem: Problem) -> tuple[str, ...]:
+    """``unsupported`` of the reference, which takes everything."""
+    return ()
+
+
+def select(op: str, implementations: Sequence[Implementation], key: tuple, make_problem: Callable[[], Problem]) -> Implementation:
+    """The implementation that runs, by the ordered list. A fallback is seen: a warning once per (op, reason).
+
+    Args:
+        op: op stem.
+        implementations: the op's ordered list.
+        key: hashable facts the choice depends on (device type, dtype, flags), never batch or size.
+        make_problem: builds the Problem on a miss.
+    Raises:
+        RuntimeError: the backend asked for cannot run the problem, or TRANSFUSE_STRICT=1 forbids the fallback.
+    """
+    full_key = (setting(), op, key)
+    chosen = _choices.get(full_key)
+    if chosen is None:
+        chosen = _choose(op, implementations, full_key, make_problem())
+    return chosen
+
+
+def _choose(op: str, implementations: Sequence[Implementation], full_key: tuple, problem: Problem) -> Implementation:
+    wanted = full_key[0]
+    passed_over: list[tuple[str, tuple[str, ...]]] = []
+    for implementation in implementations:
+        if wanted == "auto" and not implementation.automatic or wanted not in ("auto", implementation.name):
+            continue
+        reasons = implementation.unsupported(problem)
+        if reasons:
+            passed_over.append((implementation.name, reasons))
+            continue
+        fallback = wanted == "auto" and implementation.name == "reference"
+        if fallback:
+            _tell_fallback(op, _reason_lines(passed_over))
+        else:
+            _choices[full_key] = implementation
+        return implementation
+    if not passed_over:
+        passed_over.append((wanted, ("the op has no such backend",)))
+    raise RuntimeError(f"{op}: no backend can run this under use_backend({wanted!r}):\n{_reason_lines(passed_over)}")
+
+
+@torch.compiler.assume_constant_result  # torch.compile calls it while tracing: the warning is not part of the graph
+def _tell_fallback(op: str, reason: str) -> bool:
+    _fallbacks[(op, reason)] += 1
+    if env.get("TRANSFUSE_STRICT"):
+        raise RuntimeError(f"{op}: TRANSFUSE_STRICT=1 and only the reference can run this:\n{reason}")
+    if (op, reason) not in _warned:
+        _warned.add((op, reason))
+        warnings.warn(f"{op}: running the slow reference, because\n{reason}", TransfuseWarning, stacklevel=5)
+    return True
+
+
+def _reason_lines(passed_over: list[tuple[str, tuple[str, ...]]]) -> str:
+    return "\n".join(f"  {name}: {'; '.join(reasons)}" for name, reasons in passed_over)
+
+
+def fallback_counts() -> dict[tuple[str, str], int]:
+    """How often each (op, reasons) fell back to the reference in this process."""
+    return dict(_fallbacks)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What explain() found: the problem and, per backend in order, the reasons against it and whether it is chosen."""
+
+    problem: Problem
+    rows: tuple[tuple[str, tuple[str, ...], bool], ...]
+
+    @property
+    def chosen(self) -> str | None:
+        """Name of the backend that would run, or None when none can."""
+        return next((name for name, _, is_chosen in self.rows if is_chosen), None)
+
+    def __str__(self) -> str:
+        facts = ", ".join(f"{field.name}={_short(getattr(self.problem, field.name))}" for field in fields(self.problem)[1:])
+        lines = [f"{self.problem.op}({facts})"]
+        for name, reasons, is_chosen in self.rows:
+            lines.append(f"  {'->' if is_chosen else '  '} {name:<10} {'; '.join(reasons) or ('runs' if is_chosen else 'could run')}")
+        return "\n".join(lines)
+
+
+def explain(function: Callable, *args: Any, **kwargs: Any) -> Explanation:
+    """The ordered list of backends for one call, each with every reason against it. Runs nothing.
+
+    Args:
+        function: a public op, such as ``transfuse.layer_norm``.
+        args, kwargs: the arguments of the call.
+    Raises:
+        TypeError: ``function`` is not an op of transfuse. ValueError: the arguments are not valid for it.
+    """
+    if not hasattr(function, "explain_problem"):
+        raise TypeError(f"explain: function is {getattr(function, '__name__', function)!r}, expected an op of transfuse")
+    op, implementations, problem = function.explain_problem(*args, **kwargs)
+    wanted = setting()
+    rows, chosen = [], False
+    for implementation in implementations:
+        reasons = implementation.unsupported(problem)
+        if wanted == "auto" and not implementation.automatic:
+            reasons += (f"runs only under use_backend({implementation.name!r})",)
+        elif wanted not in ("auto", implementation.name):
+            reasons += (f"use_backend({wanted!r}) is in force",)
+        takes = not reasons and not chosen
+        chosen = chosen or takes
+        rows.append((implementation.name, reasons, takes))
+    return Explanation(problem, tuple(rows))
+
+
+def _short(value: object) -> str:
+    return str(value).removeprefix("torch.")

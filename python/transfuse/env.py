@@ -1,0 +1,43 @@
+"""Every environment variable of transfuse, declared once. This is the only file that reads the environment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One variable: its name, how its text is read, what holds when it is unset, and what it does."""
+
+    name: str
+    kind: str  # "flag" | "choice"
+    default: str
+    meaning: str
+    choices: tuple[str, ...] = ()
+
+
+BACKENDS = ("auto", "cuda", "triton", "cpu", "torch", "reference")
+
+VARIABLES = (
+    Variable("TRANSFUSE_BACKEND", "choice", "auto", "backend of every op where no use_backend() or accelerate(backend=) says otherwise",
+             BACKENDS),
+    Variable("TRANSFUSE_STRICT", "flag", "0", "1: a fallback raises instead of warning"),
+    Variable("TRANSFUSE_DISABLE", "flag", "0", "1: accelerate() changes nothing"),
+    Variable("TRANSFUSE_CHECK", "flag", "0", "1: checks the values of cu_seqlens on a GPU too (costs a synchronisation)"),
+)
+_BY_NAME = {variable.name: variable for variable in VARIABLES}
+
+
+def get(name: str) -> str | bool:
+    """The value of a declared variable: bool for a flag, str for a choice.
+
+    Raises:
+        ValueError: the text is none of the allowed ones.
+    """
+    variable = _BY_NAME[name]
+    text = os.environ.get(name, variable.default)
+    allowed = ("0", "1") if variable.kind == "flag" else variable.choices
+    if text not in allowed:
+        raise ValueError(f"environment: {name} is {text!r}, expected one of {', '.join(allowed)}")
+    return text == "1" if variable.kind == "flag" else text

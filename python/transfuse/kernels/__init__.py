@@ -1,0 +1,1 @@
+"""Kernels that ship as Python source: transfuse.kernels.triton (kernels/triton in the repository)."""
