@@ -408,6 +408,8 @@ if not extension.cpu_unavailable and hasattr(torch.ops.transfuse, "attention_for
         output = query.new_empty(batch, len_q, heads, value.shape[3]).transpose(1, 2)
         return output, query.new_empty(batch, heads, len_q, dtype=torch.float32)
 
+if not extension.cpu_unavailable and hasattr(torch.ops.transfuse, "attention_backward"):
+
     @torch.library.register_fake("transfuse::attention_backward")
     def _attention_backward_fake(
         grad_output, grad_lse, query, key, value, output, lse, bias, mask, seqlens_k, scale, causal, bottom_right, bias_shape,

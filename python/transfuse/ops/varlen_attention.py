@@ -300,6 +300,8 @@ if not extension.cpu_unavailable and hasattr(torch.ops.transfuse, "varlen_attent
         tokens_q, heads, _ = query.shape
         return query.new_empty(tokens_q, heads, value.shape[2]), query.new_empty(heads, tokens_q, dtype=torch.float32)
 
+if not extension.cpu_unavailable and hasattr(torch.ops.transfuse, "varlen_attention_backward"):
+
     @torch.library.register_fake("transfuse::varlen_attention_backward")
     def _varlen_attention_backward_fake(
         grad_output, grad_lse, query, key, value, output, lse, cu_q, cu_k, max_q, max_k, scale, causal, bottom_right
