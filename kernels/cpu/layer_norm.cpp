@@ -43,6 +43,7 @@ TRANSFUSE_INLINE double reduce_add(wide x) { return reduce_add(x.lo + x.hi); }
 // exactly x[0]; inf - inf turns a row with an infinity into NaN.
 template <class T>
 TRANSFUSE_INLINE Statistics row_statistics(const T* x, int64_t cols, double eps) {
+  if (cols == 0) return {0, __builtin_nan("")};  // as torch
   const float first = to_float(x[0]);
   const wide shift = broadcast(first);
   wide sum = broadcast(0), squares = broadcast(0);
