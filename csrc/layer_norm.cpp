@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "allocate.h"
 #include "checks.h"
 
 namespace transfuse {
@@ -85,10 +86,10 @@ ForwardResult forward(const char* op, const Tensor& input, const std::optional<T
   const Tensor x = transfuse::contiguous(input);
   const std::optional<Tensor> y = contiguous(residual), w = contiguous(weight), b = contiguous(bias);
   ForwardResult result;
-  result.output = torch::stable::new_empty(input, input.sizes());
-  if (residual) result.sum = torch::stable::new_empty(input, input.sizes());
-  result.mean = torch::stable::new_empty(input, matrix.statistics_shape, ScalarType::Float);
-  result.rstd = torch::stable::new_empty(input, matrix.statistics_shape, ScalarType::Float);
+  result.output = empty_like_dense(input);
+  if (residual) result.sum = empty_like_dense(input);
+  result.mean = empty_cpu(matrix.statistics_shape, ScalarType::Float);
+  result.rstd = empty_cpu(matrix.statistics_shape, ScalarType::Float);
   cpu::LayerNormForwardParams params{};
   params.input = x.const_data_ptr();
   params.residual = data(y);
@@ -146,10 +147,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output
 
   const int64_t chunks = cpu::layer_norm_chunks(matrix.rows), padded_cols = cpu::layer_norm_padded_cols(matrix.cols);
   const std::vector<int64_t> nothing{0}, lines{(need_weight + need_bias) * chunks * padded_cols};
-  Tensor grad_input = need_input ? torch::stable::new_empty(input, input.sizes()) : torch::stable::new_empty(input, nothing);
-  Tensor grad_weight = torch::stable::new_empty(input, need_weight ? matrix.normalized_shape : nothing, param_type);
-  Tensor grad_bias = torch::stable::new_empty(input, need_bias ? matrix.normalized_shape : nothing, param_type);
-  const Tensor sums = torch::stable::new_empty(input, lines, ScalarType::Double);
+  Tensor grad_input = need_input ? empty_like_dense(input) : empty_cpu(nothing, input.scalar_type());
+  Tensor grad_weight = empty_cpu(need_weight ? matrix.normalized_shape : nothing, param_type);
+  Tensor grad_bias = empty_cpu(need_bias ? matrix.normalized_shape : nothing, param_type);
+  const Tensor sums = empty_cpu(lines, ScalarType::Double);
   double* line = static_cast<double*>(sums.mutable_data_ptr());
 
   cpu::LayerNormBackwardParams params{};

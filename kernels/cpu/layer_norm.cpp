@@ -8,7 +8,7 @@ namespace transfuse::cpu::TRANSFUSE_ISA {
 namespace {
 
 // Rows that go through the last pass together, so that a vector of weights is widened to double once for all of them.
-constexpr int64_t group_rows = 4;
+constexpr int64_t group_rows = 2;
 
 struct Statistics {
   double mean, rstd;
@@ -20,20 +20,25 @@ struct wide {
 };
 TRANSFUSE_INLINE wide widen(f32 x) { return {low(x), high(x)}; }
 template <class T>
-TRANSFUSE_INLINE wide load_wide(const T* p, int64_t n) { return widen(load_n(p, n)); }
+TRANSFUSE_INLINE wide load_wide(const T* p, int64_t n) {
+  return n == lanes ? wide{load64(p), load64(p + lanes64)} : widen(load(p, n));
+}
 TRANSFUSE_INLINE wide broadcast(double x) { return {set1d(x), set1d(x)}; }
 TRANSFUSE_INLINE wide operator+(wide x, wide y) { return {x.lo + y.lo, x.hi + y.hi}; }
 TRANSFUSE_INLINE wide operator-(wide x, wide y) { return {x.lo - y.lo, x.hi - y.hi}; }
 TRANSFUSE_INLINE wide operator*(wide x, wide y) { return {x.lo * y.lo, x.hi * y.hi}; }
 TRANSFUSE_INLINE wide fma(wide x, wide y, wide z) { return {fma(x.lo, y.lo, z.lo), fma(x.hi, y.hi, z.hi)}; }
-TRANSFUSE_INLINE wide fnma(wide x, wide y, wide z) { return {fnma(x.lo, y.lo, z.lo), fnma(x.hi, y.hi, z.hi)}; }
 TRANSFUSE_INLINE wide load_wide(const double* p) { return {load(p), load(p + lanes64)}; }
 TRANSFUSE_INLINE void store_wide(double* p, wide x) {
   store(p, x.lo);
   store(p + lanes64, x.hi);
 }
-template <class T>
-TRANSFUSE_INLINE void store_rounded(T* p, wide x, int64_t n) { store_n(p, narrow(x.lo, x.hi), n); }
+TRANSFUSE_INLINE void store_rounded(bf16* p, wide x, int64_t n) { store_n(p, narrow(x.lo, x.hi), n); }
+TRANSFUSE_INLINE void store_rounded(float* p, wide x, int64_t n) {
+  if (n < lanes) return store(p, narrow(x.lo, x.hi), n);
+  store64(p, x.lo);
+  store64(p + lanes64, x.hi);
+}
 TRANSFUSE_INLINE double reduce_add(wide x) { return reduce_add(x.lo + x.hi); }
 
 // Mean and 1/sqrt(variance + eps) of a row, in one pass over x - x[0].
@@ -48,8 +53,8 @@ TRANSFUSE_INLINE Statistics row_statistics(const T* x, int64_t cols, double eps)
   const wide shift = broadcast(first);
   wide sum = broadcast(0), squares = broadcast(0);
   for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    const f32 values = n == lanes ? load(x + i) : select(first_n(n), load(x + i, n), set1(first));
-    const wide shifted = widen(values) - shift;
+    const wide values = n == lanes ? load_wide(x + i, n) : widen(select(first_n(n), load(x + i, n), set1(first)));
+    const wide shifted = values - shift;
     sum = sum + shifted;
     squares = fma(shifted, shifted, squares);
   });
@@ -63,9 +68,42 @@ TRANSFUSE_INLINE void add_rows(const T* x, const T* y, T* sum, int64_t size) {
   for_each_vec(size, [&](int64_t i, int64_t n) __attribute__((always_inline)) { store_n(sum + i, load_n(x + i, n) + load_n(y + i, n), n); });
 }
 
-// `count` consecutive rows, their statistics known.
-template <int64_t count, class T, class W>
-TRANSFUSE_INLINE void normalize_rows(const T* x, const Statistics* rows, const W* weight, const W* bias, T* output, int64_t cols) {
+// The largest power of two <= x, for a normal x > 0.
+TRANSFUSE_INLINE double power_of_two_below(double x) {
+  uint64_t u;
+  __builtin_memcpy(&u, &x, sizeof u);
+  u &= uint64_t{0x7FF} << 52;
+  __builtin_memcpy(&x, &u, sizeof u);
+  return x;
+}
+TRANSFUSE_INLINE double smaller(double x, double y) { return x < y ? x : y; }
+
+// A row's normalisation in float, good to 1.5 ULP at every size of x. The row is first scaled by a power of two near
+// rstd, exactly, so that neither x = 1e37 nor rstd = 1e37 leaves float's range; the mean is a sum of two floats, and x
+// minus the first of them is exact wherever the mean is large against the deviation.
+struct FloatRow {
+  float scale;      // power of two, rstd = scale * rest
+  float mean;       // scale * the row's mean, rounded
+  float rest;
+  float remainder;  // rest * (what `mean` was rounded by)
+
+  FloatRow() = default;
+  TRANSFUSE_INLINE explicit FloatRow(const Statistics& row) {
+    constexpr double smallest = 0x1p-126, largest = 0x1p126;
+    double power = smaller(power_of_two_below(row.rstd), largest);
+    power = smaller(power, power_of_two_below(largest / __builtin_fabs(row.mean)));  // a constant row may have mean * rstd = inf
+    power = power < smallest ? smallest : power;
+    scale = static_cast<float>(power);
+    mean = static_cast<float>(row.mean * power);
+    rest = static_cast<float>(row.rstd / power);
+    remainder = static_cast<float>((mean - row.mean * power) * (row.rstd / power));
+  }
+  TRANSFUSE_INLINE f32 normalize(f32 x) const { return fma(fms(x, set1(scale), set1(mean)), set1(rest), set1(remainder)); }
+};
+
+// `count` consecutive rows, their statistics known: float32 in double, so that the only rounding is the result's ...
+template <int64_t count, class W>
+TRANSFUSE_INLINE void normalize_rows(const float* x, const Statistics* rows, const W* weight, const W* bias, float* output, int64_t cols) {
   for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     const wide scale = weight ? load_wide(weight + i, n) : broadcast(1);
     const wide offset = bias ? load_wide(bias + i, n) : broadcast(0);
@@ -73,6 +111,19 @@ TRANSFUSE_INLINE void normalize_rows(const T* x, const Statistics* rows, const W
       const wide normalized = (load_wide(x + r * cols + i, n) - broadcast(rows[r].mean)) * broadcast(rows[r].rstd);
       store_rounded(output + r * cols + i, fma(normalized, scale, offset), n);
     }
+  });
+}
+
+// ... and bfloat16 in float, whose sixteen more bits are enough.
+template <int64_t count, class W>
+TRANSFUSE_INLINE void normalize_rows(const bf16* x, const Statistics* statistics, const W* weight, const W* bias, bf16* output, int64_t cols) {
+  FloatRow rows[count];
+  for (int64_t r = 0; r < count; ++r) rows[r] = FloatRow(statistics[r]);
+  for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    const f32 scale = weight ? load_n(weight + i, n) : set1(1);
+    const f32 offset = bias ? load_n(bias + i, n) : zero();
+    for (int64_t r = 0; r < count; ++r)
+      store_n(output + r * cols + i, fma(rows[r].normalize(load_n(x + r * cols + i, n)), scale, offset), n);
   });
 }
 
@@ -103,28 +154,35 @@ void forward_rows(const LayerNormForwardParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// What the backward of one row needs besides the row: with g = grad_output * weight and xhat the normalised row,
+// What the backward of one row needs besides the row. With g = grad_output * weight and xhat the normalised row,
 //   grad_input = rstd * (g - mean(g) - xhat * mean(g * xhat))
 struct Projections {
-  Statistics row;
-  double g;       // rstd * mean(g)
-  double g_xhat;  // rstd * mean(g * xhat)
+  FloatRow row;
+  float mean_g, mean_g_xhat;  // times row.rest
 };
 
 // The statistics are taken anew from the input: the saved ones are float32, and a mean rounded to float32 is off by a
-// tenth of a standard deviation at mean/std 1e6.
+// tenth of a standard deviation at mean/std 1e6. The two means here are sums of float products, in float over a block
+// of columns (their errors are divided by cols) and in double over the blocks.
 template <class T, class W>
-TRANSFUSE_INLINE Projections row_projections(const T* x, const T* grad_output, const W* weight, int64_t cols, double eps) {
-  const Statistics row = row_statistics(x, cols, eps);
-  const wide mean = broadcast(row.mean);
-  wide sum_g = broadcast(0), sum_g_centered = broadcast(0);
-  for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    const wide grad = load_wide(grad_output + i, n);  // 0 past the end of the row: those lanes add nothing
-    const wide g = weight ? grad * load_wide(weight + i, n) : grad;
-    sum_g = sum_g + g;
-    sum_g_centered = fma(g, load_wide(x + i, n) - mean, sum_g_centered);
-  });
-  return {row, row.rstd * (reduce_add(sum_g) / cols), row.rstd * (row.rstd * (reduce_add(sum_g_centered) / cols))};
+TRANSFUSE_INLINE Projections project_row(const T* x, const T* grad_output, const W* weight, int64_t cols, double eps) {
+  constexpr int64_t block_cols = 32 * lanes;
+  const FloatRow row(row_statistics(x, cols, eps));
+  double mean_g = 0, mean_g_xhat = 0;
+  for (int64_t block = 0; block < cols; block += block_cols) {
+    const int64_t size = cols - block < block_cols ? cols - block : block_cols;
+    f32 sum_g = zero(), sum_g_xhat = zero();
+    for_each_vec(size, [&](int64_t offset, int64_t n) __attribute__((always_inline)) {
+      const int64_t i = block + offset;
+      const f32 grad = load_n(grad_output + i, n);  // 0 past the end of the row: those lanes add nothing
+      const f32 g = weight ? grad * load_n(weight + i, n) : grad;
+      sum_g = sum_g + g;
+      sum_g_xhat = fma(g, row.normalize(load_n(x + i, n)), sum_g_xhat);
+    });
+    mean_g += reduce_add(widen(sum_g));
+    mean_g_xhat += reduce_add(widen(sum_g_xhat));
+  }
+  return {row, static_cast<float>(mean_g / cols * row.rest), static_cast<float>(mean_g_xhat / cols * row.rest)};
 }
 
 template <int64_t count, class T, class W>
@@ -137,29 +195,30 @@ TRANSFUSE_INLINE void differentiate_rows(const LayerNormBackwardParams& p, int64
   T* grad_input = p.grad_input ? static_cast<T*>(p.grad_input) + row * cols : nullptr;
   const W* weight = static_cast<const W*>(p.weight);
   for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    const wide scale = weight ? load_wide(weight + i, n) : broadcast(1);
-    wide weight_sum = weight_sums ? load_wide(weight_sums + i) : broadcast(0);
-    wide bias_sum = bias_sums ? load_wide(bias_sums + i) : broadcast(0);
+    const f32 scale = weight ? load_n(weight + i, n) : set1(1);
+    f32 weight_sum = zero(), bias_sum = zero();
     for (int64_t r = 0; r < count; ++r) {
       const int64_t at = r * cols + i;
-      const wide rstd = broadcast(rows[r].row.rstd);
-      const wide xhat = (load_wide(x + at, n) - broadcast(rows[r].row.mean)) * rstd;
-      const wide grad = load_wide(grad_output + at, n);
+      const f32 xhat = rows[r].row.normalize(load_n(x + at, n));
+      const f32 grad = load_n(grad_output + at, n);
       weight_sum = fma(grad, xhat, weight_sum);
       bias_sum = bias_sum + grad;
       if (!grad_input) continue;
-      const wide past_norm = grad_sum ? load_wide(grad_sum + at, n) : broadcast(0);
-      const wide through_statistics = fma(xhat, broadcast(rows[r].g_xhat), broadcast(rows[r].g));
-      store_rounded(grad_input + at, fma(grad * scale, rstd, past_norm) - through_statistics, n);
+      const f32 centered = fnma(xhat, set1(rows[r].mean_g_xhat), fms(grad * scale, set1(rows[r].row.rest), set1(rows[r].mean_g)));
+      const f32 past_norm = grad_sum ? load_n(grad_sum + at, n) : zero();
+      store_n(grad_input + at, fma(centered, set1(rows[r].row.scale), past_norm), n);
     }
-    if (weight_sums) store_wide(weight_sums + i, weight_sum);
-    if (bias_sums) store_wide(bias_sums + i, bias_sum);
+    if (weight_sums) store_wide(weight_sums + i, load_wide(weight_sums + i) + widen(weight_sum));
+    if (bias_sums) store_wide(bias_sums + i, load_wide(bias_sums + i) + widen(bias_sum));
   });
 }
 
 template <class T, class W>
 void backward_chunks(const LayerNormBackwardParams& p, int64_t begin, int64_t end) {
   const int64_t cols = p.cols, padded = layer_norm_padded_cols(cols);
+  const T* input = static_cast<const T*>(p.input);
+  const T* grad_output = static_cast<const T*>(p.grad_output);
+  const W* weight = static_cast<const W*>(p.weight);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t row_begin = p.rows * chunk / p.chunks, row_end = p.rows * (chunk + 1) / p.chunks;
     double* weight_sums = p.weight_sums ? p.weight_sums + chunk * padded : nullptr;
@@ -171,9 +230,10 @@ void backward_chunks(const LayerNormBackwardParams& p, int64_t begin, int64_t en
     for (int64_t row = row_begin; row < row_end; row += group_rows) {
       const int64_t count = row_end - row < group_rows ? row_end - row : group_rows;
       Projections rows[group_rows];
-      for (int64_t r = 0; r < count; ++r)
-        rows[r] = row_projections(static_cast<const T*>(p.input) + (row + r) * cols, static_cast<const T*>(p.grad_output) + (row + r) * cols,
-                                  static_cast<const W*>(p.weight), cols, p.eps);
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t at = (row + r) * cols;
+        rows[r] = project_row(input + at, grad_output + at, weight, cols, p.eps);
+      }
       if (count == group_rows)
         differentiate_rows<group_rows, T, W>(p, row, rows, weight_sums, bias_sums);
       else
