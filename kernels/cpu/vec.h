@@ -321,9 +321,9 @@ TRANSFUSE_INLINE f64 abs(f64 x) {
   const __m256d sign = _mm256_set1_pd(-0.0);
   return {_mm256_andnot_pd(sign, x.a), _mm256_andnot_pd(sign, x.b)};
 }
-TRANSFUSE_INLINE __m256d power_of_two(__m256d n) {  // 2^n for integral |n| <= 1000
-  const __m256i k = _mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(n));
-  return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_add_epi64(k, _mm256_set1_epi64x(1023)), 52));
+TRANSFUSE_INLINE __m256d power_of_two(__m256d n) {  // 2^n for integral |n| <= 1000: the sum's low bits are n + 1023
+  const __m256d sum = _mm256_add_pd(n, _mm256_set1_pd(0x1.8p52 + 1023.0));
+  return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(sum), 52));
 }
 TRANSFUSE_INLINE f64 ldexp(f64 x, f64 n) { return {_mm256_mul_pd(x.a, power_of_two(n.a)), _mm256_mul_pd(x.b, power_of_two(n.b))}; }
 
