@@ -195,8 +195,22 @@ void backward(const GeluParams& p, int64_t begin, int64_t end, double* bias_sum)
   });
 }
 
+template <class B>
+void round_to(const double* sums, B* out, int64_t columns) {
+  for_each_vec(columns, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    alignas(64) double part[lanes] = {};
+    for (int64_t j = 0; j < n; ++j) part[j] = sums[i + j];
+    store_n(out + i, narrow(load(part), load(part + lanes64)), n);
+  });
+}
+
+void round_sums(const double* sums, void* grad_bias, int64_t columns, DType bias_dtype) {
+  bias_dtype == DType::f32 ? round_to(sums, static_cast<float*>(grad_bias), columns)
+                           : round_to(sums, static_cast<bf16*>(grad_bias), columns);
+}
+
 }  // namespace
 
-extern const GeluKernels gelu_kernels = {forward, backward};
+extern const GeluKernels gelu_kernels = {forward, backward, round_sums};
 
 }  // namespace transfuse::cpu::TRANSFUSE_ISA

@@ -25,6 +25,8 @@ struct GeluKernels {
   void (*forward)(const GeluParams& p, int64_t begin, int64_t end);
   // Rows [begin, end). bias_sum [columns], where not null, gains the sum of the gradient over these rows, in row order.
   void (*backward)(const GeluParams& p, int64_t begin, int64_t end, double* bias_sum);
+  // sums [columns] rounded to the bias' type.
+  void (*round_sums)(const double* sums, void* grad_bias, int64_t columns, DType bias_dtype);
 };
 
 TRANSFUSE_DECLARE_KERNELS(GeluKernels, gelu_kernels)
