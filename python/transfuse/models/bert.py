@@ -209,17 +209,19 @@ class SelfAttention(Swapped):
             if reason:
                 count_call(self, f"stock attention: {reason}")
                 return self.stock_forward(hidden_states, attention_mask, past_key_values=past_key_values, **kwargs)
-        heads = (*hidden_states.shape[:-1], -1, self.attention_head_size)
+        heads = (*hidden_states.shape[:-1], self.num_attention_heads, self.attention_head_size)
         query = self.query(hidden_states).view(heads)  # [B, S, heads, D], views: the kernels take strides
         key = self.key(hidden_states).view(heads)
         value = self.value(hidden_states).view(heads)
         if packed:
             packing = attention_mask
-            output = varlen_attention(query[0], key[0], value[0], packing.cu_seqlens, max_seqlen_q=packing.max_seqlen, scale=self.scaling)
+            output = varlen_attention(
+                query[0], key[0], value[0], packing.cu_seqlens, max_seqlen_q=packing.max_seqlen, scale=self.scaling
+            ).unsqueeze(0)
         else:
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
             output = scaled_dot_product_attention(query, key, value, attention_mask, scale=self.scaling).transpose(1, 2)
-        return output.reshape(*hidden_states.shape[:-1], -1), None
+        return output.flatten(-2), None  # a view of the kernel's [.., S, heads, D]
 
     def _why_stock(self, past_key_values: Any, kwargs: dict[str, Any]) -> str:
         """The reason why a call on padded input runs stock's attention; empty when ours can do it."""
@@ -278,7 +280,7 @@ def _pack(padded: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[to
 
 def _take(padded: torch.Tensor, packing: Packing) -> torch.Tensor:
     """The kept places of another padded tensor, [1, T, ...]."""
-    return padded.reshape(-1, *padded.shape[2:]).index_select(0, packing.indices).unsqueeze(0)
+    return pack(padded, packing)[0].unsqueeze(0)
 
 
 def _unpack(packed: torch.Tensor, packing: Packing) -> torch.Tensor:
