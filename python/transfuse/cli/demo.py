@@ -1,0 +1,4 @@
+"""demo"""
+
+def add_arguments(parser):
+    pass
