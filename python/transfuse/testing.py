@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from transfuse import extension
+
 # Unit roundoff: half the distance from 1 to the next number.
 UNIT_ROUNDOFF = {
     torch.float64: 2.0**-53,
@@ -163,9 +165,13 @@ def nan_filled_empty() -> Iterator[None]:
               torch.utils.deterministic.fill_uninitialized_memory)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    if extension._C is not None:
+        extension._C.set_nan_filled_empty(True)
     try:
         yield
     finally:
+        if extension._C is not None:
+            extension._C.set_nan_filled_empty(False)
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = before[2]
 
