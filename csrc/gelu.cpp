@@ -43,14 +43,14 @@ int64_t rows_of(const cpu::GeluParams& p) { return (p.size + p.columns - 1) / p.
 int64_t rows_per_task(const cpu::GeluParams& p) { return std::max<int64_t>(1, elements_per_task / p.columns); }
 
 std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(contiguous(*t)) : std::nullopt;
+  return t ? std::optional<Tensor>(transfuse::contiguous(*t)) : std::nullopt;
 }
 
 Tensor gelu_forward(Tensor input, std::optional<Tensor> bias, bool tanh) {
   check_cpu(op, "input", input);
   kernel_dtype(op, "input", input);
   check_bias(input, bias);
-  input = contiguous(input);
+  input = transfuse::contiguous(input);
   bias = contiguous_or_none(bias);
   Tensor output = torch::stable::new_empty(input, input.sizes());
   if (input.numel() == 0) return output;
@@ -69,8 +69,8 @@ std::tuple<Tensor, Tensor> gelu_backward(Tensor grad_output, Tensor input, std::
   check_same_shape(op, "grad_output", grad_output, input, "input");
   check_bias(input, bias);
   check(!need_bias_grad || bias, op, ": need_bias_grad is True, expected a bias");
-  input = contiguous(input);
-  grad_output = contiguous(grad_output);
+  input = transfuse::contiguous(input);
+  grad_output = transfuse::contiguous(grad_output);
   bias = contiguous_or_none(bias);
   Tensor grad_input = torch::stable::new_empty(input, input.sizes());
   const int64_t columns = need_bias_grad ? bias->size(0) : 0;
