@@ -1,0 +1,78 @@
+// Attention on raw pointers: what the host hands to the kernels. Included by baseline-compiled code: plain data only.
+//
+// A problem is a list of sequences. A dense batch is one sequence per batch entry; a packed (varlen) batch is one per
+// cu_seqlens entry, with batch = 0 and a first row. Strides count elements, and may be anything (0, negative, ragged).
+#pragma once
+
+#include "isa.h"
+
+namespace transfuse::cpu {
+
+struct AttentionTensor {
+  const void* data;  // null when absent
+  int64_t batch, head, row, col;  // strides, in elements
+  DType dtype;
+};
+
+struct AttentionOutput {
+  void* data;
+  int64_t batch, head, row;  // strides, in elements; columns are adjacent
+  DType dtype;
+};
+
+struct AttentionSequence {
+  int64_t batch;
+  int64_t query_row, key_row;  // of the first token
+  int64_t seqlen_q, seqlen_k;  // valid queries and keys
+  int64_t first_task;          // forward tasks of the sequences before this one
+};
+
+struct AttentionParams {
+  AttentionTensor query, key, value;  // [B, Hq, Lq, D], [B, Hkv, Lk, D], [B, Hkv, Lk, Dv]
+  AttentionTensor bias;               // [B, Hq, Lq, Lk], added to scale * score; -inf excludes
+  AttentionTensor mask;               // [B, Hq, Lq, Lk], one byte each, 0 excludes (dtype unused)
+  AttentionTensor lse;                // [B, Hq, Lq] float32, col unused; read by the backward
+  const AttentionSequence* sequences;
+  int64_t num_sequences;
+  int64_t num_heads, num_kv_heads, head_dim, value_head_dim;
+  float scale;
+  bool causal, bottom_right;
+};
+
+struct AttentionForwardParams {
+  AttentionParams problem;
+  AttentionOutput output;  // [B, Hq, Lq, Dv]
+  AttentionOutput lse;     // [B, Hq, Lq] float32
+};
+
+// Which dimensions of [B, Hq, Lq, Lk] the bias gradient keeps; the others are summed.
+struct AttentionBiasGrad {
+  double* data;  // null when not wanted; zero-filled by the host
+  int64_t batch, head, row, col;  // strides, 0 where the bias was broadcast
+};
+
+struct AttentionBackwardParams {
+  AttentionParams problem;
+  AttentionTensor grad_output;  // [B, Hq, Lq, Dv]
+  AttentionTensor output;       // [B, Hq, Lq, Dv]
+  AttentionTensor grad_lse;     // [B, Hq, Lq] float32, col unused
+  AttentionOutput grad_query, grad_key, grad_value;
+  AttentionBiasGrad grad_bias;
+};
+
+// Rows of queries in one forward task. Results do not depend on it, nor on how tasks are grouped.
+constexpr int64_t attention_query_block = 64;
+
+struct AttentionKernels {
+  // Bytes of 64-byte aligned scratch that each concurrent call needs.
+  int64_t (*forward_scratch_bytes)(const AttentionForwardParams&);
+  int64_t (*backward_scratch_bytes)(const AttentionBackwardParams&);
+  // Task: one block of queries of one head of one sequence, in the order (sequence, head, block).
+  void (*forward)(const AttentionForwardParams&, void* scratch, int64_t begin, int64_t end);
+  // One key/value head of one sequence with all query heads that share it.
+  void (*backward)(const AttentionBackwardParams&, void* scratch, int64_t sequence, int64_t kv_head);
+};
+
+TRANSFUSE_DECLARE_KERNELS(AttentionKernels, attention_kernels)
+
+}  // namespace transfuse::cpu

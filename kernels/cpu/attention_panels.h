@@ -1,0 +1,281 @@
+// Panels: the one data layout of the attention kernels, how data gets into it, and the one matrix product over it.
+//
+// A panel is [n][16] floats, adjacent. A matrix [rows, cols] is packed as panels of 16 columns: element (r, c) at
+// [c / 16][r][c % 16]; transposed, as panels of 16 rows: element (r, c) at [r / 16][c][r % 16]. Scores are held
+// transposed, [key][16 queries]: a softmax over keys then runs down the panel with one query per lane, so it needs no
+// reduction across lanes, and a key-length tail needs no mask.
+//
+// Policy: an element of a product is one chain of FMAs in the order of depth, restarted every `chain` terms and summed
+// in order. Tiles only choose which elements are computed together, so results do not depend on the tile shape.
+#pragma once
+
+#include "attention.h"
+#include "exp.h"
+#include "vec.h"
+
+namespace transfuse::cpu::TRANSFUSE_ISA {
+
+struct byte {  // one element of a boolean mask
+  uint8_t value;
+};
+TRANSFUSE_INLINE float to_float(byte x) { return x.value ? 1.0f : 0.0f; }
+TRANSFUSE_INLINE f32 load(const byte* p) {
+  return select(nonzero(reinterpret_cast<const uint8_t*>(p)), set1(1.0f), zero());
+}
+TRANSFUSE_INLINE f32 load(const byte* p, int64_t n) {
+  alignas(64) float x[lanes] = {};
+  for (int64_t i = 0; i < n; ++i) x[i] = to_float(p[i]);
+  return load(x);
+}
+
+namespace {
+
+constexpr int64_t panel = lanes;
+constexpr int64_t chain = 32;  // terms per chain: bounds the rounding error of long sums, and costs one add in 32
+#if defined(__AVX512F__)
+constexpr int tile_rows = 16;  // 16 accumulators of one register each
+#else
+constexpr int tile_rows = 6;  // 12 of the 16 registers accumulate
+#endif
+
+TRANSFUSE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+TRANSFUSE_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+TRANSFUSE_INLINE int64_t panels(int64_t n) { return (n + panel - 1) / panel; }
+
+// ---- into panels ----
+
+// n elements `stride` apart, the other lanes 0.
+template <class T>
+TRANSFUSE_INLINE f32 load_strided(const T* p, int64_t stride, int64_t n) {
+  if (stride == 1) return load_n(p, n);
+  alignas(64) float x[panel] = {};
+  for (int64_t i = 0; i < n; ++i) x[i] = to_float(p[i * stride]);
+  return load(x);
+}
+
+// Packs rows into panels of 16 columns, `panel_rows` rows apart, tail columns 0. Says whether all elements are finite.
+template <class T>
+bool pack_rows(const T* source, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t cols, float* out, int64_t panel_rows) {
+  f32 defect = zero();  // x - x is NaN for inf and NaN
+  for (int64_t c = 0; c < cols; c += panel) {
+    const int64_t n = smaller(panel, cols - c);
+    float* column = out + c * panel_rows;
+    for (int64_t r = 0; r < rows; ++r) {
+      const f32 x = load_strided(source + r * row_stride + c * col_stride, col_stride, n);
+      defect = defect + (x - x);
+      store(column + r * panel, x);
+    }
+  }
+  return !any(isnan(defect));
+}
+
+TRANSFUSE_INLINE void transpose8(__m256* x) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xEE);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xEE);
+  }
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+    x[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+  }
+}
+
+// Packs up to 16 rows as one transposed panel [cols][16], times `factor`, absent rows 0.
+template <class T>
+void pack_transposed_panel(const T* source, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t cols, float factor, float* out) {
+  const f32 factors = set1(factor);
+  for (int64_t c = 0; c < cols; c += panel) {
+    const int64_t n = smaller(panel, cols - c);
+    for (int64_t r = 0; r < panel; r += 8) {
+      __m256 left[8], right[8];
+      for (int64_t i = 0; i < 8; ++i) {
+        const f32 x = r + i < rows ? load_strided(source + (r + i) * row_stride + c * col_stride, col_stride, n) * factors : zero();
+        left[i] = half0(x);
+        right[i] = half1(x);
+      }
+      transpose8(left);
+      transpose8(right);
+      float* to = out + c * panel + r;
+      for (int64_t i = 0; i < smaller(8, n); ++i) _mm256_storeu_ps(to + i * panel, left[i]);
+      for (int64_t i = 8; i < n; ++i) _mm256_storeu_ps(to + i * panel, right[i - 8]);
+    }
+  }
+}
+
+// ---- products ----
+
+// What the A operand is: element (r, k) at a[r * 16 + k] of panels of 16 k (rows), or at a[k * 16 + r] (columns).
+enum class Along { rows, columns };
+
+// c[r][0..16) = or += sum over k of A(r, k) * b[k][0..16) for R rows. `a_panel` leads from 16 k to the next 16.
+template <int R, Along along>
+TRANSFUSE_INLINE void product_tile(const float* a, int64_t a_panel, const float* b, int64_t depth, float* c, bool accumulate) {
+  constexpr int64_t row = along == Along::rows ? panel : 1, step = along == Along::rows ? 1 : panel;
+  int64_t start = 0;
+  do {  // at least once: without terms the sum is 0
+    f32 sum[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) sum[r] = zero();
+    const int64_t stop = smaller(depth, start + chain);
+    for (int64_t k0 = start; k0 < stop; k0 += panel) {
+      const float* ak = a + k0 / panel * a_panel;
+      const float* bk = b + k0 * panel;
+      const int64_t n = smaller(panel, stop - k0);
+      for (int64_t k = 0; k < n; ++k) {
+        const f32 x = load(bk + k * panel);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) sum[r] = fma(set1(ak[r * row + k * step]), x, sum[r]);
+      }
+    }
+    if (accumulate || start > 0) {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) sum[r] = load(c + r * panel) + sum[r];
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) store(c + r * panel, sum[r]);
+    start += chain;
+  } while (start < depth);
+}
+
+template <Along along>
+void product(const float* a, int64_t a_panel, const float* b, int64_t depth, float* c, int64_t rows, bool accumulate) {
+  constexpr int64_t row = along == Along::rows ? panel : 1;
+  int64_t r = 0;
+  for (; r + tile_rows <= rows; r += tile_rows) product_tile<tile_rows, along>(a + r * row, a_panel, b, depth, c + r * panel, accumulate);
+  if (tile_rows > 8 && rows - r >= 8) {
+    product_tile<8, along>(a + r * row, a_panel, b, depth, c + r * panel, accumulate);
+    r += 8;
+  }
+  if (rows - r >= 4) {
+    product_tile<4, along>(a + r * row, a_panel, b, depth, c + r * panel, accumulate);
+    r += 4;
+  }
+  if (rows - r >= 2) {
+    product_tile<2, along>(a + r * row, a_panel, b, depth, c + r * panel, accumulate);
+    r += 2;
+  }
+  if (rows - r >= 1) product_tile<1, along>(a + r * row, a_panel, b, depth, c + r * panel, accumulate);
+}
+
+// The same chains without the terms whose keep(r, k), laid out as A, is 0: 0 * inf and 0 * NaN must not enter a sum.
+template <Along along>
+void product_of_kept(const float* a, const float* keep, int64_t a_panel, const float* b, int64_t depth, float* c, int64_t rows,
+                     bool accumulate) {
+  constexpr int64_t row = along == Along::rows ? panel : 1, step = along == Along::rows ? 1 : panel;
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t start = 0;
+    do {
+      f32 sum = zero();
+      for (int64_t k = start; k < smaller(depth, start + chain); ++k) {
+        const int64_t at = r * row + k / panel * a_panel + k % panel * step;
+        if (keep[at] != 0.0f) sum = fma(set1(a[at]), load(b + k * panel), sum);
+      }
+      if (accumulate || start > 0) sum = load(c + r * panel) + sum;
+      store(c + r * panel, sum);
+      start += chain;
+    } while (start < depth);
+  }
+}
+
+// ---- one head of one sequence ----
+
+template <class T>
+TRANSFUSE_INLINE const T* at(const AttentionTensor& t, int64_t batch, int64_t head, int64_t row, int64_t col) {
+  return static_cast<const T*>(t.data) + batch * t.batch + head * t.head + row * t.row + col * t.col;
+}
+
+// Calls body with a pointer of the tensor's storage type.
+template <class Body>
+TRANSFUSE_INLINE auto with_type(const AttentionTensor& t, int64_t batch, int64_t head, int64_t row, int64_t col, Body body) {
+  return t.dtype == DType::f32 ? body(at<float>(t, batch, head, row, col)) : body(at<bf16>(t, batch, head, row, col));
+}
+
+bool pack_tensor_rows(const AttentionTensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t cols, float* out,
+                      int64_t panel_rows) {
+  return with_type(t, batch, head, row, 0, [&](auto* p) { return pack_rows(p, t.row, t.col, rows, cols, out, panel_rows); });
+}
+
+void pack_tensor_transposed(const AttentionTensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t cols, float factor,
+                            float* out) {
+  with_type(t, batch, head, row, 0, [&](auto* p) { pack_transposed_panel(p, t.row, t.col, rows, cols, factor, out); });
+}
+
+// A negative scale is moved into the queries, so that the largest score is the largest logit.
+TRANSFUSE_INLINE float query_sign(const AttentionParams& p) { return p.scale < 0.0f ? -1.0f : 1.0f; }
+TRANSFUSE_INLINE float score_scale(const AttentionParams& p) { return p.scale < 0.0f ? -p.scale : p.scale; }
+// What a stored score has still to be multiplied by: adding a bias needs the product first.
+TRANSFUSE_INLINE float logit_scale(const AttentionParams& p) { return p.bias.data ? 1.0f : score_scale(p); }
+
+// Keys [0, key_limit) may take part in row `query`.
+TRANSFUSE_INLINE int64_t key_limit(const AttentionParams& p, const AttentionSequence& s, int64_t query) {
+  if (!p.causal) return s.seqlen_k;
+  const int64_t limit = query + 1 + (p.bottom_right ? s.seqlen_k - s.seqlen_q : 0);
+  return larger(0, smaller(limit, s.seqlen_k));
+}
+
+// Whether some pair of rows [query, query + rows) and keys [key, key + keys) is excluded or carries a bias.
+TRANSFUSE_INLINE bool tile_is_plain(const AttentionParams& p, const AttentionSequence& s, int64_t query, int64_t key, int64_t keys) {
+  return !p.mask.data && !p.bias.data && key + keys <= key_limit(p, s, query);
+}
+
+// For one panel of scores [keys][16 queries]: keep = 1 where the pair takes part, 0 where it is excluded, by the one
+// predicate of all kinds of exclusion; and score = scale * score + bias where there is a bias. `bias` is scratch.
+void apply_mask_and_bias(const AttentionParams& p, const AttentionSequence& s, int64_t head, int64_t query, int64_t rows, int64_t key,
+                         int64_t keys, float* scores, float* keep, float* bias) {
+  alignas(64) float index[panel];
+  for (int64_t i = 0; i < panel; ++i) index[i] = static_cast<float>(i);
+  const f32 lane = load(index);
+  const f32 one = set1(1.0f), nothing = set1(-__builtin_inff());
+  if (p.mask.data) {
+    const byte* first = at<byte>(p.mask, s.batch, head, query, key);
+    if (p.mask.row == 0)
+      for (int64_t j = 0; j < keys; ++j) store(keep + j * panel, set1(to_float(first[j * p.mask.col])));
+    else
+      pack_transposed_panel(first, p.mask.row, p.mask.col, rows, keys, 1.0f, keep);
+  } else {
+    for (int64_t j = 0; j < keys; ++j) store(keep + j * panel, one);
+  }
+  if (p.causal) {
+    const int64_t offset = p.bottom_right ? s.seqlen_k - s.seqlen_q : 0;
+    for (int64_t j = 0; j < keys; ++j) {
+      const int64_t first_lane = key + j - query - offset;  // the first query that sees key + j
+      if (first_lane <= 0) continue;
+      const mask sees = lane >= set1(static_cast<float>(smaller(first_lane, panel)));
+      store(keep + j * panel, select(sees, load(keep + j * panel), zero()));
+    }
+  }
+  if (!p.bias.data) return;
+  with_type(p.bias, s.batch, head, query, key, [&](auto* first) {
+    if (p.bias.row == 0)
+      for (int64_t j = 0; j < keys; ++j) store(bias + j * panel, set1(to_float(first[j * p.bias.col])));
+    else
+      pack_transposed_panel(first, p.bias.row, p.bias.col, rows, keys, 1.0f, bias);
+  });
+  const f32 scale = set1(score_scale(p));
+  for (int64_t j = 0; j < keys; ++j) {
+    const f32 b = load(bias + j * panel);
+    store(scores + j * panel, fma(load(scores + j * panel), scale, b));
+    store(keep + j * panel, select(b == nothing, zero(), load(keep + j * panel)));
+  }
+}
+
+// exp(scale * difference) for difference <= 0, the product not rounded.
+struct ScaledExp {
+  f32 scale, lowest;
+  TRANSFUSE_INLINE explicit ScaledExp(float s) : scale(set1(s)), lowest(set1(exp_lowest / s)) {}
+  TRANSFUSE_INLINE f32 operator()(f32 difference) const {
+    const f32 d = max(lowest, difference);  // in this order a NaN is kept
+    const f32 x = d * scale;
+    return exp_nonpositive(x, fms(d, scale, x));
+  }
+};
+
+}  // namespace
+}  // namespace transfuse::cpu::TRANSFUSE_ISA
