@@ -24,7 +24,6 @@ VARIABLES = (
              BACKENDS),
     Variable("TRANSFUSE_STRICT", "flag", "0", "1: a fallback raises instead of warning"),
     Variable("TRANSFUSE_DISABLE", "flag", "0", "1: accelerate() changes nothing"),
-    Variable("TRANSFUSE_CHECK", "flag", "0", "1: checks the values of cu_seqlens on a GPU too (costs a synchronisation)"),
 )
 _BY_NAME = {variable.name: variable for variable in VARIABLES}
 

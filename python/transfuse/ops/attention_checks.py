@@ -1,0 +1,180 @@
+"""What attention and varlen_attention refuse, and in which words. Each check names op, argument, got and expected."""
+
+import math
+
+import torch
+from torch import Tensor
+
+ALIGNMENTS = ("top_left", "bottom_right")
+MAX_HEAD_DIM = 512
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def short(dtype: torch.dtype) -> str:
+    """torch.float32 as float32."""
+    return str(dtype)[6:]
+
+
+def check_tensors(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Three float tensors of one dtype on one device, at least [L, D], with head dimensions that can be multiplied."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(tensor).__name__}, expected a Tensor")
+    if query.dtype not in _FLOATS:
+        raise TypeError(f"{op}: query has dtype {short(query.dtype)}, expected {', '.join(map(short, _FLOATS))}")
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{op}: {name} has dtype {short(tensor.dtype)}, expected {short(query.dtype)} (query's)")
+        if tensor.device != query.device:
+            raise RuntimeError(f"{op}: {name} is on {tensor.device}, expected {query.device} (query's)")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() < 2:
+            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected (..., heads, length, head_dim)")
+        if tensor.shape[-1] == 0:
+            raise ValueError(f"{op}: {name} has head_dim 0, expected at least 1")
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"{op}: key has head_dim {key.shape[-1]}, expected {query.shape[-1]} (query's)")
+
+
+def check_device(op: str, name: str, tensor: Tensor, query: Tensor) -> None:
+    """Another argument lies on the query's device."""
+    if tensor.device != query.device:
+        raise RuntimeError(f"{op}: {name} is on {tensor.device}, expected {query.device} (query's)")
+
+
+def check_scale(op: str, scale: float) -> float:
+    """A finite number; a tensor would break graphs and lose its gradient."""
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: scale is a {type(scale).__name__}, expected float or None")
+    if not math.isfinite(scale):
+        raise ValueError(f"{op}: scale is {scale}, expected a finite number")
+    return float(scale)
+
+
+def check_dropout(op: str, dropout_p: float) -> float:
+    """A probability."""
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"{op}: dropout_p is a {type(dropout_p).__name__}, expected float")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{op}: dropout_p is {dropout_p}, expected 0 <= dropout_p <= 1")
+    return float(dropout_p)
+
+
+def check_flag(op: str, name: str, flag: bool) -> None:
+    """A bool: a tensor here would be read on the host."""
+    if not isinstance(flag, bool):
+        raise TypeError(f"{op}: {name} is a {type(flag).__name__}, expected bool")
+
+
+def check_alignment(op: str, alignment: str) -> bool:
+    """True for "bottom_right"."""
+    if alignment not in ALIGNMENTS:
+        raise ValueError(f"{op}: causal_alignment is {alignment!r}, expected 'top_left' or 'bottom_right'")
+    return alignment == "bottom_right"
+
+
+def check_window(op: str, window: tuple) -> tuple[int | None, int | None]:
+    """(left, right), each None or a count of keys."""
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"{op}: window is {window!r}, expected (left, right), each int or None")
+    for side in window:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
+            raise TypeError(f"{op}: window is {window!r}, expected (left, right), each int or None")
+        if side is not None and side < 0:
+            raise ValueError(f"{op}: window is {window!r}, expected (left, right) of at least 0")
+    return tuple(window)
+
+
+def check_softcap(op: str, softcap: float) -> float:
+    """A positive finite number."""
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
+        raise TypeError(f"{op}: softcap is a {type(softcap).__name__}, expected float or None")
+    if not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"{op}: softcap is {softcap}, expected a positive finite number")
+    return float(softcap)
+
+
+def check_per_head(op: str, name: str, tensor: Tensor, query: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
+    """alibi_slopes or sinks: floats, one of the given shapes, query's device."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(tensor).__name__}, expected a Tensor or None")
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(f"{op}: {name} has dtype {short(tensor.dtype)}, expected a float dtype")
+    if tuple(tensor.shape) not in shapes:
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {' or '.join(map(str, shapes))}")
+    check_device(op, name, tensor, query)
+
+
+def check_additive(op: str, name: str, tensor: Tensor, query: Tensor, allow_bool: bool) -> None:
+    """A mask or bias: query's dtype or float32 (or bool), query's device."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(tensor).__name__}, expected a Tensor or None")
+    dtype = tensor.dtype
+    if not (dtype == query.dtype or dtype == torch.float32 or allow_bool and dtype == torch.bool):
+        expected = ("bool, " if allow_bool else "") + " or ".join(dict.fromkeys((short(query.dtype), "float32")))
+        raise TypeError(f"{op}: {name} has dtype {short(dtype)}, expected {expected}")
+    check_device(op, name, tensor, query)
+
+
+def check_broadcast(op: str, name: str, shape: tuple[int, ...], target: tuple[int, ...]) -> None:
+    """`shape` can be expanded to `target`."""
+    trailing = target[len(target) - len(shape) :] if len(shape) <= len(target) else None
+    if trailing is None or any(size not in (1, full) for size, full in zip(shape, trailing)):
+        raise ValueError(f"{op}: {name} has shape {tuple(shape)}, expected one that broadcasts to {tuple(target)}")
+
+
+def check_lengths(op: str, name: str, lengths: Tensor, query: Tensor, count: int) -> None:
+    """[B] whole numbers on query's device. Values are looked at by check_length_values."""
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(lengths).__name__}, expected a Tensor or None")
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: {name} has dtype {short(lengths.dtype)}, expected int32 or int64")
+    if tuple(lengths.shape) != (count,):
+        raise ValueError(f"{op}: {name} has shape {tuple(lengths.shape)}, expected ({count},) (the batch)")
+    check_device(op, name, lengths, query)
+
+
+def check_offsets(op: str, name: str, offsets: Tensor, query: Tensor) -> None:
+    """[N + 1] whole numbers on query's device."""
+    if not isinstance(offsets, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(offsets).__name__}, expected a Tensor")
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: {name} has dtype {short(offsets.dtype)}, expected int32 or int64")
+    if offsets.dim() != 1 or offsets.shape[0] == 0:
+        raise ValueError(f"{op}: {name} has shape {tuple(offsets.shape)}, expected (num_sequences + 1,)")
+    check_device(op, name, offsets, query)
+
+
+def may_read_values(tensor: Tensor) -> bool:
+    """Values lie in this process's memory and reading them costs no synchronisation and breaks no graph."""
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_length_values(op: str, name: str, lengths: Tensor, longest: int) -> None:
+    """0 <= length <= longest, where values can be read. (The compiled kernels check for themselves.)"""
+    if not may_read_values(lengths):
+        return
+    for entry, length in enumerate(lengths.tolist()):
+        if not 0 <= length <= longest:
+            raise ValueError(f"{op}: {name}[{entry}] is {length}, expected 0 to {longest} (key's length)")
+
+
+def check_offset_values(op: str, name: str, offsets: Tensor, tokens: int, owner: str, longest: int) -> None:
+    """From 0 to tokens, never falling, no sequence above `longest`, where values can be read; names the first bad entry."""
+    if not may_read_values(offsets):
+        return
+    before = 0
+    for entry, value in enumerate(offsets.tolist()):
+        here = f"{op}: {name}[{entry}] is {value}"
+        if entry == 0 and value != 0:
+            raise ValueError(f"{here}, expected 0")
+        if value < before:
+            raise ValueError(f"{here}, expected at least {before} (the entry before)")
+        if value > tokens:
+            raise ValueError(f"{here}, expected at most {tokens} ({owner}'s tokens)")
+        if value - before > longest:
+            limit = f"max_seqlen_{name[-1]}"
+            raise ValueError(f"{here}, a sequence of length {value - before}, expected at most {longest} ({limit})")
+        before = value
+    if before != tokens:
+        raise ValueError(f"{op}: {name}[{offsets.shape[0] - 1}] is {before}, expected {tokens} ({owner}'s tokens)")

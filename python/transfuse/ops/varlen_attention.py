@@ -1,0 +1,309 @@
+"""Attention over packed sequences: no padding is stored, none is computed.
+
+    output[cu[n] : cu[n + 1]] = attention(query[cu_q[n] : cu_q[n + 1]], key[cu_k[n] : ...], value[cu_k[n] : ...])
+
+Read varlen_attention, IMPLEMENTATIONS, VarlenAttentionFunction; then csrc/attention.cpp. The same kernels as attention
+run it, so a packed sequence gives bit for bit what it gives in a padded batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from transfuse import dispatch, extension
+from transfuse.ops import attention_checks as checks
+from transfuse.reference.varlen_attention import varlen_attention_reference
+
+_OP = "varlen_attention"
+_NO_FEATURES: dict = {}  # shared by every call without options; never written
+_INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    attn_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    causal_alignment: str = "bottom_right",
+    scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Each sequence attends to itself (or to its partner in key) and to nothing else.
+
+    Args:
+        query, key, value: [tokens_q, Hq, D], [tokens_k, Hkv, D], [tokens_k, Hkv, Dv], any strides; Hq a multiple of Hkv.
+        cu_seqlens_q: int32 or int64 [N + 1], from 0 to tokens_q, never falling; a zero-length sequence is legal. pack()
+            makes it from a mask.
+        cu_seqlens_k: the same over tokens_k; None is cu_seqlens_q.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence. Needed where the offsets cannot be read: inside
+            torch.compile, and on a GPU without a synchronisation.
+        attn_bias: [1|N, 1|Hq, max_seqlen_q, max_seqlen_k], indexed by position inside the sequence.
+        dropout_p, is_causal, causal_alignment, scale, window, softcap, alibi_slopes, sinks: as in
+            scaled_dot_product_attention; alignment is per sequence. alibi_slopes [Hq] or [N, Hq].
+        return_lse: also return the log-sum-exp.
+
+    Returns:
+        output [tokens_q, Hq, Dv] in query's dtype. With return_lse also lse [Hq, tokens_q], natural log, float32 (float64
+        for float64), differentiable.
+
+    Numerics: those of scaled_dot_product_attention, and equal to it bit for bit, sequence by sequence.
+
+    Raises:
+        ValueError: shapes, options, and offsets that are not monotone from 0 to tokens (the first bad entry is named).
+        TypeError: types and dtypes. RuntimeError: devices; a second derivative of the compiled kernels; vmap.
+    """
+    arguments, features = _normalise(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, attn_bias, dropout_p, is_causal,
+        causal_alignment, scale, window, softcap, alibi_slopes, sinks,
+    )
+    query, _, value = arguments[:3]
+    wide = query.shape[-1] > checks.MAX_HEAD_DIM or value.shape[-1] > checks.MAX_HEAD_DIM
+    implementation = dispatch.select(
+        _OP, IMPLEMENTATIONS, (query.device.type, query.dtype, wide, *features), lambda: _problem(arguments, features)
+    )
+    output, lse = implementation.run(*arguments, features)
+    return (output, lse) if return_lse else output
+
+
+@dataclass(frozen=True)
+class VarlenAttentionProblem(dispatch.Problem):
+    """What the choice of an implementation may depend on, and what explain() prints."""
+
+    query_shape: tuple[int, ...]  # [tokens_q, Hq, D]
+    key_shape: tuple[int, ...]  # [tokens_k, Hkv, D]
+    value_shape: tuple[int, ...]  # [tokens_k, Hkv, Dv]
+    num_sequences: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    is_causal: bool
+    features: tuple[str, ...]  # of attn_bias, dropout_p, window, softcap, alibi_slopes, sinks
+
+
+def _cpu_unsupported(problem: VarlenAttentionProblem) -> tuple[str, ...]:
+    reasons = dispatch.cpu_reasons(problem)
+    reasons += tuple(f"{name} has no CPU kernel yet" for name in problem.features)
+    for name, size in (("head_dim", problem.query_shape[-1]), ("value's head_dim", problem.value_shape[-1])):
+        if size > checks.MAX_HEAD_DIM:
+            reasons += (f"{name} is {size}, the kernel takes up to {checks.MAX_HEAD_DIM}",)
+    return reasons
+
+
+def _run_cpu(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right, features):
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return VarlenAttentionFunction.apply(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right)
+    return _forward(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right)
+
+
+def _run_reference(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right, features):
+    checks.check_offset_values(_OP, "cu_seqlens_q", cu_q, query.shape[0], "query", max_q)
+    checks.check_offset_values(_OP, "cu_seqlens_k", cu_k, key.shape[0], "key", max_k)
+    options = {name: option for name, option in features.items() if name != "dropout_p"}
+    if "dropout_p" in features:
+        options["dropout_p"], options["dropout_seed"] = features["dropout_p"]
+    return varlen_attention_reference(
+        query, key, value, cu_q, cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k, is_causal=is_causal, scale=scale,
+        causal_alignment="bottom_right" if bottom_right else "top_left", return_lse=True, **options,
+    )
+
+
+IMPLEMENTATIONS = (
+    dispatch.Implementation("cpu", _cpu_unsupported, _run_cpu),
+    dispatch.Implementation("reference", dispatch.supports_all, _run_reference),
+)
+
+
+def _forward(*arguments):
+    return torch.ops.transfuse.varlen_attention_forward.default(*arguments)
+
+
+def _backward(*arguments):
+    return torch.ops.transfuse.varlen_attention_backward.default(*arguments)
+
+
+class VarlenAttentionFunction(torch.autograd.Function):
+    """The raw op with its gradient, entered only when a gradient is wanted."""
+
+    @staticmethod
+    def forward(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right):
+        return _forward(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        query, key, value, cu_q, cu_k, *ctx.options = inputs
+        ctx.save_for_backward(query, key, value, *output, cu_q, cu_k)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_lse):
+        saved = ctx.saved_tensors
+        if grad_output is None:
+            grad_output = torch.zeros_like(saved[3])
+        create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        backward = VarlenAttentionBackwardFunction.apply if create_graph else _backward
+        return *backward(grad_output, grad_lse, *saved, *ctx.options), None, None, None, None, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        raise RuntimeError("varlen_attention: torch.func.vmap is not supported; pack the mapped dimension as more sequences")
+
+
+class VarlenAttentionBackwardFunction(torch.autograd.Function):
+    """The gradient under create_graph=True: the same numbers, and a worded error for whoever differentiates them."""
+
+    @staticmethod
+    def forward(*arguments):
+        return _backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "varlen_attention: the cpu backend has no second derivative; run under transfuse.use_backend('reference'), which has"
+        )
+
+
+def _normalise(
+    query, key, value, cu_q, cu_k, max_q, max_k, attn_bias, dropout_p, is_causal, causal_alignment, scale, window, softcap,
+    alibi_slopes, sinks,
+):
+    """Checks everything once; returns what the implementations take, and the options that only some of them have."""
+    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (
+            tensor if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64
+            else tensor.to(dtype)
+            for tensor in (query, key, value)
+        )
+    checks.check_tensors(_OP, query, key, value)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 3:
+            raise ValueError(f"{_OP}: {name} has shape {tuple(tensor.shape)}, expected (tokens, heads, head_dim)")
+    _, heads, head_dim = query.shape
+    tokens_k, kv_heads, _ = key.shape
+    if value.shape[0] != tokens_k:
+        raise ValueError(f"{_OP}: value has {value.shape[0]} tokens, expected {tokens_k} (key's)")
+    if value.shape[1] != kv_heads:
+        raise ValueError(f"{_OP}: value has {value.shape[1]} heads, expected {kv_heads} (key's)")
+    if kv_heads != heads and (kv_heads == 0 or heads % kv_heads):
+        raise ValueError(f"{_OP}: key has {kv_heads} heads, expected a divisor of {heads} (query's)")
+
+    checks.check_offsets(_OP, "cu_seqlens_q", cu_q, query)
+    if cu_k is None:
+        cu_k = cu_q
+        if max_k is None:
+            max_k = max_q
+    else:
+        checks.check_offsets(_OP, "cu_seqlens_k", cu_k, query)
+        if cu_k.shape != cu_q.shape:
+            raise ValueError(f"{_OP}: cu_seqlens_k has {cu_k.shape[0]} entries, expected {cu_q.shape[0]} (cu_seqlens_q's)")
+    max_q = _longest("max_seqlen_q", max_q, cu_q)
+    max_k = _longest("max_seqlen_k", max_k, cu_k)
+
+    checks.check_flag(_OP, "is_causal", is_causal)
+    scale = head_dim**-0.5 if scale is None else checks.check_scale(_OP, scale)
+    bottom_right = causal_alignment != "top_left" and checks.check_alignment(_OP, causal_alignment)
+    features = _NO_FEATURES
+    if attn_bias is not None or dropout_p != 0.0 or window is not None or softcap is not None or alibi_slopes is not None or sinks is not None:
+        sizes = (cu_q.shape[0] - 1, max_q, max_k)
+        features = _features(query, sizes, attn_bias, dropout_p, window, softcap, alibi_slopes, sinks)
+    return (query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right), features
+
+
+def _longest(name: str, given: int | None, offsets: Tensor) -> int:
+    """The bound on the sequence lengths: as given, or read from the offsets."""
+    if given is None:
+        if torch.compiler.is_compiling():
+            raise ValueError(f"{_OP}: {name} is None, expected an int inside torch.compile")
+        return int(offsets.diff().max()) if offsets.shape[0] > 1 else 0
+    if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
+        raise TypeError(f"{_OP}: {name} is a {type(given).__name__}, expected int or None")
+    if given < 0:
+        raise ValueError(f"{_OP}: {name} is {given}, expected at least 0")
+    return given
+
+
+def _features(query, sizes, attn_bias, dropout_p, window, softcap, alibi_slopes, sinks) -> dict:
+    heads, num_sequences = query.shape[1], sizes[0]
+    features = {}
+    if attn_bias is not None:
+        checks.check_additive(_OP, "attn_bias", attn_bias, query, allow_bool=False)
+        checks.check_broadcast(_OP, "attn_bias", attn_bias.shape, (num_sequences, heads, *sizes[1:]))
+        features["attn_bias"] = attn_bias
+    if checks.check_dropout(_OP, dropout_p) > 0:
+        seed = torch.randint(_INT64_MIN, _INT64_MAX, (2,), dtype=torch.int64, device=query.device)
+        features["dropout_p"] = (float(dropout_p), seed)
+    if window is not None:
+        features["window"] = checks.check_window(_OP, window)
+    if softcap is not None:
+        features["softcap"] = checks.check_softcap(_OP, softcap)
+    if alibi_slopes is not None:
+        checks.check_per_head(_OP, "alibi_slopes", alibi_slopes, query, ((heads,), (num_sequences, heads)))
+        features["alibi_slopes"] = alibi_slopes
+    if sinks is not None:
+        checks.check_per_head(_OP, "sinks", sinks, query, ((heads,),))
+        features["sinks"] = sinks
+    return features
+
+
+def _problem(arguments, features) -> VarlenAttentionProblem:
+    query, key, value, cu_q, _, max_q, max_k, _, is_causal, _ = arguments
+    return VarlenAttentionProblem(
+        op=_OP,
+        device=str(query.device),
+        dtype=query.dtype,
+        requires_grad=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)),
+        query_shape=tuple(query.shape),
+        key_shape=tuple(key.shape),
+        value_shape=tuple(value.shape),
+        num_sequences=cu_q.shape[0] - 1,
+        max_seqlen_q=max_q,
+        max_seqlen_k=max_k,
+        is_causal=is_causal,
+        features=tuple(features),
+    )
+
+
+def _explain_problem(
+    query, key, value, cu_seqlens_q, cu_seqlens_k=None, *, max_seqlen_q=None, max_seqlen_k=None, attn_bias=None, dropout_p=0.0,
+    is_causal=False, causal_alignment="bottom_right", scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None,
+    return_lse=False,
+):
+    arguments, features = _normalise(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, attn_bias, dropout_p, is_causal,
+        causal_alignment, scale, window, softcap, alibi_slopes, sinks,
+    )
+    return _OP, IMPLEMENTATIONS, _problem(arguments, features)
+
+
+varlen_attention.explain_problem = _explain_problem
+
+
+if not extension.cpu_unavailable and hasattr(torch.ops.transfuse, "varlen_attention_forward"):
+
+    @torch.library.register_fake("transfuse::varlen_attention_forward")
+    def _varlen_attention_forward_fake(query, key, value, cu_q, cu_k, max_q, max_k, scale, causal, bottom_right):
+        tokens_q, heads, _ = query.shape
+        return query.new_empty(tokens_q, heads, value.shape[2]), query.new_empty(heads, tokens_q, dtype=torch.float32)
+
+if not extension.cpu_unavailable and hasattr(torch.ops.transfuse, "varlen_attention_backward"):
+
+    @torch.library.register_fake("transfuse::varlen_attention_backward")
+    def _varlen_attention_backward_fake(
+        grad_output, grad_lse, query, key, value, output, lse, cu_q, cu_k, max_q, max_k, scale, causal, bottom_right
+    ):
+        return tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))

@@ -1,0 +1,135 @@
+"""The ISA levels agree bit for bit: natively where the CPU has AVX-512, through emulated intrinsics where it has not.
+
+vec.h holds sixteen lanes on every level and never contracts, so one reduction tree serves all of them; what runs on an
+AVX-512 machine is checked here on any x86-64 machine.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+import pytest
+import torch
+
+from transfuse import _C
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATION = ROOT / "tests/isa/avx512_on_avx2.h"
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+SIMDE = Path("/usr/include/simde/x86/avx512.h")
+
+pytestmark = pytest.mark.skipif("avx2" not in _C.cpu_isa_levels(), reason="this CPU has no AVX2")
+
+
+@pytest.fixture(scope="module")
+def simde():
+    if not SIMDE.exists():
+        message = "SIMDe is missing: apt-get install libsimde-dev"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+
+
+def _run(*command, **env):
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env={**os.environ, **env})
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def _hash_of(folder, level, flags):
+    binary = folder / level
+    _run("g++", "-std=c++17", "-O2", "-ffp-contract=off", *flags, f"-I{ROOT / 'kernels/cpu'}", f"-DTRANSFUSE_ISA={level}",
+         ROOT / "tests/isa/vec_parity.cpp", "-o", binary)
+    return _run(binary)
+
+
+def test_vector_operations_agree(simde, tmp_path):
+    """Every operation of vec.h: AVX2 against AVX-512 through emulation, and natively where there is AVX-512."""
+    expected = _hash_of(tmp_path, "avx2", AVX2)
+    assert _hash_of(tmp_path, "avx512", [*AVX2, "-w", "-include", EMULATION]) == expected
+    if "avx512" in _C.cpu_isa_levels():
+        assert _hash_of(tmp_path, "avx512", [*AVX2, *AVX512]) == expected
+
+
+# Runs in its own process, on whatever build of _C is first on the path: hashes of all ops on every level.
+ALL_OPS = """
+import hashlib, json, sys
+import torch, transfuse
+from transfuse import _C
+from transfuse.testing import draw
+
+def run():
+    results = {}
+    def keep(name, *tensors):
+        results[name] = hashlib.sha256(b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)).hexdigest()
+    for dtype in (torch.float32, torch.bfloat16):
+        for n in (1, 15, 16, 33, 384):
+            x, r, w, b = (draw(7, n, dtype=dtype, seed=1, requires_grad=True), draw(7, n, dtype=dtype, seed=2, requires_grad=True),
+                          draw(n, dtype=dtype, seed=3, requires_grad=True), draw(n, dtype=dtype, seed=4, requires_grad=True))
+            y = transfuse.layer_norm(x, (n,), w, b)
+            keep(f"layer_norm {dtype} {n}", y.detach(), *torch.autograd.grad(y.sum() + (y * y).sum(), (x, w, b)))
+            y, s = transfuse.add_layer_norm(x, r, (n,), w, b)
+            keep(f"add_layer_norm {dtype} {n}", y.detach(), s.detach(), *torch.autograd.grad((y * s).sum(), (x, r, w, b)))
+            for approximate in ("none", "tanh"):
+                y = transfuse.gelu(x * 3, approximate, bias=b)
+                keep(f"gelu {approximate} {dtype} {n}", y.detach(), *torch.autograd.grad((y * y).sum(), (x, b)))
+            mask = torch.arange(7 * n).view(7, n) % 3 > 0
+            y = transfuse.masked_softmax(x, mask, scale=2.0)
+            keep(f"masked_softmax {dtype} {n}", y.detach(), *torch.autograd.grad((y * y).sum(), (x,)))
+        for lq, lk, d in ((1, 1, 1), (5, 17, 8), (33, 65, 32), (70, 130, 64), (9, 20, 100)):
+            q, k, v = (draw(2, 4, lq, d, dtype=dtype, seed=5, requires_grad=True), draw(2, 2, lk, d, dtype=dtype, seed=6, requires_grad=True),
+                       draw(2, 2, lk, d, dtype=dtype, seed=7, requires_grad=True))
+            bias = draw(1, 4, lq, lk, dtype=dtype, seed=8, requires_grad=True)
+            for causal in (False, True):
+                y = transfuse.scaled_dot_product_attention(q, k, v, attn_bias=bias, is_causal=causal, enable_gqa=True)
+                keep(f"attention {dtype} {lq} {lk} {d} {causal}", y.detach(), *torch.autograd.grad((y * y).sum(), (q, k, v, bias)))
+    return results
+
+report = {}
+with transfuse.use_backend("cpu"):
+    for level in _C.cpu_isa_levels():
+        _C.set_cpu_isa(level)
+        report[level] = run()
+json.dump(report, sys.stdout)
+"""
+
+
+def _assert_levels_agree(report):
+    assert set(report) >= {"avx2", "avx512"}, f"levels run: {list(report)}"
+    assert len(report["avx2"]) > 60
+    for level, results in report.items():
+        wrong = [name for name, digest in results.items() if digest != report["avx2"][name]]
+        assert not wrong, f"{level} differs from avx2 in {wrong}"
+
+
+def test_ops_agree_between_levels_natively():
+    """All ops on every level this CPU has."""
+    import json
+
+    if "avx512" not in _C.cpu_isa_levels():
+        pytest.skip("this CPU has no AVX-512; test_ops_agree_between_levels_emulated covers it")
+    _assert_levels_agree(json.loads(_run(sys.executable, "-c", ALL_OPS)))
+
+
+def test_ops_agree_between_levels_emulated(simde):
+    """All ops with the AVX-512 levels compiled for AVX2 through emulated intrinsics, in a build of their own."""
+    import json
+
+    build, package = ROOT / "build/emulated", ROOT / "build/emulated/package"
+    _run("cmake", "-G", "Ninja", "-S", ROOT, "-B", build, "-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}",
+         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DTORCH_ROOT={Path(torch.__file__).parent}",
+         f"-DTRANSFUSE_EMULATED_INTRINSICS={EMULATION}", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    _run("cmake", "--build", build, "-j", os.cpu_count())
+    package.mkdir(exist_ok=True)
+    mirror = package / "transfuse"
+    mirror.mkdir(exist_ok=True)
+    for entry in (ROOT / "python/transfuse").iterdir():
+        link = mirror / entry.name
+        if entry.suffix != ".so" and not link.exists():
+            link.symlink_to(entry)
+    binary = next(build.glob("_C.*.so"))
+    link = mirror / binary.name
+    link.unlink(missing_ok=True)
+    link.symlink_to(binary)
+    _assert_levels_agree(json.loads(_run(sys.executable, "-c", ALL_OPS, PYTHONPATH=str(package))))
