@@ -3,8 +3,12 @@
 // Both ops are one kernel over a list of sequences: dense [B, H, L, D] is one sequence per batch entry, packed
 // [tokens, H, D] one per cu_seqlens entry. Tasks are handed to threads one after the other as they finish, which is
 // balanced for any mixture of lengths; the kernels' results do not depend on who runs a task.
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <optional>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #include "checks.h"
@@ -307,6 +311,113 @@ std::tuple<Tensor, Tensor> varlen_attention_forward(const Tensor query, const Te
   return {output, lse};
 }
 
+// ---- backward ----
+
+// What a backward takes beside the inputs: shapes as the forward left them.
+void check_saved(const char* op, const Tensor& query, const Tensor& value, const Tensor& grad_output, const std::optional<Tensor>& grad_lse,
+                 const Tensor& output, const Tensor& lse, const std::vector<int64_t>& lse_shape) {
+  std::vector<int64_t> output_shape(query.sizes().begin(), query.sizes().end());
+  output_shape.back() = value.size(value.dim() - 1);
+  const Tensor* outputs[] = {&grad_output, &output};
+  const char* names[] = {"grad_output", "output"};
+  for (int i = 0; i < 2; ++i) {
+    check_cpu(op, names[i], *outputs[i]);
+    check_dtype(op, names[i], *outputs[i], query.scalar_type());
+    check_shape(op, names[i], *outputs[i], output_shape);
+  }
+  check_cpu(op, "lse", lse);
+  check_dtype(op, "lse", lse, ScalarType::Float);
+  check_shape(op, "lse", lse, lse_shape);
+  if (!grad_lse) return;
+  check_cpu(op, "grad_lse", *grad_lse);
+  check_dtype(op, "grad_lse", *grad_lse, ScalarType::Float);
+  check_shape(op, "grad_lse", *grad_lse, lse_shape);
+}
+
+// One task per key/value head of a sequence; where tasks would add to one bias gradient, one task does them in order.
+void run_backward(const char* op, const Problem& problem, const AttentionBackwardParams& params, bool share_batch, bool share_heads) {
+  constexpr double products_per_forward = 2.5;
+  const cpu::AttentionKernels& kernels = cpu::pick_attention_kernels();
+  const int64_t sequences = params.problem.num_sequences, kv_heads = params.problem.num_kv_heads;
+  const int64_t batches = share_batch ? 1 : sequences, batch_step = share_batch ? sequences : 1;
+  const int64_t heads = share_heads ? 1 : kv_heads, head_step = share_heads ? kv_heads : 1;
+  if (sequences == 0 || kv_heads == 0) return;
+  run_tasks(op, batches * heads, problem.work * products_per_forward, kernels.backward_scratch_bytes(params),
+            [&](char* scratch, int64_t begin, int64_t end) {
+              for (int64_t task = begin; task < end; ++task)
+                for (int64_t i = 0; i < batch_step; ++i)
+                  for (int64_t j = 0; j < head_step; ++j)
+                    kernels.backward(params, scratch, task / heads * batch_step + i, task % heads * head_step + j);
+            });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor grad_output, std::optional<Tensor> grad_lse, const Tensor query,
+                                                              const Tensor key, const Tensor value, const Tensor output, const Tensor lse,
+                                                              std::optional<Tensor> bias, std::optional<Tensor> mask,
+                                                              std::optional<Tensor> seqlens_k, double scale, bool causal,
+                                                              bool bottom_right, std::vector<int64_t> bias_shape, bool need_bias_grad) {
+  const char* op = "attention";
+  const Problem problem = dense_problem(query, key, value, bias, mask, seqlens_k, scale, causal, bottom_right);
+  const int64_t batch = query.size(0), heads = query.size(1), seqlen_q = query.size(2), seqlen_k = key.size(2);
+  check_saved(op, query, value, grad_output, grad_lse, output, lse, {batch, heads, seqlen_q});
+  const ScalarType type = query.scalar_type();
+  const int64_t kv_heads = key.size(1), head_dim = query.size(3), value_head_dim = value.size(3);
+  const bool ragged = seqlens_k.has_value();  // rows beyond a sequence's keys are not visited: they start as 0
+  const Tensor grad_query = allocate_heads(batch, heads, seqlen_q, head_dim, type, false);
+  const Tensor grad_key = allocate_heads(batch, kv_heads, seqlen_k, head_dim, type, ragged);
+  const Tensor grad_value = allocate_heads(batch, kv_heads, seqlen_k, value_head_dim, type, ragged);
+  AttentionBackwardParams params{problem.params,
+                                 view(grad_output, dense_dims),
+                                 view(output, dense_dims),
+                                 view(grad_lse, dense_dims),
+                                 output_view(grad_query, dense_dims),
+                                 output_view(grad_key, dense_dims),
+                                 output_view(grad_value, dense_dims),
+                                 {nullptr, 0, 0, 0, 0}};
+  params.problem.lse = view(lse, dense_dims);
+  if (!need_bias_grad) {
+    run_backward(op, problem, params, false, false);
+    return {grad_query, grad_key, grad_value, allocate({0}, type, false)};
+  }
+  check(bias.has_value(), op, ": need_bias_grad is set, expected a bias");
+  const int64_t full[] = {batch, heads, seqlen_q, seqlen_k};
+  check(bias_shape.size() == 4, op, ": bias_shape has ", bias_shape.size(), " entries, expected 4");
+  int64_t strides[4], stride = 1;
+  for (int i = 3; i >= 0; --i) {
+    check(bias_shape[i] == full[i] || bias_shape[i] == 1, op, ": bias_shape[", i, "] is ", bias_shape[i], ", expected 1 or ", full[i]);
+    strides[i] = bias_shape[i] == full[i] ? stride : 0;
+    stride *= bias_shape[i];
+  }
+  const Tensor grad_bias = allocate(bias_shape, ScalarType::Double, true);
+  params.grad_bias = {static_cast<double*>(grad_bias.mutable_data_ptr()), strides[0], strides[1], strides[2], strides[3]};
+  run_backward(op, problem, params, bias_shape[0] != batch, bias_shape[1] != heads);
+  return {grad_query, grad_key, grad_value, torch::stable::to(grad_bias, bias->scalar_type())};
+}
+
+std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(const Tensor grad_output, std::optional<Tensor> grad_lse, const Tensor query,
+                                                             const Tensor key, const Tensor value, const Tensor output, const Tensor lse,
+                                                             const Tensor cu_seqlens_q, const Tensor cu_seqlens_k, int64_t max_seqlen_q,
+                                                             int64_t max_seqlen_k, double scale, bool causal, bool bottom_right) {
+  const char* op = "varlen_attention";
+  const Problem problem =
+      packed_problem(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, bottom_right);
+  check_saved(op, query, value, grad_output, grad_lse, output, lse, {query.size(1), query.size(0)});
+  const ScalarType type = query.scalar_type();
+  const auto like = [&](const Tensor& t) { return allocate({t.size(0), t.size(1), t.size(2)}, type, false); };
+  const Tensor grad_query = like(query), grad_key = like(key), grad_value = like(value);
+  AttentionBackwardParams params{problem.params,
+                                 view(grad_output, packed_dims),
+                                 view(output, packed_dims),
+                                 view(grad_lse, packed_lse_dims),
+                                 output_view(grad_query, packed_dims),
+                                 output_view(grad_key, packed_dims),
+                                 output_view(grad_value, packed_dims),
+                                 {nullptr, 0, 0, 0, 0}};
+  params.problem.lse = view(lse, packed_lse_dims);
+  run_backward(op, problem, params, false, false);
+  return {grad_query, grad_key, grad_value};
+}
+
 }  // namespace
 }  // namespace transfuse
 
@@ -317,9 +428,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transfuse, m) {
   m.def(
       "varlen_attention_forward(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, "
       "int max_seqlen_k, float scale, bool causal, bool bottom_right) -> (Tensor, Tensor)");
+  m.def(
+      "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, "
+      "Tensor? bias, Tensor? mask, Tensor? seqlens_k, float scale, bool causal, bool bottom_right, int[] bias_shape, "
+      "bool need_bias_grad) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "varlen_attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output, "
+      "Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, float scale, bool causal, "
+      "bool bottom_right) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transfuse, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&transfuse::attention_forward));
   m.impl("varlen_attention_forward", TORCH_BOX(&transfuse::varlen_attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&transfuse::attention_backward));
+  m.impl("varlen_attention_backward", TORCH_BOX(&transfuse::varlen_attention_backward));
 }

@@ -47,7 +47,7 @@ struct AttentionForwardParams {
 
 // Which dimensions of [B, Hq, Lq, Lk] the bias gradient keeps; the others are summed.
 struct AttentionBiasGrad {
-  float* data;  // null when not wanted; zero-filled by the host
+  double* data;  // null when not wanted; zero-filled by the host
   int64_t batch, head, row, col;  // strides, 0 where the bias was broadcast
 };
 
