@@ -30,6 +30,11 @@ MAX_ULP = {
     "masked_softmax_forward": 4.0,
     "layer_norm_forward": 2.0,
 }
+# The gradient of GELU crosses 0: within this distance of the root the bound is absolute.
+GELU_ROOT_ZONE = 1e-4
+GELU_ROOT_ERROR = 1e-7
+# A row of softmax weights sums to 1 within this.
+SOFTMAX_ROW_SUM_ERROR = 1e-6
 # Attention: pooled rms against float64, relative to the peer's; the largest row, relative to the peer's.
 ATTENTION_RMS_RATIO = 1.02
 ATTENTION_ROUNDING_RATIO = 1.05
