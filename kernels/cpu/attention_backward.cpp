@@ -171,10 +171,12 @@ void differentiate_panel(const Tile& t, int64_t r, Maximum maximum, f32 sum) {
                          grad_weights, n, false);
     const bool plain = t.plain(r, key, n);
     for (int64_t j = 0; j < n; ++j) {
-      const f32 w = load(weights + j * panel) * normaliser;
+      f32 w = load(weights + j * panel) * normaliser;
       f32 g = load(grad_weights + j * panel);
-      if (!plain) {  // V at an excluded key may be anything
-        g = select(load(keep + j * panel) > zero(), g, zero());
+      if (!plain) {  // V at an excluded key may be anything; the normaliser of a NaN row is NaN
+        const mask kept = load(keep + j * panel) > zero();
+        w = select(kept, w, zero());
+        g = select(kept, g, zero());
         store(grad_weights + j * panel, g);
       }
       store(weights + j * panel, w);
