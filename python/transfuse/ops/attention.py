@@ -118,6 +118,9 @@ def _run_cpu(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_
     if torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or (bias is not None and bias.requires_grad)
     ):
+        if torch.compiler.is_compiling():  # Dynamo takes no tensor twice
+            key = key.view_as(key) if key is query else key
+            value = value.view_as(value) if value is query or value is key else value
         return AttentionFunction.apply(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right)
     return _forward(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right)
 
@@ -225,7 +228,7 @@ def _normalise(
         features: option name -> value, for the options in use that only some backends have.
         restore: the caller's dimensions before [Lq, Dv], or None if there were four.
     """
-    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+    if isinstance(query, Tensor) and not query.is_meta and torch.is_autocast_enabled(query.device.type):
         query, key, value = _autocast(query, key, value)
     checks.check_tensors(_OP, query, key, value)
     query, key, value, lead = _to_4d(query, key, value, enable_gqa)
@@ -417,5 +420,5 @@ if not extension.cpu_unavailable and hasattr(torch.ops.transfuse, "attention_bac
         grad_output, grad_lse, query, key, value, output, lse, bias, mask, seqlens_k, scale, causal, bottom_right, bias_shape,
         need_bias_grad,
     ):
-        grads = [tensor.new_empty(tensor.shape) for tensor in (query, key, value)]
+        grads = [tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2) for tensor in (query, key, value)]
         return *grads, query.new_empty(bias_shape if need_bias_grad else (0,), dtype=(query if bias is None else bias).dtype)

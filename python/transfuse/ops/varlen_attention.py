@@ -102,6 +102,10 @@ def _cpu_unsupported(problem: VarlenAttentionProblem) -> tuple[str, ...]:
 
 def _run_cpu(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right, features):
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        if torch.compiler.is_compiling():  # Dynamo takes no tensor twice
+            key = key.view_as(key) if key is query else key
+            value = value.view_as(value) if value is query or value is key else value
+            cu_k = cu_k.view_as(cu_k) if cu_k is cu_q else cu_k
         return VarlenAttentionFunction.apply(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right)
     return _forward(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right)
 
@@ -182,7 +186,7 @@ def _normalise(
     alibi_slopes, sinks,
 ):
     """Checks everything once; returns what the implementations take, and the options that only some of them have."""
-    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+    if isinstance(query, Tensor) and not query.is_meta and torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (
             tensor if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64
