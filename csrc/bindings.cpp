@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "allocate.h"
 #include "cpu/isa.h"
 
 namespace py = pybind11;
@@ -38,5 +39,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What this binary was built with.");
   m.def("cpu_isa", [] { return transfuse::cpu::isa_name(transfuse::cpu::isa()); }, "The ISA level in force.");
   m.def("cpu_isa_levels", &cpu_isa_levels, "The levels this CPU can run, narrowest first; empty below AVX2 + FMA.");
+  m.def("set_nan_filled_empty", [](bool fill) { transfuse::nan_filled_empty = fill; }, py::arg("fill"),
+        "Fills the memory of new results with NaN (tests).");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("level"), "Forces an ISA level (tests); ValueError where the CPU lacks it.");
 }

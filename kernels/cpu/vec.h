@@ -120,6 +120,14 @@ TRANSFUSE_INLINE f32 narrow(f64 lo, f64 hi) {  // one rounding
   return {_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(lo.v)), _mm512_cvtpd_ps(hi.v), 1)};
 }
 TRANSFUSE_INLINE f64 load(const double* p) { return {_mm512_loadu_pd(p)}; }
+// Eight values from memory in double, and back with one rounding. On AVX2 a conversion that reads memory costs a quarter
+// of load, low() and high(), which move a half between the lanes of a register first.
+TRANSFUSE_INLINE f64 load64(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
+TRANSFUSE_INLINE f64 load64(const bf16* p) {
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)))};
+}
+TRANSFUSE_INLINE void store64(float* p, f64 a) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(a.v)); }
 TRANSFUSE_INLINE void store(double* p, f64 a) { _mm512_storeu_pd(p, a.v); }
 TRANSFUSE_INLINE f64 operator+(f64 a, f64 b) { return {_mm512_add_pd(a.v, b.v)}; }
 TRANSFUSE_INLINE f64 operator-(f64 a, f64 b) { return {_mm512_sub_pd(a.v, b.v)}; }
@@ -262,7 +270,11 @@ TRANSFUSE_INLINE f32 widen_bf16(__m256i h) {
   const __m256i lo = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(h)), hi = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(h, 1));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
 }
-TRANSFUSE_INLINE f32 load(const bf16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+TRANSFUSE_INLINE f32 load(const bf16* p) {  // two loads that widen, not one and a move between the lanes
+  const __m128i* half = reinterpret_cast<const __m128i*>(p);
+  const __m256i lo = _mm256_cvtepu16_epi32(_mm_loadu_si128(half)), hi = _mm256_cvtepu16_epi32(_mm_loadu_si128(half + 1));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
+}
 TRANSFUSE_INLINE f32 load(const bf16* p, int64_t n) {
   alignas(32) uint16_t buffer[16] = {};
   for (int64_t i = 0; i < n && i < lanes; ++i) buffer[i] = p[i].bits;
@@ -295,6 +307,16 @@ TRANSFUSE_INLINE f32 narrow(f64 lo, f64 hi) {
   return {_mm256_set_m128(_mm256_cvtpd_ps(lo.b), _mm256_cvtpd_ps(lo.a)), _mm256_set_m128(_mm256_cvtpd_ps(hi.b), _mm256_cvtpd_ps(hi.a))};
 }
 TRANSFUSE_INLINE f64 load(const double* p) { return {_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4)}; }
+TRANSFUSE_INLINE f64 load64(const float* p) { return {_mm256_cvtps_pd(_mm_loadu_ps(p)), _mm256_cvtps_pd(_mm_loadu_ps(p + 4))}; }
+TRANSFUSE_INLINE __m256d load_quarter(const bf16* p) {
+  const __m128i h = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(h), 16)));
+}
+TRANSFUSE_INLINE f64 load64(const bf16* p) { return {load_quarter(p), load_quarter(p + 4)}; }
+TRANSFUSE_INLINE void store64(float* p, f64 x) {
+  _mm_storeu_ps(p, _mm256_cvtpd_ps(x.a));
+  _mm_storeu_ps(p + 4, _mm256_cvtpd_ps(x.b));
+}
 TRANSFUSE_INLINE void store(double* p, f64 x) {
   _mm256_storeu_pd(p, x.a);
   _mm256_storeu_pd(p + 4, x.b);
@@ -321,9 +343,9 @@ TRANSFUSE_INLINE f64 abs(f64 x) {
   const __m256d sign = _mm256_set1_pd(-0.0);
   return {_mm256_andnot_pd(sign, x.a), _mm256_andnot_pd(sign, x.b)};
 }
-TRANSFUSE_INLINE __m256d power_of_two(__m256d n) {  // 2^n for integral |n| <= 1000
-  const __m256i k = _mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(n));
-  return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_add_epi64(k, _mm256_set1_epi64x(1023)), 52));
+TRANSFUSE_INLINE __m256d power_of_two(__m256d n) {  // 2^n for integral |n| <= 1000: the sum's low bits are n + 1023
+  const __m256d sum = _mm256_add_pd(n, _mm256_set1_pd(0x1.8p52 + 1023.0));
+  return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(sum), 52));
 }
 TRANSFUSE_INLINE f64 ldexp(f64 x, f64 n) { return {_mm256_mul_pd(x.a, power_of_two(n.a)), _mm256_mul_pd(x.b, power_of_two(n.b))}; }
 

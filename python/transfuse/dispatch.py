@@ -74,7 +74,7 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: an unknown name. TypeError: not a string.
     """
     global _override
-    _check_backend("use_backend", "name", name)
+    check_backend("use_backend", "name", name)
     before, _override = _override, name
     try:
         yield
@@ -82,7 +82,19 @@ def use_backend(name: str) -> Iterator[None]:
         _override = before
 
 
-def _check_backend(op: str, argument: str, name: object) -> None:
+@contextmanager
+def prefer_backend(name: str) -> Iterator[None]:
+    """What ``accelerate(model, backend=name)`` asks for: use_backend(name) where no use_backend() is in force."""
+    global _override
+    before = _override
+    _override = name if before is None else before
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def check_backend(op: str, argument: str, name: object) -> None:
     if not isinstance(name, str):
         raise TypeError(f"{op}: {argument} is a {type(name).__name__}, expected str")
     if name not in env.BACKENDS:

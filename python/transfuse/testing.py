@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from transfuse import extension
+
 # Unit roundoff: half the distance from 1 to the next number.
 UNIT_ROUNDOFF = {
     torch.float64: 2.0**-53,
@@ -28,12 +30,21 @@ MAX_ULP = {
     "masked_softmax_forward": 4.0,
     "layer_norm_forward": 2.0,
 }
+# The gradient of GELU crosses 0: within this distance of the root the bound is absolute.
+GELU_ROOT_ZONE = 1e-4
+GELU_ROOT_ERROR = 1e-7
+# A row of softmax weights sums to 1 within this.
+SOFTMAX_ROW_SUM_ERROR = 1e-6
 # Attention: pooled rms against float64, relative to the peer's; the largest row, relative to the peer's.
 ATTENTION_RMS_RATIO = 1.02
 ATTENTION_ROUNDING_RATIO = 1.05
 ATTENTION_ROW_RATIO = 1.25
 # Whole models in float32, largest absolute difference at kept positions (embeddings of unit length).
 MODEL_TOLERANCE = 2e-5
+# A mistake in attention that a test of fine-tuning must see: largest difference of the loss over the run.
+FINETUNE_MUTANT_LOSS = 1e-3
+# The same for 16-bit models, in units of the dtype's roundoff: every layer of both sides rounds its results.
+MODEL_ROUNDOFFS_16BIT = 16
 # Two neighbours whose scores differ by less than this may change places.
 NEIGHBOUR_MARGIN = 4e-5
 
@@ -54,6 +65,17 @@ def error_budget(dtype: torch.dtype, num_terms: int = 1) -> float:
         raise TypeError(f"error_budget: dtype is {dtype}, expected a floating dtype")
     accumulate = UNIT_ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32]
     return 2 * UNIT_ROUNDOFF[dtype] + 4 * math.sqrt(max(num_terms, 1)) * accumulate
+
+
+def model_tolerance(dtype: torch.dtype, scale: float = 1.0) -> float:
+    """Largest absolute difference allowed between stock's and the accelerated model's outputs at kept positions.
+
+    Args:
+        dtype: floating dtype of the outputs.
+        scale: largest magnitude among stock's outputs; below 1 it counts as 1.
+    """
+    relative = MODEL_TOLERANCE if dtype in (torch.float32, torch.float64) else MODEL_ROUNDOFFS_16BIT * UNIT_ROUNDOFF[dtype]
+    return relative * max(1.0, scale)
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0, shift: float = 0.0,
@@ -150,9 +172,13 @@ def nan_filled_empty() -> Iterator[None]:
               torch.utils.deterministic.fill_uninitialized_memory)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    if extension._C is not None:
+        extension._C.set_nan_filled_empty(True)
     try:
         yield
     finally:
+        if extension._C is not None:
+            extension._C.set_nan_filled_empty(False)
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = before[2]
 

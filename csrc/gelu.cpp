@@ -1,0 +1,115 @@
+// gelu: checks, allocation, threads. The arithmetic is kernels/cpu/gelu.cpp.
+#include "checks.h"
+
+#include "cpu/gelu.h"
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+namespace transfuse {
+namespace {
+
+constexpr const char* op = "gelu";
+constexpr int64_t block_length = 2048;    // elements of a row where no bias gives rows their length
+constexpr int64_t elements_per_task = 16384;  // below this a second thread costs more than it brings
+constexpr int64_t bias_chunk_rows = 64;   // rows whose bias gradient is summed by one thread; fixed, so the sum is too
+
+void check_bias(const Tensor& input, const std::optional<Tensor>& bias) {
+  if (!bias) return;
+  check_cpu(op, "bias", *bias);
+  check(bias->scalar_type() == input.scalar_type() || bias->scalar_type() == ScalarType::Float, op, ": bias has dtype ",
+        name_of(bias->scalar_type()), ", expected ", name_of(input.scalar_type()), " (input's) or float32");
+  check(input.dim() >= 1, op, ": input has shape (), expected at least one dimension to add bias to");
+  check(bias->dim() == 1 && bias->size(0) == input.size(input.dim() - 1), op, ": bias has shape ", shape_of(*bias), ", expected (",
+        input.size(input.dim() - 1), ",) (input's last dimension)");
+}
+
+// input and bias must be contiguous.
+cpu::GeluParams params_of(const Tensor& input, const std::optional<Tensor>& bias, bool tanh, const Tensor& output) {
+  cpu::GeluParams p{};
+  p.input = input.const_data_ptr();
+  p.bias = bias ? bias->const_data_ptr() : nullptr;
+  p.output = output.mutable_data_ptr();
+  p.size = input.numel();
+  p.columns = bias ? bias->size(0) : block_length;
+  p.dtype = kernel_dtype(op, "input", input);
+  p.bias_dtype = bias ? kernel_dtype(op, "bias", *bias) : p.dtype;
+  p.tanh = tanh;
+  return p;
+}
+
+int64_t rows_of(const cpu::GeluParams& p) { return (p.size + p.columns - 1) / p.columns; }
+int64_t rows_per_task(const cpu::GeluParams& p) { return std::max<int64_t>(1, elements_per_task / p.columns); }
+
+std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(transfuse::contiguous(*t)) : std::nullopt;
+}
+
+Tensor gelu_forward(Tensor input, std::optional<Tensor> bias, bool tanh) {
+  check_cpu(op, "input", input);
+  kernel_dtype(op, "input", input);
+  check_bias(input, bias);
+  input = transfuse::contiguous(input);
+  bias = contiguous_or_none(bias);
+  Tensor output = torch::stable::new_empty(input, input.sizes());
+  if (input.numel() == 0) return output;
+  const cpu::GeluParams p = params_of(input, bias, tanh, output);
+  const auto& kernels = cpu::pick_gelu_kernels();
+  torch::stable::parallel_for(0, rows_of(p), rows_per_task(p), [&](int64_t begin, int64_t end) { kernels.forward(p, begin, end); });
+  return output;
+}
+
+// The gradient of input + bias and, where wanted, its sum over rows: chunks of a fixed number of rows, added in order.
+std::tuple<Tensor, Tensor> gelu_backward(Tensor grad_output, Tensor input, std::optional<Tensor> bias, bool tanh, bool need_bias_grad) {
+  check_cpu(op, "input", input);
+  check_cpu(op, "grad_output", grad_output);
+  kernel_dtype(op, "input", input);
+  check_dtype(op, "grad_output", grad_output, input.scalar_type());
+  check_same_shape(op, "grad_output", grad_output, input, "input");
+  check_bias(input, bias);
+  check(!need_bias_grad || bias, op, ": need_bias_grad is True, expected a bias");
+  input = transfuse::contiguous(input);
+  grad_output = transfuse::contiguous(grad_output);
+  bias = contiguous_or_none(bias);
+  Tensor grad_input = torch::stable::new_empty(input, input.sizes());
+  const int64_t columns = need_bias_grad ? bias->size(0) : 0;
+  Tensor grad_bias = torch::stable::new_zeros(bias ? *bias : input, {columns});
+  if (input.numel() == 0) return {grad_input, grad_bias};
+
+  cpu::GeluParams p = params_of(input, bias, tanh, grad_input);
+  p.grad_output = grad_output.const_data_ptr();
+  const auto& kernels = cpu::pick_gelu_kernels();
+  const int64_t rows = rows_of(p);
+  if (!need_bias_grad) {
+    torch::stable::parallel_for(0, rows, rows_per_task(p),
+                                [&](int64_t begin, int64_t end) { kernels.backward(p, begin, end, nullptr); });
+    return {grad_input, grad_bias};
+  }
+  const int64_t chunks = (rows + bias_chunk_rows - 1) / bias_chunk_rows;
+  std::vector<double> sums(chunks * columns, 0.0);
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t first = chunk * bias_chunk_rows;
+      kernels.backward(p, first, std::min(rows, first + bias_chunk_rows), sums.data() + chunk * columns);
+    }
+  });
+  for (int64_t chunk = 1; chunk < chunks; ++chunk)
+    for (int64_t i = 0; i < columns; ++i) sums[i] += sums[chunk * columns + i];
+  kernels.round_sums(sums.data(), grad_bias.mutable_data_ptr(), columns, p.bias_dtype);
+  return {grad_input, grad_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(transfuse, m) {
+  m.def("gelu_forward(Tensor input, Tensor? bias, bool tanh) -> Tensor");
+  m.def("gelu_backward(Tensor grad_output, Tensor input, Tensor? bias, bool tanh, bool need_bias_grad) -> (Tensor grad_input, Tensor grad_bias)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(transfuse, CPU, m) {
+  m.impl("gelu_forward", TORCH_BOX(&gelu_forward));
+  m.impl("gelu_backward", TORCH_BOX(&gelu_backward));
+}
+
+}  // namespace transfuse

@@ -1,0 +1,188 @@
+// masked_softmax: checks, allocation, threads. The arithmetic is kernels/cpu/masked_softmax.cpp.
+#include "checks.h"
+
+#include "cpu/masked_softmax.h"
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+namespace transfuse {
+namespace {
+
+constexpr const char* op = "masked_softmax";
+constexpr int64_t elements_per_task = 16384;  // below this a second thread costs more than it brings
+
+int64_t rows_per_task(int64_t keys) { return std::max<int64_t>(1, elements_per_task / std::max<int64_t>(1, keys)); }
+
+void check_scale(double scale) { check(std::isfinite(scale), op, ": scale is ", scale, ", expected a finite number"); }
+
+cpu::MaskKind mask_kind(const Tensor& mask) {
+  switch (mask.scalar_type()) {
+    case ScalarType::Bool:
+      return cpu::MaskKind::keep;
+    case ScalarType::Float:
+      return cpu::MaskKind::additive_f32;
+    case ScalarType::BFloat16:
+      return cpu::MaskKind::additive_bf16;
+    default:
+      check(false, op, ": mask has dtype ", name_of(mask.scalar_type()), ", expected bool, float32 or bfloat16");
+      return cpu::MaskKind::none;
+  }
+}
+
+// mask is expanded to input's shape (stride 0 where it is broadcast).
+Tensor masked_softmax_forward(Tensor input, std::optional<Tensor> mask, double scale, bool causal, bool bottom_right) {
+  check_cpu(op, "input", input);
+  const int64_t dims = input.dim();
+  check(dims >= (causal ? 2 : 1), op, ": input has shape ", shape_of(input), ", expected at least ", causal ? 2 : 1, " dimensions");
+  check_scale(scale);
+  cpu::MaskedSoftmaxParams p{};
+  p.dtype = kernel_dtype(op, "input", input);
+  if (mask) {
+    check_cpu(op, "mask", *mask);
+    check_same_shape(op, "mask", *mask, input, "input");
+    p.mask_kind = mask_kind(*mask);
+    p.mask = mask->const_data_ptr();
+  }
+  input = transfuse::contiguous(input);
+  Tensor output = torch::stable::new_empty(input, input.sizes());
+  if (input.numel() == 0) return output;
+
+  std::vector<int64_t> outer_sizes, mask_strides;
+  for (int64_t d = 0; d < dims; ++d) {
+    if (d + 1 < dims) outer_sizes.push_back(input.size(d));
+    if (mask) mask_strides.push_back(mask->stride(d));
+  }
+  p.input = input.const_data_ptr();
+  p.output = output.mutable_data_ptr();
+  p.keys = input.size(dims - 1);
+  p.queries = dims >= 2 ? input.size(dims - 2) : 1;
+  p.outer_dims = dims - 1;
+  p.outer_sizes = outer_sizes.data();
+  p.mask_strides = mask_strides.data();
+  p.scale = scale;
+  p.causal = causal;
+  p.causal_offset = bottom_right ? p.keys - p.queries : 0;
+  const auto& kernels = cpu::pick_masked_softmax_kernels();
+  torch::stable::parallel_for(0, input.numel() / p.keys, rows_per_task(p.keys), [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(p.keys);
+    kernels.forward(p, begin, end, scratch.data());
+  });
+  return output;
+}
+
+// grad_output and output must be contiguous.
+cpu::MaskedSoftmaxGradParams grad_params(const Tensor& grad_output, const Tensor& output, double scale) {
+  cpu::MaskedSoftmaxGradParams p{};
+  p.grad_output = grad_output.const_data_ptr();
+  p.output = output.const_data_ptr();
+  p.keys = output.size(output.dim() - 1);
+  p.scale = scale;
+  p.dtype = kernel_dtype(op, "output", output);
+  return p;
+}
+
+void check_backward(const Tensor& grad_output, const Tensor& output) {
+  check_cpu(op, "output", output);
+  check_cpu(op, "grad_output", grad_output);
+  kernel_dtype(op, "output", output);
+  check_dtype(op, "grad_output", grad_output, output.scalar_type());
+  check(output.dim() >= 1, op, ": output has shape (), expected at least one dimension");
+  check_same_shape(op, "grad_output", grad_output, output, "output");
+}
+
+Tensor masked_softmax_backward(Tensor grad_output, Tensor output, double scale) {
+  check_backward(grad_output, output);
+  check_scale(scale);
+  grad_output = transfuse::contiguous(grad_output);
+  output = transfuse::contiguous(output);
+  Tensor grad_input = torch::stable::new_empty(output, output.sizes());
+  if (output.numel() == 0) return grad_input;
+  cpu::MaskedSoftmaxGradParams p = grad_params(grad_output, output, scale);
+  p.grad_input = grad_input.mutable_data_ptr();
+  const auto& kernels = cpu::pick_masked_softmax_kernels();
+  torch::stable::parallel_for(0, output.numel() / p.keys, rows_per_task(p.keys),
+                              [&](int64_t begin, int64_t end) { kernels.backward(p, begin, end); });
+  return grad_input;
+}
+
+// Which row of the mask each row of the output used, as rows grouped by mask row, ascending within each group.
+struct RowsOfMask {
+  std::vector<int64_t> rows, first;  // rows of mask row m: rows[first[m]], ..., rows[first[m + 1] - 1]
+};
+
+RowsOfMask group_rows(const Tensor& output, const Tensor& mask) {
+  const int64_t outer = output.dim() - 1;
+  int64_t count = 1, mask_rows = 1;
+  for (int64_t d = 0; d < outer; ++d) {
+    count *= output.size(d);
+    mask_rows *= mask.size(d);
+  }
+  std::vector<int64_t> used(count);
+  for (int64_t row = 0; row < count; ++row) {
+    int64_t rest = row, stride = 1;
+    for (int64_t d = outer - 1; d >= 0; --d) {
+      if (mask.size(d) != 1) used[row] += rest % output.size(d) * stride;
+      stride *= mask.size(d);
+      rest /= output.size(d);
+    }
+  }
+  RowsOfMask groups{std::vector<int64_t>(count), std::vector<int64_t>(mask_rows + 1)};
+  for (int64_t m : used) ++groups.first[m + 1];
+  for (int64_t m = 0; m < mask_rows; ++m) groups.first[m + 1] += groups.first[m];
+  std::vector<int64_t> next = groups.first;
+  for (int64_t row = 0; row < count; ++row) groups.rows[next[used[row]]++] = row;
+  return groups;
+}
+
+// Gradient of an additive mask of as many dimensions as output, size 1 where it was broadcast. Each mask element sums its
+// rows in ascending order in double, whatever the number of threads; float32, the caller rounds to the mask's dtype.
+Tensor masked_softmax_mask_backward(Tensor grad_output, Tensor output, Tensor mask) {
+  check_backward(grad_output, output);
+  check(mask.dim() == output.dim(), op, ": mask has ", mask.dim(), " dimensions, expected ", output.dim(), " (output's)");
+  for (int64_t d = 0; d < mask.dim(); ++d)
+    check(mask.size(d) == output.size(d) || mask.size(d) == 1, op, ": mask has shape ", shape_of(mask),
+          ", expected one that broadcasts to ", shape_of(output), " (output's)");
+  grad_output = transfuse::contiguous(grad_output);
+  output = transfuse::contiguous(output);
+  Tensor grad_mask = torch::stable::new_zeros(output, mask.sizes(), ScalarType::Float);
+  if (output.numel() == 0) return grad_mask;
+  const cpu::MaskedSoftmaxGradParams p = grad_params(grad_output, output, 1.0);
+  const RowsOfMask groups = group_rows(output, mask);
+  const int64_t mask_keys = mask.size(mask.dim() - 1);
+  float* result = static_cast<float*>(grad_mask.mutable_data_ptr());
+  const auto& kernels = cpu::pick_masked_softmax_kernels();
+  torch::stable::parallel_for(0, static_cast<int64_t>(groups.first.size()) - 1, 1, [&](int64_t begin, int64_t end) {
+    std::vector<double> sums(p.keys);
+    for (int64_t m = begin; m < end; ++m) {
+      std::fill(sums.begin(), sums.end(), 0.0);
+      for (int64_t i = groups.first[m]; i < groups.first[m + 1]; ++i) kernels.add_score_gradient(p, groups.rows[i], sums.data());
+      if (mask_keys == p.keys) {
+        for (int64_t j = 0; j < p.keys; ++j) result[m * mask_keys + j] = static_cast<float>(sums[j]);
+      } else {
+        double total = 0.0;
+        for (double sum : sums) total += sum;
+        result[m] = static_cast<float>(total);
+      }
+    }
+  });
+  return grad_mask;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(transfuse, m) {
+  m.def("masked_softmax_forward(Tensor input, Tensor? mask, float scale, bool causal, bool bottom_right) -> Tensor");
+  m.def("masked_softmax_backward(Tensor grad_output, Tensor output, float scale) -> Tensor");
+  m.def("masked_softmax_mask_backward(Tensor grad_output, Tensor output, Tensor mask) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(transfuse, CPU, m) {
+  m.impl("masked_softmax_forward", TORCH_BOX(&masked_softmax_forward));
+  m.impl("masked_softmax_backward", TORCH_BOX(&masked_softmax_backward));
+  m.impl("masked_softmax_mask_backward", TORCH_BOX(&masked_softmax_mask_backward));
+}
+
+}  // namespace transfuse

