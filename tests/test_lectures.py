@@ -76,15 +76,17 @@ def test_ice3_weights(backend, dtype):
     """Row 1 is where a missing 1 / sqrt(d_k) shows: unscaled its second weight is 0.99999989."""
     query, key = project(W_Q, dtype), project(W_K, dtype)
     weights, lse = scaled_dot_product_attention(query, key, torch.eye(2, dtype=dtype), return_lse=True)
-    assert_close(weights, torch.tensor([[9.730097e-05, 0.999902699], [0.0, 1.0]], dtype=torch.float64), 3, slack=2.0)
-    relative = (float(weights[0, 0]) - 9.730097e-05) / 9.730097e-05
-    assert abs(relative) < {torch.bfloat16: 2**-8, torch.float16: 2**-10}.get(dtype, 1e-5)
+    small = 1 / (1 + math.exp(16 / math.sqrt(3)))
+    assert f"{small:.6e} {1 - small:.9f}" == "9.730097e-05 0.999902699"
+    assert_close(weights, torch.tensor([[small, 1 - small], [0.0, 1.0]], dtype=torch.float64), 3, slack=2.0)
+    assert_close(weights[0, :1], torch.tensor([small], dtype=torch.float64), 3, slack=4.0)
     assert float(weights[1, 1]) == 1.0
     if dtype == torch.float64:
         assert math.isclose(float(weights[1, 0]), 3.5486e-153, rel_tol=1e-4)
     else:
         assert float(weights[1, 0]) == 0.0
-    assert_close(lse[1:], torch.tensor([339.4819582835], dtype=torch.float64), 3)
+    assert f"{588 / math.sqrt(3):.10f}" == "339.4819582835"
+    assert_close(lse[1:], torch.tensor([588 / math.sqrt(3)], dtype=torch.float64), 3)
 
 
 @everywhere
