@@ -23,7 +23,7 @@ struct Scratch {
   float *keys, *values;  // [D / 16][key_block][16], [Dv / 16][key_block][16]
   float* output;         // [Dv / 16][query_block][16]
   float *scores, *keep, *bias;  // [key_block][16]
-  float *maximum, *sum;         // [query_block]
+  float *maximum, *sum, *anchor;  // [query_block]; maximum and scores are relative to anchor
   int64_t floats;
 
   Scratch(const AttentionParams& p, void* memory) : floats(0) {
@@ -37,6 +37,7 @@ struct Scratch {
     bias = take(memory, key_block * panel);
     maximum = take(memory, query_block);
     sum = take(memory, query_block);
+    anchor = take(memory, query_block);
   }
   float* take(void* memory, int64_t n) {
     float* start = static_cast<float*>(memory) + floats;
@@ -50,28 +51,29 @@ int64_t forward_scratch_bytes(const AttentionForwardParams& params) {
   return Scratch(params.problem, anchor).floats * static_cast<int64_t>(sizeof(float));
 }
 
-// Turns a panel of scores into weights exp(logit - maximum), and brings sum and output of its rows to the new maximum.
-void softmax_panel(const Scratch& s, int64_t p, int64_t keys, bool first_block, bool plain, float scale, int64_t output_panels) {
+// Turns the scores of the panel at row r into weights exp(logit - maximum), and brings the sum and output of its rows to
+// the new maximum.
+void softmax_panel(const AttentionParams& p, const Scratch& s, int64_t r, int64_t keys, bool first_block, bool plain) {
+  const float scale = logit_scale(p);
   const ScaledExp weight(scale);
   float* scores = s.scores;
-  const f32 before = load(s.maximum + p * panel);
-  f32 most[4] = {before, before, before, before};  // max(x, y) is y where x is NaN: a NaN score shows in the sum
-  if (plain) {
-    int64_t j = 0;
-    for (; j + 4 <= keys; j += 4)
-      for (int64_t u = 0; u < 4; ++u) most[u] = max(load(scores + (j + u) * panel), most[u]);
-    for (; j < keys; ++j) most[0] = max(load(scores + j * panel), most[0]);
-  } else {
-    const f32 nothing = set1(-__builtin_inff());
-    for (int64_t j = 0; j < keys; ++j)
-      most[j % 4] = max(select(load(s.keep + j * panel) > zero(), load(scores + j * panel), nothing), most[j % 4]);
+  const float* keep = plain ? nullptr : s.keep;
+  const f32 before = load(s.maximum + r);
+  f32 anchor = load(s.anchor + r);
+  f32 maximum = row_maximum(scores, keep, keys);
+  const mask refine = saturated(maximum, scale) | ~(anchor == zero());
+  if (any(refine)) {
+    if (first_block) store(s.anchor + r, anchor = select(refine, maximum, zero()));
+    refine_scores(p, s.queries + r * p.head_dim, s.keys, key_block * panel, keys, p.bias.data ? s.bias : nullptr, refine, anchor,
+                  max(maximum, before + anchor), scores);
+    maximum = row_maximum(scores, keep, keys);
   }
-  const f32 maximum = max(max(most[0], most[1]), max(most[2], most[3]));
+  maximum = max(maximum, before);
 
   f32 sums[4] = {zero(), zero(), zero(), zero()};
   const auto emit = [&](int64_t j, f32& sum) {
     f32 w = weight(load(scores + j * panel) - maximum);
-    if (!plain) w = select(load(s.keep + j * panel) > zero(), w, zero());
+    if (keep) w = select(load(keep + j * panel) > zero(), w, zero());
     sum = sum + w;
     store(scores + j * panel, w);
   };
@@ -81,17 +83,17 @@ void softmax_panel(const Scratch& s, int64_t p, int64_t keys, bool first_block, 
   for (int64_t u = 0; j < keys; ++j, ++u) emit(j, sums[u]);
   const f32 sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
 
-  store(s.maximum + p * panel, maximum);
-  if (first_block) return store(s.sum + p * panel, sum);
+  store(s.maximum + r, maximum);
+  if (first_block) return store(s.sum + r, sum);
   const mask same = before == maximum;  // also where nothing was kept so far: both -inf
   const f32 factor = select(same, set1(1.0f), weight(before - maximum));
-  store(s.sum + p * panel, fma(load(s.sum + p * panel), factor, sum));
+  store(s.sum + r, fma(load(s.sum + r), factor, sum));
   if (all(same)) return;
   alignas(64) float factors[panel];
   store(factors, factor);
-  for (int64_t c = 0; c < output_panels; ++c) {
-    float* output = s.output + (c * query_block + p * panel) * panel;
-    for (int64_t r = 0; r < panel; ++r) store(output + r * panel, load(output + r * panel) * set1(factors[r]));
+  for (int64_t c = 0; c < panels(p.value_head_dim); ++c) {
+    float* output = s.output + (c * query_block + r) * panel;
+    for (int64_t i = 0; i < panel; ++i) store(output + i * panel, load(output + i * panel) * set1(factors[i]));
   }
 }
 
@@ -107,7 +109,8 @@ void write_rows(const AttentionForwardParams& params, const AttentionSequence& s
   for (int64_t r = 0; r < rows; ++r) {
     const float sum = empty ? 0.0f : s.sum[r];
     const bool nothing = sum == 0.0f;  // the largest weight of a row is 1, so only a row without keys sums to 0
-    lse[r * params.lse.row] = nothing ? -__builtin_inff() : __builtin_fmaf(s.maximum[r], logit_scale(p), __builtin_logf(sum));
+    const double top = (static_cast<double>(s.maximum[r]) + s.anchor[r]) * logit_scale(p);
+    lse[r * params.lse.row] = nothing ? -__builtin_inff() : static_cast<float>(top + __builtin_logf(sum));
     const f32 divisor = set1(sum);
     for_each_vec(p.value_head_dim, [&](int64_t c, int64_t n) {
       const f32 x = nothing ? zero() : load(s.output + c * query_block + r * panel) / divisor;
@@ -125,7 +128,10 @@ void forward_task(const AttentionForwardParams& params, const AttentionSequence&
   for (int64_t r = 0; r < rows; r += panel)
     pack_tensor_transposed(p.query, sequence.batch, head, sequence.query_row + query + r, smaller(panel, rows - r), p.head_dim,
                            query_sign(p), s.queries + r * p.head_dim);
-  for (int64_t r = 0; r < query_block; r += panel) store(s.maximum + r, set1(-__builtin_inff()));
+  for (int64_t r = 0; r < query_block; r += panel) {
+    store(s.maximum + r, set1(-__builtin_inff()));
+    store(s.anchor + r, zero());
+  }
 
   for (int64_t key = 0; key < key_stop; key += key_block) {
     const int64_t block_keys = smaller(key_block, key_stop - key);
@@ -139,7 +145,7 @@ void forward_task(const AttentionForwardParams& params, const AttentionSequence&
       const bool plain = tile_is_plain(p, sequence, query + r, key, keys);
       product<Along::rows>(s.keys, key_block * panel, s.queries + r * p.head_dim, p.head_dim, s.scores, keys, false);
       if (!plain) apply_mask_and_bias(p, sequence, head, query + r, panel_rows, key, keys, s.scores, s.keep, s.bias);
-      softmax_panel(s, r / panel, keys, key == 0, plain, logit_scale(p), output_panels);
+      softmax_panel(p, s, r, keys, key == 0, plain);
       for (int64_t c = 0; c < output_panels; ++c) {
         const float* values = s.values + c * key_block * panel;
         float* output = s.output + (c * query_block + r) * panel;

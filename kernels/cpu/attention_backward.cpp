@@ -75,26 +75,43 @@ struct Tile {
   }
 };
 
-// Scores of the panel at row r into weights(r), the panel's maxima.
-f32 score_panel(const Tile& t, int64_t r) {
+// Scores of one block of keys for the panel at row r into weights(r), and what it excludes into keep(r).
+void score_block(const Tile& t, int64_t r, int64_t key, int64_t n) {
   const Scratch& s = t.s;
-  const f32 nothing = set1(-__builtin_inff());
-  f32 most[4] = {nothing, nothing, nothing, nothing};
-  t.for_each_block([&](int64_t key, int64_t n) {
-    float* scores = t.weights(r) + key * panel;
-    float* keep = t.keep(r) + key * panel;
-    product<Along::rows>(s.keys + key * panel, s.length * panel, s.queries_across + r * t.p.head_dim, t.p.head_dim, scores, n, false);
-    if (t.plain(r, key, n)) {
-      for (int64_t j = 0; j < n; ++j) most[j % 4] = max(load(scores + j * panel), most[j % 4]);
-      if (t.guarded())
-        for (int64_t j = 0; j < n; ++j) store(keep + j * panel, set1(1.0f));
-      return;
-    }
+  float* scores = t.weights(r) + key * panel;
+  float* keep = t.keep(r) + key * panel;
+  product<Along::rows>(s.keys + key * panel, s.length * panel, s.queries_across + r * t.p.head_dim, t.p.head_dim, scores, n, false);
+  if (!t.plain(r, key, n))
     apply_mask_and_bias(t.p, t.sequence, t.head, t.query + r, smaller(panel, t.rows - r), key, n, scores, keep, s.bias);
-    for (int64_t j = 0; j < n; ++j)
-      most[j % 4] = max(select(load(keep + j * panel) > zero(), load(scores + j * panel), nothing), most[j % 4]);
+  else if (t.guarded())
+    for (int64_t j = 0; j < n; ++j) store(keep + j * panel, set1(1.0f));
+}
+
+struct Maximum {
+  f32 value, anchor;  // the scores are relative to anchor, 0 but in saturated rows
+};
+
+// Scores of the panel at row r into weights(r).
+Maximum score_panel(const Tile& t, int64_t r) {
+  const auto maximum_of_block = [&](int64_t key, int64_t n) {
+    return row_maximum(t.weights(r) + key * panel, t.plain(r, key, n) ? nullptr : t.keep(r) + key * panel, n);
+  };
+  f32 maximum = set1(-__builtin_inff());
+  t.for_each_block([&](int64_t key, int64_t n) {
+    score_block(t, r, key, n);
+    maximum = max(maximum, maximum_of_block(key, n));
   });
-  return max(max(most[0], most[1]), max(most[2], most[3]));
+  const mask refine = saturated(maximum, logit_scale(t.p));
+  if (!any(refine)) return {maximum, zero()};
+  const f32 anchor = select(refine, maximum, zero());
+  f32 refined = set1(-__builtin_inff());
+  t.for_each_block([&](int64_t key, int64_t n) {
+    score_block(t, r, key, n);  // again: refining needs the block's bias
+    refine_scores(t.p, t.s.queries_across + r * t.p.head_dim, t.s.keys + key * panel, t.s.length * panel, n,
+                  t.p.bias.data ? t.s.bias : nullptr, refine, anchor, maximum, t.weights(r) + key * panel);
+    refined = max(refined, maximum_of_block(key, n));
+  });
+  return {refined, anchor};
 }
 
 // weights(r) = exp(logit - maximum), and their sums.
@@ -134,12 +151,13 @@ float output_dot(const Tile& t, int64_t r) {
 }
 
 // weights(r) become P and grad_scores(r) become dS.
-void differentiate_panel(const Tile& t, int64_t r, f32 maximum, f32 sum) {
+void differentiate_panel(const Tile& t, int64_t r, Maximum maximum, f32 sum) {
   const Scratch& s = t.s;
   // lse is that of these very keys, or of more keys when a longer row was computed in parts (ring attention): then it
   // is P's true normaliser, and delta is that of the whole row. The two are told apart by the weight that this part has.
   const f32 lse = load_statistic(t, t.params.problem.lse, r);
-  const f32 part = exp_nonpositive(fms(maximum, set1(logit_scale(t.p)), lse)) * sum;
+  const f32 scale = set1(logit_scale(t.p));
+  const f32 part = exp_nonpositive(fma(maximum.value, scale, fms(maximum.anchor, scale, lse))) * sum;
   const f32 rounding = fma(abs(lse), set1(0x1p-20f), set1(0x1p-20f));  // a few ulp of lse
   const mask whole = ~(abs(part - set1(1.0f)) > rounding);
   const f32 normaliser = select(sum > zero(), select(whole, set1(1.0f), part) / sum, select(isnan(sum), sum, zero()));
@@ -153,10 +171,12 @@ void differentiate_panel(const Tile& t, int64_t r, f32 maximum, f32 sum) {
                          grad_weights, n, false);
     const bool plain = t.plain(r, key, n);
     for (int64_t j = 0; j < n; ++j) {
-      const f32 w = load(weights + j * panel) * normaliser;
+      f32 w = load(weights + j * panel) * normaliser;
       f32 g = load(grad_weights + j * panel);
-      if (!plain) {  // V at an excluded key may be anything
-        g = select(load(keep + j * panel) > zero(), g, zero());
+      if (!plain) {  // V at an excluded key may be anything; the normaliser of a NaN row is NaN
+        const mask kept = load(keep + j * panel) > zero();
+        w = select(kept, w, zero());
+        g = select(kept, g, zero());
         store(grad_weights + j * panel, g);
       }
       store(weights + j * panel, w);
@@ -267,8 +287,8 @@ void differentiate_tile(Tile t) {
     pack_tensor_transposed(grad_output, batch, t.head, row + r, n, p.value_head_dim, 1.0f, s.grads_across + r * p.value_head_dim);
   }
   for (int64_t r = 0; r < t.rows; r += panel) {
-    const f32 maximum = score_panel(t, r);
-    const f32 sum = weigh_panel(t, r, maximum);
+    const Maximum maximum = score_panel(t, r);
+    const f32 sum = weigh_panel(t, r, maximum.value);
     differentiate_panel(t, r, maximum, sum);
   }
   add_over_queries(t, s.weights, s.grads, p.value_head_dim, t.finite_grads, s.grad_values);

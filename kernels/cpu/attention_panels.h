@@ -266,16 +266,83 @@ void apply_mask_and_bias(const AttentionParams& p, const AttentionSequence& s, i
   }
 }
 
-// exp(scale * difference) for difference <= 0, the product not rounded.
+// exp(scale * difference) for difference <= 0, <= 1 ULP: the product is not rounded. Weights below 2^-126 are 0.
 struct ScaledExp {
-  f32 scale, lowest;
-  TRANSFUSE_INLINE explicit ScaledExp(float s) : scale(set1(s)), lowest(set1(exp_lowest / s)) {}
+  f32 scale, scale_log2e, lowest;
+
+  TRANSFUSE_INLINE explicit ScaledExp(float s) : scale(set1(s)), scale_log2e(set1(s * exp_log2e)) {
+    constexpr float zero_from = -88.0f, largest = 0x1.fffffep127f;  // e^-88 < 2^-126
+    // A finite bound, since -inf * scale - n ln 2 is NaN.
+    lowest = set1(s > 0.0f ? __builtin_fmaxf(-largest, zero_from / s) : 0.0f);
+  }
   TRANSFUSE_INLINE f32 operator()(f32 difference) const {
-    const f32 d = max(lowest, difference);  // in this order a NaN is kept
-    const f32 x = d * scale;
-    return exp_nonpositive(x, fms(d, scale, x));
+    const f32 integer = set1(exp_integer + 127.0f);  // the low bits of the sum are the biased exponent, 0 from e^-88 on
+    const f32 d = max(lowest, difference);           // in this order a NaN is kept
+    const f32 shifted = fma(d, scale_log2e, integer);
+    const f32 n = shifted - integer;
+    const f32 r = fnma(n, set1(exp_ln2_lo), fma(d, scale, n * set1(-exp_ln2_hi)));  // n * ln2_hi is exact
+    return exp_polynomial(r) * from_bits(shift_left<23>(bits(shifted)));
   }
 };
+
+// ---- saturated rows ----
+//
+// A score of size x carries an absolute error of about x * 2^-24, and exp makes it a relative error of the weights. Rows
+// whose largest logit is beyond saturated_logit therefore compute their leading scores again in double, and keep all
+// scores relative to an anchor of the row's size, so that rounding them to float costs nothing that matters.
+
+constexpr float saturated_logit = 128.0f;
+constexpr float leading_logits = 32.0f;       // e^-32 of the largest weight is below the rounding of the sum
+constexpr float score_rounding = 0x1p-15f;    // a bound of a score's relative error, for what may be leading
+
+TRANSFUSE_INLINE mask saturated(f32 maximum, float scale) {
+  const f32 size = abs(maximum) * set1(scale);
+  return (size > set1(saturated_logit)) & (size < set1(__builtin_inff()));
+}
+
+// scores[key] - anchor, in rows (lanes) of `refine` exact to one rounding where the score may lead given the row's maximum.
+// `queries` is the transposed panel, `keys` the first key in panels `key_panel` apart, bias a panel or null.
+void refine_scores(const AttentionParams& p, const float* queries, const float* keys, int64_t key_panel, int64_t n, const float* bias,
+                   mask refine, f32 anchor, f32 maximum, float* scores) {
+  const f32 leading = maximum - fma(abs(maximum), set1(score_rounding), set1(leading_logits / logit_scale(p)));
+  const f64 scale = set1d(score_scale(p));
+  for (int64_t j = 0; j < n; ++j) {
+    const f32 score = load(scores + j * panel);
+    const mask leads = refine & (score >= leading);
+    f32 shifted = score - anchor;
+    if (any(leads)) {
+      f64 lo = zero64(), hi = zero64();
+      for (int64_t d = 0; d < p.head_dim; ++d) {
+        const f32 q = load(queries + d * panel);
+        const f64 k = set1d(keys[d / panel * key_panel + j * panel + d % panel]);
+        lo = fma(low(q), k, lo);
+        hi = fma(high(q), k, hi);
+      }
+      if (bias) {
+        const f32 b = load(bias + j * panel);
+        lo = fma(lo, scale, low(b));
+        hi = fma(hi, scale, high(b));
+      }
+      shifted = select(leads, narrow(lo - low(anchor), hi - high(anchor)), shifted);
+    }
+    store(scores + j * panel, shifted);
+  }
+}
+
+// The largest kept score of each row; keep is null where all are. A NaN score is passed over: it shows in the sum.
+f32 row_maximum(const float* scores, const float* keep, int64_t n) {
+  const f32 nothing = set1(-__builtin_inff());
+  f32 most[4] = {nothing, nothing, nothing, nothing};
+  int64_t j = 0;
+  const auto take = [&](int64_t at, f32& m) {
+    const f32 score = load(scores + at * panel);
+    m = max(keep ? select(load(keep + at * panel) > zero(), score, nothing) : score, m);  // m where the score is NaN
+  };
+  for (; j + 4 <= n; j += 4)
+    for (int64_t u = 0; u < 4; ++u) take(j + u, most[u]);
+  for (; j < n; ++j) take(j, most[0]);
+  return max(max(most[0], most[1]), max(most[2], most[3]));
+}
 
 }  // namespace
 }  // namespace transfuse::cpu::TRANSFUSE_ISA

@@ -25,15 +25,19 @@ constexpr float exp_lowest = -104.5f;          // e^-104.5 rounds to 0, and so d
 constexpr float exp_highest = 89.0f;           // e^89 overflows, and so does everything above
 constexpr float exp_integer = 0x1.8p23f;       // adding it rounds to an integer, found in the low bits of the sum
 
-// e^r for the r that is left of x + residual after taking n ln 2 out.
-TRANSFUSE_INLINE f32 exp_fraction(f32 x, f32 n, f32 residual) {
-  const f32 r = fnma(n, set1(exp_ln2_lo), fnma(n, set1(exp_ln2_hi), x)) + residual;
+// e^r for |r| <= ln 2 / 2.
+TRANSFUSE_INLINE f32 exp_polynomial(f32 r) {
   f32 q = set1(0x1.6a243ap-10f);
   q = fma(q, r, set1(0x1.1239e2p-7f));
   q = fma(q, r, set1(0x1.5558f2p-5f));
   q = fma(q, r, set1(0x1.555492p-3f));
   q = fma(q, r, set1(0x1.fffffcp-2f));
   return fma(fma(q, r, set1(1.0f)), r, set1(1.0f));
+}
+
+// e^r for the r that is left of x + residual after taking n ln 2 out.
+TRANSFUSE_INLINE f32 exp_fraction(f32 x, f32 n, f32 residual) {
+  return exp_polynomial(fnma(n, set1(exp_ln2_lo), fnma(n, set1(exp_ln2_hi), x)) + residual);
 }
 
 TRANSFUSE_INLINE f32 exp(f32 x, f32 residual) {

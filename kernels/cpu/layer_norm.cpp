@@ -158,7 +158,7 @@ void forward_rows(const LayerNormForwardParams& p, int64_t begin, int64_t end) {
 //   grad_input = rstd * (g - mean(g) - xhat * mean(g * xhat))
 struct Projections {
   FloatRow row;
-  float mean_g, mean_g_xhat;  // times row.rest
+  float mean_g, mean_g_xhat;
 };
 
 // The statistics are taken anew from the input: the saved ones are float32, and a mean rounded to float32 is off by a
@@ -182,7 +182,7 @@ TRANSFUSE_INLINE Projections project_row(const T* x, const T* grad_output, const
     mean_g += reduce_add(widen(sum_g));
     mean_g_xhat += reduce_add(widen(sum_g_xhat));
   }
-  return {row, static_cast<float>(mean_g / cols * row.rest), static_cast<float>(mean_g_xhat / cols * row.rest)};
+  return {row, static_cast<float>(mean_g / cols), static_cast<float>(mean_g_xhat / cols)};
 }
 
 template <int64_t count, class T, class W>
@@ -204,9 +204,9 @@ TRANSFUSE_INLINE void differentiate_rows(const LayerNormBackwardParams& p, int64
       weight_sum = fma(grad, xhat, weight_sum);
       bias_sum = bias_sum + grad;
       if (!grad_input) continue;
-      const f32 centered = fnma(xhat, set1(rows[r].mean_g_xhat), fms(grad * scale, set1(rows[r].row.rest), set1(rows[r].mean_g)));
+      const f32 projected = fnma(xhat, set1(rows[r].mean_g_xhat), grad * scale - set1(rows[r].mean_g));
       const f32 past_norm = grad_sum ? load_n(grad_sum + at, n) : zero();
-      store_n(grad_input + at, fma(centered, set1(rows[r].row.scale), past_norm), n);
+      store_n(grad_input + at, fma(projected * set1(rows[r].row.rest), set1(rows[r].row.scale), past_norm), n);
     }
     if (weight_sums) store_wide(weight_sums + i, load_wide(weight_sums + i) + widen(weight_sum));
     if (bias_sums) store_wide(bias_sums + i, load_wide(bias_sums + i) + widen(bias_sum));

@@ -30,12 +30,19 @@ MAX_ULP = {
     "masked_softmax_forward": 4.0,
     "layer_norm_forward": 2.0,
 }
+# The gradient of GELU crosses 0: within this distance of the root the bound is absolute.
+GELU_ROOT_ZONE = 1e-4
+GELU_ROOT_ERROR = 1e-7
+# A row of softmax weights sums to 1 within this.
+SOFTMAX_ROW_SUM_ERROR = 1e-6
 # Attention: pooled rms against float64, relative to the peer's; the largest row, relative to the peer's.
 ATTENTION_RMS_RATIO = 1.02
 ATTENTION_ROUNDING_RATIO = 1.05
 ATTENTION_ROW_RATIO = 1.25
 # Whole models in float32, largest absolute difference at kept positions (embeddings of unit length).
 MODEL_TOLERANCE = 2e-5
+# A mistake in attention that a test of fine-tuning must see: largest difference of the loss over the run.
+FINETUNE_MUTANT_LOSS = 1e-3
 # The same for 16-bit models, in units of the dtype's roundoff: every layer of both sides rounds its results.
 MODEL_ROUNDOFFS_16BIT = 16
 # Two neighbours whose scores differ by less than this may change places.

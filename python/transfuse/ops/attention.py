@@ -332,6 +332,8 @@ def _masks(attn_mask, attn_bias, query, lead, scores_shape):
 
 def _scores_4d(tensor: Tensor, lead: torch.Size | None) -> Tensor:
     """A mask or bias with four dimensions, 1 where it broadcasts. Leading dimensions become the batch."""
+    if tensor.dim() == 4 and lead is not None and len(lead) == 1:
+        return tensor
     if lead is not None and len(lead) > 1 and any(size != 1 for size in tensor.shape[:-3]):
         tensor = tensor.expand(*lead, *tensor.shape[-3:])
         return tensor.flatten(0, -4)

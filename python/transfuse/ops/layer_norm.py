@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from transfuse import dispatch, extension
 from transfuse.dispatch import Implementation, cpu_reasons, supports_all
@@ -35,13 +36,13 @@ def layer_norm(
         Contiguous tensor of input's shape and dtype. Differentiable once (the reference backend: any number of times).
     Numerics:
         Statistics in float64, in the backward too. float32: within 2 ULP of max(|weight * xhat|, |bias|, 1) for mean/std
-        up to 1e6 and |input| from subnormals to 1e37; bfloat16: one rounding of the float32 result. A constant row gives
-        exactly ``bias`` (NaN with eps=0, as 0/0 is); a row with NaN or inf gives NaN. Every row is computed alone: its bits
-        do not depend on the batch, on its position or on the number of threads, nor do those of any gradient on threads.
-        On a GPU autocast runs it in float32, on the CPU in input's dtype, as torch does.
+        up to 1e6 and |input| from subnormals to 1e37; bfloat16: one rounding of a float32 result. A constant row gives
+        exactly ``bias`` (NaN with eps=0, as 0/0 is); a row with NaN or inf gives NaN. A row's bits do not depend on the
+        batch, on its position or on the number of threads; those of the gradients of weight and bias not on threads.
+        Autocast runs it in float32 on a GPU and leaves it alone on the CPU, as it does with torch's.
     Raises:
         TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape. RuntimeError: weight or bias on
-        another device; a second derivative of a compiled kernel; torch.func.vmap over a gradient.
+        another device; a second or forward-mode derivative of a compiled kernel; torch.func.vmap over a gradient.
     Source:
         Ba, Kiros, Hinton: Layer Normalization, 2016, https://arxiv.org/abs/1607.06450
     """
@@ -178,10 +179,16 @@ def _key(input: Tensor) -> tuple:
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def _run_cpu(input, weight, bias, ndim, eps):
+    if forward_ad._current_level >= 0:
+        _refuse_tangents("layer_norm", input, weight, bias)
     if _wants_grad(input, weight, bias):
         return LayerNormFunction.apply(input, weight, bias, ndim, eps)
     return torch.ops.transfuse.layer_norm_forward.default(input, weight, bias, ndim, eps)[0]
@@ -196,6 +203,8 @@ def _run_reference(input, weight, bias, ndim, eps):
 
 
 def _add_cpu(input, residual, weight, bias, ndim, eps):
+    if forward_ad._current_level >= 0:
+        _refuse_tangents("add_layer_norm", input, residual, weight, bias)
     if _wants_grad(input, residual, weight, bias):
         return AddLayerNormFunction.apply(input, residual, weight, bias, ndim, eps)
     return torch.ops.transfuse.add_layer_norm_forward.default(input, residual, weight, bias, ndim, eps)[:2]
@@ -302,9 +311,7 @@ class LayerNormBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise RuntimeError(
-            f"{ctx.op}: the cpu backend has no second derivative; run under transfuse.use_backend('reference'), which has"
-        )
+        raise RuntimeError(f"{ctx.op}: the cpu backend has no second derivative; {_REFERENCE_HAS}")
 
     @staticmethod
     def vmap(info, in_dims, op, *arguments):
@@ -320,6 +327,16 @@ def _backward(op, ctx, grad_output, grad_sum, wanted):
     else:
         grads = torch.ops.transfuse.layer_norm_backward.default(*arguments)
     return tuple(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True))
+
+
+_REFERENCE_HAS = "run under transfuse.use_backend('reference'), which has"
+
+
+def _refuse_tangents(op: str, *tensors: Tensor | None) -> None:
+    """Forward mode (jvp): the raw op would let it pass with tangents of 0."""
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(f"{op}: the cpu backend has no forward-mode derivative; {_REFERENCE_HAS}")
 
 
 def _no_vmap(op: str) -> RuntimeError:

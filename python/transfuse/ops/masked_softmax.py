@@ -1,0 +1,264 @@
+"""masked_softmax: the public function, what runs it, and its gradient. The arithmetic is kernels/cpu/masked_softmax.cpp."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from transfuse import dispatch, extension
+from transfuse.dispatch import Implementation, cpu_reasons, supports_all
+from transfuse.reference.masked_softmax import masked_softmax_reference
+
+_ALIGNMENTS = ("top_left", "bottom_right")
+
+
+def masked_softmax(
+    input: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    is_causal: bool = False,
+    causal_alignment: str = "top_left",
+    dim: int = -1,
+) -> Tensor:
+    """``softmax(scale * input + mask)`` over ``dim``; an excluded key weighs exactly 0.
+
+        weights = transfuse.masked_softmax(query @ key.mT, keep[:, None, None, :], scale=head_dim**-0.5)
+
+    Args:
+        input: [..., queries, keys] (keys at ``dim``), floating dtype, any strides.
+        mask: broadcastable to input, any strides. bool: True keeps, False excludes. Floating, of input's dtype or float32:
+            added to the scaled input; -inf excludes, any other value is a number; may require grad.
+        scale: factor of input.
+        is_causal: query i sees keys j <= i + offset; ``dim`` is then one of the last two, the other one holds the queries.
+        causal_alignment: "top_left", offset 0, or "bottom_right", offset keys - queries.
+        dim: dimension of the keys.
+    Returns:
+        Tensor of input's shape and dtype. Differentiable once (the reference backend: any number of times).
+    Numerics:
+        float32: within 3 ULP per element at any logit size, a row sums to 1 within 1e-6; a row of one valid key is exactly 1
+        there; a row of none is 0, forward and backward. A NaN or +inf in a valid score, or -inf in all of them, gives NaN at
+        the row's valid keys. bfloat16: one rounding of the float32 result. Every row is computed alone, so its bits depend
+        neither on the batch nor on threads; excluded keys at its end change none. The gradient of a mask is summed in
+        float64 in a fixed order. On a GPU autocast runs it in float32, on the CPU in input's dtype, as torch does.
+    Raises:
+        TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape, dim, scale or alignment. RuntimeError:
+        mask on another device; a second derivative of a compiled kernel; torch.func.vmap over a gradient.
+    """
+    _check(input, mask, scale, is_causal, causal_alignment, dim)
+    input, mask = _autocast(input, mask)
+    input, mask = _keys_last(input, mask, dim)
+    chosen = dispatch.select("masked_softmax", IMPLEMENTATIONS, _key(input, mask), lambda: _problem(input, mask, is_causal))
+    output = chosen.run(input, mask, float(scale), bool(is_causal), causal_alignment == "bottom_right")
+    return output if dim in (-1, output.dim() - 1) else output.transpose(dim, -1)
+
+
+def _check(input, mask, scale, is_causal, causal_alignment, dim) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"masked_softmax: input is a {type(input).__name__}, expected a Tensor")
+    if not input.is_floating_point():
+        raise TypeError(f"masked_softmax: input has dtype {_name(input.dtype)}, expected a floating dtype")
+    if input.dim() == 0:
+        raise ValueError("masked_softmax: input has shape (), expected at least one dimension")
+    if not isinstance(dim, int):
+        raise TypeError(f"masked_softmax: dim is a {type(dim).__name__}, expected an int")
+    if not -input.dim() <= dim < input.dim():
+        raise ValueError(f"masked_softmax: dim is {dim}, expected {-input.dim()} to {input.dim() - 1}")
+    if not isinstance(scale, (int, float)):
+        raise TypeError(f"masked_softmax: scale is a {type(scale).__name__}, expected a float")
+    if not math.isfinite(scale):
+        raise ValueError(f"masked_softmax: scale is {scale}, expected a finite number")
+    if causal_alignment not in _ALIGNMENTS:
+        raise ValueError(f"masked_softmax: causal_alignment is {causal_alignment!r}, expected 'top_left' or 'bottom_right'")
+    if is_causal and input.dim() < 2:
+        raise ValueError(f"masked_softmax: input has shape {tuple(input.shape)}, expected [..., queries, keys] with is_causal")
+    if is_causal and dim % input.dim() < input.dim() - 2:
+        raise ValueError(f"masked_softmax: dim is {dim}, expected one of the last two dimensions with is_causal")
+    if mask is not None:
+        _check_mask(input, mask)
+
+
+def _check_mask(input: Tensor, mask: Tensor) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"masked_softmax: mask is a {type(mask).__name__}, expected a Tensor or None")
+    if mask.dtype not in (torch.bool, input.dtype, torch.float32):
+        raise TypeError(f"masked_softmax: mask has dtype {_name(mask.dtype)}, expected bool or {_name(input.dtype)} (input's)")
+    extra = input.dim() - mask.dim()
+    if extra < 0 or any(m not in (1, n) for m, n in zip(mask.shape, input.shape[extra:], strict=True)):
+        raise ValueError(f"masked_softmax: mask has shape {tuple(mask.shape)}, expected one that broadcasts to "
+                         f"{tuple(input.shape)} (input's)")
+    if mask.device != input.device:
+        raise RuntimeError(f"masked_softmax: mask is on {mask.device}, expected {input.device} (input's)")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _autocast(input: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """float32 where torch's autocast says so: softmax is on its list for GPUs and not on that for the CPU."""
+    device = input.device.type
+    if device == "cpu" or input.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return input, mask
+    return input.float(), mask if mask is None or mask.dtype == torch.bool else mask.float()
+
+
+def _keys_last(input: Tensor, mask: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:
+    """Views with keys in the last dimension; the mask with input's number of dimensions, broadcast ones of size 1."""
+    if mask is not None and mask.dim() < input.dim():
+        mask = mask[(None,) * (input.dim() - mask.dim())]
+    if dim in (-1, input.dim() - 1):
+        return input, mask
+    return input.transpose(dim, -1), None if mask is None else mask.transpose(dim, -1)
+
+
+# ---- what runs it ----
+
+
+@dataclass(frozen=True)
+class MaskedSoftmaxProblem(dispatch.Problem):
+    """What a backend decides on."""
+
+    mask_dtype: torch.dtype | None
+    is_causal: bool
+
+
+def _problem(input: Tensor, mask: Tensor | None, is_causal: bool) -> MaskedSoftmaxProblem:
+    mask_dtype = None if mask is None else mask.dtype
+    return MaskedSoftmaxProblem("masked_softmax", input.device.type, input.dtype, _wants_grad(input, mask), mask_dtype, bool(is_causal))
+
+
+def _key(input: Tensor, mask: Tensor | None) -> tuple:
+    return input.device.type, input.dtype, None if mask is None else mask.dtype
+
+
+def _wants_grad(input: Tensor, mask: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (input.requires_grad or mask is not None and mask.requires_grad)
+
+
+def _run_cpu(input, mask, scale, causal, bottom_right):
+    if _wants_grad(input, mask):
+        return MaskedSoftmaxFunction.apply(input, mask, scale, causal, bottom_right)
+    return _forward(input, mask, scale, causal, bottom_right)
+
+
+def _forward(input, mask, scale, causal, bottom_right):
+    if mask is not None:
+        mask = mask.expand(input.shape)
+    return torch.ops.transfuse.masked_softmax_forward.default(input, mask, scale, causal, bottom_right)
+
+
+def _run_torch(input, mask, scale, causal, bottom_right):
+    scores = input * scale
+    keep = None
+    if mask is not None:
+        keep = mask if mask.dtype == torch.bool else mask != -torch.inf
+        scores = scores if mask.dtype == torch.bool else (scores + mask).to(input.dtype)
+    if causal:
+        queries, keys = input.shape[-2:]
+        lower = torch.ones(queries, keys, dtype=torch.bool, device=input.device).tril(keys - queries if bottom_right else 0)
+        keep = lower if keep is None else keep & lower
+    if keep is None:
+        return torch.softmax(scores, -1)
+    weights = torch.softmax(scores.masked_fill(~keep, -torch.inf), -1)
+    return weights.masked_fill(~keep, 0.0)
+
+
+IMPLEMENTATIONS = (
+    Implementation("cpu", cpu_reasons, _run_cpu),
+    Implementation("torch", supports_all, _run_torch, automatic=False),
+    Implementation("reference", supports_all, masked_softmax_reference),
+)
+
+
+def _explain(input, mask=None, *, scale=1.0, is_causal=False, causal_alignment="top_left", dim=-1):
+    _check(input, mask, scale, is_causal, causal_alignment, dim)
+    return "masked_softmax", IMPLEMENTATIONS, _problem(*_autocast(input, mask), is_causal)
+
+
+masked_softmax.explain_problem = _explain
+
+
+# ---- autograd: outside the raw ops, entered only when a gradient is wanted ----
+
+
+class MaskedSoftmaxFunction(torch.autograd.Function):
+    """masked_softmax with its gradient, which needs the output alone, and the mask's shape for the mask's own."""
+
+    @staticmethod
+    def forward(input, mask, scale, causal, bottom_right):
+        return _forward(input, mask, scale, causal, bottom_right)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, mask, ctx.scale, _, _ = inputs
+        ctx.save_for_backward(output, mask if ctx.needs_input_grad[1] else None)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        output, mask = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grad_input, grad_mask = MaskedSoftmaxBackwardFunction.apply(grad_output, output, mask, ctx.scale, ctx.needs_input_grad[0])
+        else:
+            grad_input, grad_mask = _backward(grad_output, output, mask, ctx.scale, ctx.needs_input_grad[0])
+        return grad_input, grad_mask, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        raise _no_vmap()
+
+
+class MaskedSoftmaxBackwardFunction(torch.autograd.Function):
+    """The gradient under create_graph=True: the same numbers, and a worded error for whoever differentiates them."""
+
+    @staticmethod
+    def forward(*arguments):
+        return _backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("masked_softmax: the cpu backend has no second derivative; run under "
+                           "transfuse.use_backend('reference'), which has")
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        raise _no_vmap()
+
+
+def _backward(grad_output, output, mask, scale, needs_input):
+    """Gradients of input and of an additive mask; None where not wanted."""
+    grad_input = grad_mask = None
+    if needs_input:
+        grad_input = torch.ops.transfuse.masked_softmax_backward.default(grad_output, output, scale)
+    if mask is not None:
+        grad_mask = torch.ops.transfuse.masked_softmax_mask_backward.default(grad_output, output, mask).to(mask.dtype)
+    return grad_input, grad_mask
+
+
+def _no_vmap() -> RuntimeError:
+    return RuntimeError("masked_softmax: torch.func.vmap over a gradient is not supported; "
+                        "give the mapped dimension as a leading dimension")
+
+
+# ---- fake kernels: shapes and dtypes without data ----
+
+if extension._C is not None:
+
+    @torch.library.register_fake("transfuse::masked_softmax_forward")
+    def _(input, mask, scale, causal, bottom_right):
+        return input.new_empty(input.shape)
+
+    @torch.library.register_fake("transfuse::masked_softmax_backward")
+    def _(grad_output, output, scale):
+        return output.new_empty(output.shape)
+
+    @torch.library.register_fake("transfuse::masked_softmax_mask_backward")
+    def _(grad_output, output, mask):
+        return output.new_empty(mask.shape, dtype=torch.float32)

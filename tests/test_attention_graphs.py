@@ -1,0 +1,249 @@
+"""Attention inside torch's machinery: raw op contract, compile, export, autocast, checkpointing, torch.func, double backward."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from transfuse import extension, scaled_dot_product_attention, use_backend, varlen_attention
+from transfuse.testing import assert_close, draw
+
+BACKENDS = ("cpu", "reference")
+needs_kernels = pytest.mark.skipif(bool(extension.cpu_unavailable), reason=extension.cpu_unavailable)
+CU_SEQLENS = torch.tensor([0, 3, 3, 9], dtype=torch.int32)
+
+
+def dense_inputs(requires_grad=True, dtype=torch.float32):
+    return [draw(2, 4, length, 16, dtype=dtype, seed=i, requires_grad=requires_grad) for i, length in enumerate((5, 9, 9))]
+
+
+def packed_inputs(requires_grad=True, dtype=torch.float32):
+    return [draw(9, 2, 16, dtype=dtype, seed=i, requires_grad=requires_grad) for i in range(3)]
+
+
+def dense(query, key, value, attn_bias):
+    """Every kind of exclusion at once, and both results."""
+    return scaled_dot_product_attention(
+        query, key, value, torch.arange(9) != 4, is_causal=True, attn_bias=attn_bias, seqlens_k=torch.tensor([9, 7]),
+        causal_alignment="bottom_right", return_lse=True,
+    )
+
+
+def packed(query, key, value):
+    return varlen_attention(query, key, value, CU_SEQLENS, max_seqlen_q=6, is_causal=True, return_lse=True)
+
+
+CALLS = {
+    "attention": (dense, lambda **kw: [*dense_inputs(**kw), draw(4, 1, 9, seed=9, requires_grad=True)]),
+    "varlen_attention": (packed, packed_inputs),
+}
+on_every_call = pytest.mark.parametrize("call", CALLS)
+on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def results(function, leaves):
+    """Outputs and the gradients of all leaves."""
+    outputs = function(*leaves)
+    grads = [draw(*output.shape, seed=40 + i).to(output.dtype) for i, output in enumerate(outputs)]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, grads)]
+
+
+@needs_kernels
+def test_opcheck_of_the_raw_ops():
+    query, key, value = dense_inputs(requires_grad=False)
+    attn_bias = draw(4, 1, 9).expand(2, 4, 5, 9)
+    mask, seqlens_k = (torch.arange(9) != 4).expand(2, 4, 5, 9), torch.tensor([9, 7])
+    for options in ((None, None, None), (attn_bias, mask, seqlens_k)):
+        forward = (query, key, value, *options, 0.25, True, False)
+        torch.library.opcheck(torch.ops.transfuse.attention_forward.default, forward)
+        output, lse = torch.ops.transfuse.attention_forward(*forward)
+        has_bias = options[0] is not None
+        backward = (output, lse if has_bias else None, query, key, value, output, lse, *options, 0.25, True, False,
+                    [1, 4, 1, 9] if has_bias else [1, 1, 1, 1], has_bias)
+        torch.library.opcheck(torch.ops.transfuse.attention_backward.default, backward)
+
+
+@needs_kernels
+def test_opcheck_of_the_raw_varlen_ops():
+    query, key, value = packed_inputs(requires_grad=False)
+    options = (CU_SEQLENS, CU_SEQLENS, 6, 6, 0.25, True, True)
+    torch.library.opcheck(torch.ops.transfuse.varlen_attention_forward.default, (query, key, value, *options))
+    output, lse = torch.ops.transfuse.varlen_attention_forward(query, key, value, *options)
+    torch.library.opcheck(
+        torch.ops.transfuse.varlen_attention_backward.default, (output, lse, query, key, value, output, lse, *options)
+    )
+
+
+@on_every_backend
+@on_every_call
+def test_compile_fullgraph(call, backend):
+    function, make = CALLS[call]
+    leaves = make()
+    with use_backend(backend):
+        torch.compiler.reset()
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for actual, expected in zip(results(compiled, leaves), results(function, leaves)):
+            assert_close(actual, expected.double(), 16)
+        with torch.no_grad():
+            assert all(torch.equal(a, e) for a, e in zip(compiled(*leaves), function(*leaves)))
+
+
+@needs_kernels
+@pytest.mark.slow
+@on_every_call
+def test_compile_with_inductor(call):
+    function, make = CALLS[call]
+    leaves = make()
+    torch.compiler.reset()
+    for actual, expected in zip(results(torch.compile(function, fullgraph=True), leaves), results(function, leaves)):
+        assert_close(actual, expected.double(), 16)
+
+
+@needs_kernels
+def test_compile_with_changing_lengths():
+    torch.compiler.reset()
+    compiled = torch.compile(lambda q: scaled_dot_product_attention(q, q, q, is_causal=True), fullgraph=True, dynamic=True,
+                             backend="aot_eager")
+    for length in (4, 7, 33):
+        query = draw(2, 3, length, 16, requires_grad=True)
+        output = compiled(query)
+        assert torch.equal(output, scaled_dot_product_attention(query, query, query, is_causal=True))
+        output.sum().backward()
+
+
+def test_compile_warns_of_a_fallback_and_is_right():
+    torch.compiler.reset()
+    query = draw(2, 3, 5, 8, dtype=torch.float16)
+    with pytest.warns(UserWarning):
+        from transfuse import dispatch
+
+        dispatch._warned.clear()
+        compiled = torch.compile(lambda q: scaled_dot_product_attention(q, q, q), fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(query), scaled_dot_product_attention(query, query, query))
+
+
+@on_every_backend
+@on_every_call
+def test_export(call, backend):
+    function, make = CALLS[call]
+
+    class Module(torch.nn.Module):
+        def forward(self, *tensors):
+            return function(*tensors)
+
+    leaves = tuple(t.detach() for t in make())
+    with use_backend(backend):
+        exported = torch.export.export(Module(), leaves)
+        for actual, expected in zip(exported.module()(*leaves), function(*leaves)):
+            assert_close(actual, expected.double(), 16)
+
+
+@on_every_backend
+@on_every_call
+def test_autocast_casts_as_torch_does(call, backend):
+    function, make = CALLS[call]
+    leaves = make()
+    with use_backend(backend), torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = function(*leaves)
+    with use_backend(backend):
+        lowered = [t.bfloat16() if i < 3 else t for i, t in enumerate(leaves)]
+        expected = function(*lowered)
+    assert actual[0].dtype == torch.bfloat16 and actual[1].dtype == torch.float32
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected))
+    grads = torch.autograd.grad(actual, leaves, [torch.ones_like(t) for t in actual])
+    assert all(grad.dtype == leaf.dtype for grad, leaf in zip(grads, leaves))
+
+
+def test_autocast_takes_mixed_dtypes():
+    query, key, value = dense_inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert scaled_dot_product_attention(query, key.bfloat16(), value).dtype == torch.bfloat16
+
+
+@on_every_backend
+@on_every_call
+@pytest.mark.parametrize("use_reentrant", (False, True))
+def test_checkpoint(use_reentrant, call, backend):
+    function, make = CALLS[call]
+    leaves = make()
+    with use_backend(backend):
+        again = results(lambda *t: checkpoint(function, *t, use_reentrant=use_reentrant), leaves) if not use_reentrant else None
+        if use_reentrant:  # takes .backward() only
+            outputs = checkpoint(function, *leaves, use_reentrant=True)
+            grads = [draw(*o.shape, seed=40 + i).to(o.dtype) for i, o in enumerate(outputs)]
+            torch.autograd.backward(outputs, grads)
+            again = [*outputs, *(leaf.grad for leaf in leaves)]
+        for actual, expected in zip(again, results(function, leaves)):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.filterwarnings("ignore::transfuse.TransfuseWarning")
+def test_checkpoint_replays_dropout():
+    leaves = dense_inputs()
+
+    def function(*tensors):
+        return (scaled_dot_product_attention(*tensors, dropout_p=0.5),)
+
+    torch.manual_seed(3)
+    expected = results(function, leaves)
+    torch.manual_seed(3)
+    again = results(lambda *t: checkpoint(function, *t, use_reentrant=False), leaves)
+    assert all(torch.equal(a, e) for a, e in zip(again, expected))
+
+
+@on_every_call
+def test_func_grad(call):
+    function, make = CALLS[call]
+    leaves = make()
+    expected = torch.autograd.grad(function(*leaves)[0].square().sum(), leaves)
+    leaves = tuple(t.detach() for t in leaves)
+    grads = torch.func.grad(lambda *t: function(*t)[0].square().sum(), argnums=tuple(range(len(leaves))))(*leaves)
+    assert all(torch.equal(a, e) for a, e in zip(grads, expected))
+
+
+@needs_kernels
+def test_vmap_says_what_to_do_instead():
+    query = draw(3, 2, 4, 5, 8)
+    with pytest.raises(RuntimeError, match="attention: torch.func.vmap over a gradient is not supported; give the mapped dimension"):
+        torch.func.vmap(torch.func.grad(lambda q: scaled_dot_product_attention(q, q, q).sum()))(query)
+
+
+@needs_kernels
+def test_vmap_without_gradients_is_right():
+    query = draw(3, 2, 4, 5, 8)
+    mapped = torch.func.vmap(lambda q: scaled_dot_product_attention(q, q, q))(query)
+    assert torch.equal(mapped, scaled_dot_product_attention(query, query, query))
+
+
+@needs_kernels
+@on_every_call
+def test_double_backward_is_refused_in_words(call):
+    function, make = CALLS[call]
+    leaves = make()
+    output = function(*leaves)[0]
+    grads = torch.autograd.grad(output.sum(), leaves[:3], create_graph=True)
+    plain = torch.autograd.grad(function(*leaves)[0].sum(), leaves[:3])
+    assert all(torch.equal(a, e) for a, e in zip(grads, plain))
+    with pytest.raises(RuntimeError, match=f"{call}: the cpu backend has no second derivative; run under transfuse.use_backend"):
+        grads[0].sum().backward()
+
+
+@on_every_call
+def test_double_backward_on_the_reference(call):
+    function, make = CALLS[call]
+    leaves = make()
+    with use_backend("reference"):
+        grads = torch.autograd.grad(function(*leaves)[0].square().sum(), leaves[:3], create_graph=True)
+        second = torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves[:3])
+    assert all(bool(grad.isfinite().all()) and float(grad.abs().max()) > 0 for grad in second)
+
+
+@needs_kernels
+def test_meta_and_fake_tensors_have_the_real_layout():
+    leaves = dense_inputs(requires_grad=False)
+    real = scaled_dot_product_attention(*leaves, return_lse=True)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = scaled_dot_product_attention(*(mode.from_tensor(t) for t in leaves), return_lse=True)
+    for f, r in zip(fake, real):
+        assert f.shape == r.shape and f.stride() == r.stride() and f.dtype == r.dtype
+    with use_backend("reference"):
+        assert scaled_dot_product_attention(*(t.to("meta") for t in leaves)).shape == real[0].shape

@@ -1,0 +1,307 @@
+"""What attention refuses and in which words, which backend runs it, dropout's random numbers, and the suite against mutants."""
+
+import re
+import warnings
+
+import pytest
+import test_attention as suite
+import torch
+from torch.nn.functional import scaled_dot_product_attention as torch_attention
+
+from transfuse import explain, scaled_dot_product_attention, use_backend
+from transfuse.dispatch import TransfuseWarning, fallback_counts
+from transfuse.ops import attention as page
+from transfuse.reference.attention import attention_reference, dropout_keep_mask, philox
+from transfuse.testing import assert_close, assert_matches_reference, draw
+
+Q, K, V = torch.zeros(2, 4, 3, 8), torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 5, 8)
+
+
+def refused(error, message, *args, **kwargs):
+    return pytest.param(error, message, args, kwargs, id=message)
+
+
+REFUSALS = (
+    refused(TypeError, "attention: query is a list, expected a Tensor", [1], K, V),
+    refused(TypeError, "attention: value is a NoneType, expected a Tensor", Q, K, None),
+    refused(TypeError, "attention: query has dtype int64, expected float32, bfloat16, float16, float64", Q.long(), K, V),
+    refused(TypeError, "attention: key has dtype bfloat16, expected float32 (query's)", Q, K.bfloat16(), V),
+    refused(TypeError, "attention: value has dtype float64, expected float32 (query's)", Q, K, V.double()),
+    refused(RuntimeError, "attention: key is on meta, expected cpu (query's)", Q, K.to("meta"), V),
+    refused(ValueError, "attention: query has shape (8,), expected (..., heads, length, head_dim)", Q[0, 0, 0], K, V),
+    refused(ValueError, "attention: key has head_dim 7, expected 8 (query's)", Q, K[..., :7], V),
+    refused(ValueError, "attention: query has head_dim 0, expected at least 1", Q[..., :0], K[..., :0], V),
+    refused(ValueError, "attention: value has head_dim 0, expected at least 1", Q, K, V[..., :0]),
+    refused(ValueError, "attention: value has 4 keys, expected 5 (key's)", Q, K, V[:, :, :4]),
+    refused(ValueError, "attention: key has leading shape (3,), expected (2,)", Q, K[:1].expand(3, 4, 5, 8), V),
+    refused(ValueError, "attention: key has 2 heads, expected 4 (query's); enable_gqa=True groups query heads", Q, K[:, :2], V[:, :2]),
+    refused(ValueError, "attention: key has 3 heads, expected a divisor of 4 (query's)", Q, K[:, :3], V[:, :3], enable_gqa=True),
+    refused(ValueError, "attention: value has 3 heads, expected a divisor of 4 (query's)", Q, K, V[:, :3], enable_gqa=True),
+    refused(TypeError, "attention: enable_gqa is a int, expected bool", Q, K, V, enable_gqa=1),
+    refused(TypeError, "attention: attn_mask is a list, expected a Tensor or None", Q, K, V, [[True]]),
+    refused(TypeError, "attention: attn_mask has dtype int64, expected bool, float32", Q, K, V, torch.ones(3, 5).long()),
+    refused(TypeError, "attention: attn_mask has dtype float64, expected bool, float32", Q, K, V, torch.ones(3, 5).double()),
+    refused(TypeError, "attention: attn_mask has dtype float16, expected bool, bfloat16 or float32",
+            Q.bfloat16(), K.bfloat16(), V.bfloat16(), torch.ones(3, 5).half()),
+    refused(TypeError, "attention: attn_bias has dtype bool, expected float32", Q, K, V, attn_bias=torch.ones(3, 5) > 0),
+    refused(RuntimeError, "attention: attn_mask is on meta, expected cpu (query's)", Q, K, V, torch.ones(3, 5, device="meta")),
+    refused(ValueError, "attention: attn_mask has shape (5, 3), expected one that broadcasts to (2, 4, 3, 5)", Q, K, V, torch.ones(5, 3)),
+    refused(ValueError, "attention: attn_mask has shape (1, 2, 4, 3, 5), expected one that broadcasts to (2, 4, 3, 5)",
+            Q, K, V, torch.ones(1, 2, 4, 3, 5)),
+    refused(ValueError, "attention: attn_bias has shape (2, 1, 1), expected one that broadcasts to (3, 5)",
+            Q[0, 0], K[0, 0], V[0, 0], attn_bias=torch.ones(2, 1, 1)),
+    refused(TypeError, "attention: dropout_p is a str, expected float", Q, K, V, dropout_p="0.1"),
+    refused(ValueError, "attention: dropout_p is 1.5, expected 0 <= dropout_p <= 1", Q, K, V, dropout_p=1.5),
+    refused(ValueError, "attention: dropout_p is -0.1, expected 0 <= dropout_p <= 1", Q, K, V, dropout_p=-0.1),
+    refused(TypeError, "attention: is_causal is a Tensor, expected bool", Q, K, V, is_causal=torch.tensor(True)),
+    refused(TypeError, "attention: scale is a Tensor, expected float or None", Q, K, V, scale=torch.tensor(1.0)),
+    refused(ValueError, "attention: scale is nan, expected a finite number", Q, K, V, scale=float("nan")),
+    refused(ValueError, "attention: causal_alignment is 'left', expected 'top_left' or 'bottom_right'", Q, K, V, causal_alignment="left"),
+    refused(TypeError, "attention: seqlens_k is a list, expected a Tensor or None", Q, K, V, seqlens_k=[1, 2]),
+    refused(TypeError, "attention: seqlens_k has dtype float32, expected int32 or int64", Q, K, V, seqlens_k=torch.ones(2)),
+    refused(ValueError, "attention: seqlens_k has shape (3,), expected (2,) (the batch)", Q, K, V, seqlens_k=torch.tensor([1, 2, 3])),
+    refused(ValueError, "attention: seqlens_k[1] is 6, expected 0 to 5 (key's length)", Q, K, V, seqlens_k=torch.tensor([5, 6])),
+    refused(ValueError, "attention: seqlens_k[0] is -1, expected 0 to 5 (key's length)", Q, K, V, seqlens_k=torch.tensor([-1, 6])),
+    refused(TypeError, "attention: window is 3, expected (left, right), each int or None", Q, K, V, window=3),
+    refused(TypeError, "attention: window is (1.5, 0), expected (left, right), each int or None", Q, K, V, window=(1.5, 0)),
+    refused(ValueError, "attention: window is (-1, 0), expected (left, right) of at least 0", Q, K, V, window=(-1, 0)),
+    refused(ValueError, "attention: softcap is 0.0, expected a positive finite number", Q, K, V, softcap=0.0),
+    refused(TypeError, "attention: softcap is a str, expected float or None", Q, K, V, softcap="x"),
+    refused(ValueError, "attention: alibi_slopes has shape (2,), expected (4,) or (2, 4)", Q, K, V, alibi_slopes=torch.ones(2)),
+    refused(TypeError, "attention: sinks is a float, expected a Tensor or None", Q, K, V, sinks=1.0),
+    refused(ValueError, "attention: sinks has shape (2, 4), expected (4,)", Q, K, V, sinks=torch.ones(2, 4)),
+)
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+@pytest.mark.parametrize("error, message, args, kwargs", REFUSALS)
+def test_refusals_say_what_was_expected(error, message, args, kwargs, backend):
+    with use_backend(backend), pytest.raises(error) as raised:
+        scaled_dot_product_attention(*args, **kwargs)
+    assert str(raised.value) == message
+
+
+RAW_REFUSALS = (
+    ("attention: query has shape (3, 8), expected 4 dimensions", (Q[0, 0], K, V)),
+    ("attention: key has dtype bfloat16, expected float32", (Q, K.bfloat16(), V)),
+    ("attention: key has head_dim 7, expected 8 (query's)", (Q, K[..., :7], V)),
+    ("attention: value has length 4, expected 5 (key's)", (Q, K, V[:, :, :4])),
+    ("attention: key has batch 1, expected 2 (query's)", (Q, K[:1], V[:1])),
+    ("attention: query has 4 heads, expected a multiple of 3 (key's)", (Q, K[:, :3], V[:, :3])),
+    ("attention: bias has shape (3, 5), expected (2, 4, 3, 5)", (Q, K, V, torch.zeros(3, 5))),
+    ("attention: mask has dtype float32, expected bool", (Q, K, V, None, torch.zeros(2, 4, 3, 5))),
+    ("attention: seqlens_k has shape (3,), expected (2)", (Q, K, V, None, None, torch.tensor([1, 2, 3]))),
+)
+
+
+@pytest.mark.parametrize("message, args", RAW_REFUSALS, ids=[message for message, _ in RAW_REFUSALS])
+def test_the_raw_op_checks_before_it_touches_memory(message, args):
+    if not page.extension.cpu_unavailable:
+        arguments = (*args, *[None] * (6 - len(args)), 1.0, False, False)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            torch.ops.transfuse.attention_forward(*arguments)
+
+
+# ---- which backend ----
+
+
+def test_float32_and_bfloat16_take_the_kernel_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TransfuseWarning)
+        for dtype in suite.DTYPES:
+            tensors = suite.inputs(dtype)
+            assert explain(scaled_dot_product_attention, *tensors).chosen == "cpu"
+            scaled_dot_product_attention(*tensors, suite.keep_mask(suite.LEN_Q, suite.LEN_K), is_causal=True)
+
+
+FALLBACKS = {
+    "dtype is float16, the kernel takes float32, bfloat16": (torch.float16, {}),
+    "dtype is float64, the kernel takes float32, bfloat16": (torch.float64, {}),
+    "dropout_p has no CPU kernel yet": (torch.float32, {"dropout_p": 0.5}),
+    "window has no CPU kernel yet": (torch.float32, {"window": (4, 0)}),
+    "softcap has no CPU kernel yet": (torch.float32, {"softcap": 5.0}),
+    "alibi_slopes has no CPU kernel yet": (torch.float32, {"alibi_slopes": torch.ones(suite.HEADS)}),
+    "sinks has no CPU kernel yet": (torch.float32, {"sinks": torch.ones(suite.HEADS)}),
+}
+
+
+@pytest.mark.parametrize("reason", FALLBACKS)
+def test_a_fallback_is_seen_once_counted_and_refused_on_demand(reason, monkeypatch):
+    from transfuse import dispatch
+
+    monkeypatch.setattr(dispatch, "_warned", set())
+    dtype, options = FALLBACKS[reason]
+    tensors = suite.inputs(dtype)
+    before = sum(fallback_counts().values())
+    with pytest.warns(TransfuseWarning, match=re.escape(reason)):
+        scaled_dot_product_attention(*tensors, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TransfuseWarning)
+        scaled_dot_product_attention(*tensors, **options)
+    assert sum(fallback_counts().values()) == before + 2
+    with use_backend("cpu"), pytest.raises(RuntimeError, match=re.escape(reason)):
+        scaled_dot_product_attention(*tensors, **options)
+    assert reason in str(explain(scaled_dot_product_attention, *tensors, **options))
+
+
+@pytest.mark.filterwarnings("ignore::transfuse.TransfuseWarning")
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float64))
+def test_other_dtypes_are_right_too(dtype):
+    tensors = suite.inputs(dtype)
+    output, lse = scaled_dot_product_attention(*tensors, return_lse=True)
+    assert output.dtype == dtype and lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_close(output, torch_attention(*(t.double() for t in tensors)), suite.LEN_K)
+
+
+def test_head_dim_above_the_kernels_is_named():
+    tensors = suite.inputs(batch=1, heads=1, len_q=2, len_k=2, head_dim=513, value_dim=513)
+    assert "head_dim is 513, the kernel takes up to 512" in str(explain(scaled_dot_product_attention, *tensors))
+
+
+# ---- the reference ----
+
+
+def test_reference_gradients_of_every_option():
+    """First and second derivatives by finite differences, all options at once."""
+    query, key, value = (t.detach().requires_grad_() for t in suite.inputs(
+        torch.float64, batch=2, heads=2, len_q=3, len_k=4, head_dim=2, value_dim=3))
+    extra = [draw(2, 1, 4, dtype=torch.float64, seed=20, requires_grad=True), draw(2, dtype=torch.float64, seed=21, requires_grad=True),
+             draw(2, dtype=torch.float64, seed=22, requires_grad=True)]
+    options = dict(
+        is_causal=True, causal_alignment="bottom_right", seqlens_k=torch.tensor([4, 3]), window=(2, None), softcap=2.0, return_lse=True,
+        dropout_p=0.3, dropout_seed=torch.tensor([5, 6]), attn_mask=torch.tensor([True, True, False, True]), scale=0.7,
+    )
+
+    def run(query, key, value, attn_bias, alibi_slopes, sinks):
+        return attention_reference(query, key, value, attn_bias=attn_bias, alibi_slopes=alibi_slopes, sinks=sinks, **options)
+
+    assert torch.autograd.gradcheck(run, (query, key, value, *extra))
+    assert torch.autograd.gradgradcheck(run, (query, key, value, *extra))
+
+
+def test_public_gradcheck_on_the_reference_backend():
+    tensors = suite.inputs(torch.float64, batch=1, heads=2, len_q=3, len_k=4, head_dim=2, value_dim=3)
+    attn_bias = draw(4, dtype=torch.float64, seed=20, requires_grad=True)
+    with use_backend("reference"):
+        assert torch.autograd.gradcheck(
+            lambda q, k, v, b: scaled_dot_product_attention(q, k, v, attn_bias=b, is_causal=True, return_lse=True), (*tensors, attn_bias)
+        )
+
+
+# ---- dropout ----
+
+PHILOX = (  # known answers of Philox4x32-10: Random123, kat_vectors
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+)
+
+
+@pytest.mark.parametrize("counter, key, words", PHILOX)
+def test_philox_known_answers(counter, key, words):
+    assert tuple(map(int, philox([torch.tensor(c) for c in counter], [torch.tensor(k) for k in key]))) == words
+
+
+def test_dropout_mask_follows_the_counter_layout():
+    """Counter (key // 4, query, batch * H + head, offset), word key % 4, one scalar Philox call per weight."""
+    seed = torch.tensor([-(2**62) - 12345, 2**40 + 7])
+    mask = dropout_keep_mask(seed, 0.25, (2, 3, 5, 9))
+    low, high = int(seed[0]) & 0xFFFFFFFF, (int(seed[0]) >> 32) & 0xFFFFFFFF
+    for batch, head, query, key in ((0, 0, 0, 0), (1, 2, 4, 8), (0, 1, 3, 6), (1, 0, 2, 5), (1, 1, 0, 3)):
+        counter = [torch.tensor(c) for c in (key // 4, query, batch * 3 + head, 7)]
+        word = int(philox(counter, [torch.tensor(low), torch.tensor(high)])[key % 4])
+        assert bool(mask[batch, head, query, key]) == (word >= 0.25 * 2**32)
+
+
+@pytest.mark.filterwarnings("ignore::transfuse.TransfuseWarning")
+def test_dropout_follows_torchs_generator_and_keeps_the_mean():
+    query, key, value = suite.inputs(batch=4, len_q=64, len_k=64, requires_grad=False)
+
+    def run(seed, dropout_p=0.3):
+        torch.manual_seed(seed)
+        return scaled_dot_product_attention(query, key, torch.ones_like(value), dropout_p=dropout_p)
+
+    assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
+    assert abs(float(run(1).mean()) - 1.0) < 0.02  # 65,536 weights: the mean's own deviation is below 0.006
+    assert torch.equal(run(1, 1.0), torch.zeros_like(run(1)))
+    assert torch.equal(scaled_dot_product_attention(query, key, value, dropout_p=0.0), scaled_dot_product_attention(query, key, value))
+
+
+# ---- mutants: the assertions of this suite must fail on every one of them ----
+
+
+def mutate(monkeypatch, change):
+    """Replaces the raw forward's arguments: change(arguments) -> arguments, (query, key, value, bias, mask, seqlens_k, ...)."""
+    original = page._forward
+    monkeypatch.setattr(page, "_forward", lambda *arguments: original(*change(list(arguments))))
+
+
+def replaced(index, value):
+    def change(arguments):
+        arguments[index] = value(arguments[index]) if callable(value) else value
+        return arguments
+
+    return change
+
+
+MUTANTS = {
+    "scale * 1.01": ("none", replaced(6, lambda scale: scale * 1.01)),
+    "value * 1.001": ("none", replaced(2, lambda value: value * 1.001)),
+    "boolean mask dropped": ("boolean", replaced(4, None)),
+    "boolean mask inverted": ("boolean", replaced(4, torch.logical_not)),
+    "float mask dropped": ("float", replaced(3, None)),
+    "causal ignored": ("causal", replaced(7, False)),
+    "alignment ignored": ("causal bottom_right", replaced(8, False)),
+    "lengths ignored": ("lengths", replaced(5, None)),
+    "lengths one too long": ("lengths", replaced(5, lambda seqlens: seqlens + 1)),
+    "one key too many masked": ("none", replaced(4, torch.arange(suite.LEN_K).ne(suite.LEN_K - 1).expand(2, 4, 37, 53))),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+@suite.in_every_dtype
+def test_assert_matches_reference_kills(mutant, dtype, monkeypatch):
+    if mutant == "value * 1.001" and dtype == torch.bfloat16:
+        pytest.skip("value * 1.001 rounds back to value in bfloat16")
+    name, change = MUTANTS[mutant]
+    options = suite.MASKS[name](dtype)
+    assert_matches_reference(scaled_dot_product_attention, *suite.inputs(dtype), return_lse=True, **options)
+    mutate(monkeypatch, change)
+    with pytest.raises(AssertionError):
+        assert_matches_reference(scaled_dot_product_attention, *suite.inputs(dtype), return_lse=True, **options)
+
+
+@pytest.mark.parametrize(
+    "mutant, dtype",
+    (("scale * 1.01", torch.float32), ("scale * 1.01", torch.bfloat16), ("value * 1.001", torch.float32)),
+)
+def test_the_pooled_criterion_kills(mutant, dtype, monkeypatch):
+    torch.set_num_threads(1)
+    mutate(monkeypatch, MUTANTS[mutant][1])
+    with pytest.raises(AssertionError):
+        suite.assert_as_exact_as_torch("normal", dtype)
+
+
+GRADIENT_MUTANTS = {
+    "grad_query * 1.001": lambda grads: (grads[0] * 1.001, *grads[1:]),
+    "grad_key * 1.001": lambda grads: (grads[0], grads[1] * 1.001, *grads[2:]),
+    "grad_value * 1.001": lambda grads: (*grads[:2], grads[2] * 1.001, *grads[3:]),
+    "grad_bias transposed": lambda grads: (*grads[:3], grads[3].flip(-1)),
+    "grad_query and grad_key swapped": lambda grads: (grads[1], grads[0], *grads[2:]),
+}
+
+
+@pytest.mark.parametrize("mutant", GRADIENT_MUTANTS)
+def test_assert_matches_reference_kills_gradients(mutant, monkeypatch):
+    original = page._backward
+    monkeypatch.setattr(page, "_backward", lambda *arguments: GRADIENT_MUTANTS[mutant](original(*arguments)))
+    query, key, value = suite.inputs(len_q=suite.LEN_K)
+    with pytest.raises(AssertionError):
+        assert_matches_reference(scaled_dot_product_attention, query, key, value, attn_bias=suite.bias(suite.LEN_K))
+
+
+def test_a_dropped_grad_lse_is_seen(monkeypatch):
+    original = page._backward
+    monkeypatch.setattr(page, "_backward", lambda grad_output, grad_lse, *rest: original(grad_output, None, *rest))
+    with pytest.raises(AssertionError):
+        assert_matches_reference(scaled_dot_product_attention, *suite.inputs(), return_lse=True)
