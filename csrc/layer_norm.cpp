@@ -114,7 +114,8 @@ ForwardResult forward(const char* op, const Tensor& input, const std::optional<T
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, const std::optional<Tensor>& weight,
-                                                      const std::optional<Tensor>& bias, int64_t normalized_ndim, double eps) {
+                                                      const std::optional<Tensor>& bias, int64_t normalized_ndim,
+                                                      double eps) {
   ForwardResult result = forward("layer_norm", input, std::nullopt, weight, bias, normalized_ndim, eps);
   return {result.output, result.mean, result.rstd};
 }
@@ -191,7 +192,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transfuse, m) {
       " float eps) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "layer_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor input, Tensor? weight, Tensor? bias,"
-      " int normalized_ndim, float eps, bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+      " int normalized_ndim, float eps, bool need_input, bool need_weight, bool need_bias)"
+      " -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transfuse, CPU, m) {

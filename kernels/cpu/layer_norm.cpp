@@ -110,8 +110,8 @@ struct FloatRow {
 
 // `count` consecutive rows, their statistics known: float32 in double, so that the only rounding is the result's ...
 template <int64_t count, class W>
-TRANSFUSE_INLINE void normalize_rows(const float* x, const Statistics* rows, const W* weight, const W* bias, float* output,
-                                     int64_t cols) {
+TRANSFUSE_INLINE void normalize_rows(const float* x, const Statistics* rows, const W* weight, const W* bias,
+                                     float* output, int64_t cols) {
   for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     const wide scale = weight ? load_wide(weight + i, n) : broadcast(1);
     const wide offset = bias ? load_wide(bias + i, n) : broadcast(0);
@@ -252,7 +252,8 @@ void backward_chunks(const LayerNormBackwardParams& p, int64_t begin, int64_t en
 }
 
 template <class W>
-TRANSFUSE_INLINE void add_lines(const double* lines, void* total, const LayerNormBackwardParams& p, int64_t begin, int64_t end) {
+TRANSFUSE_INLINE void add_lines(const double* lines, void* total, const LayerNormBackwardParams& p, int64_t begin,
+                                int64_t end) {
   const int64_t padded = layer_norm_padded_cols(p.cols);
   for (int64_t i = begin * lanes; i < p.cols && i < end * lanes; i += lanes) {
     wide sum = broadcast(0);

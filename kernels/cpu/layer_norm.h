@@ -1,6 +1,6 @@
 // LayerNorm on the CPU, over the rows of dense [rows, cols] matrices:
 //
-//   output = (x - mean) / sqrt(variance + eps) * weight + bias,   x = input, or round(input + residual) where there is one
+//   output = (x - mean) / sqrt(variance + eps) * weight + bias;   x = input, or round(input + residual) if there is one
 //
 // Policy: statistics are sums in double, in the backward too, so that a row keeps its precision for mean/std up to 1e6
 // and |x| up to 1e37. The float32 forward stays in double to its end and rounds once; where four roundings in float do
