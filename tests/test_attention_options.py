@@ -102,6 +102,12 @@ def test_the_raw_op_checks_before_it_touches_memory(message, args):
             torch.ops.transfuse.attention_forward(*arguments)
 
 
+@pytest.fixture
+def one_thread():
+    """For many small operations: waking a second thread costs more than the work."""
+    torch.set_num_threads(1)
+
+
 # ---- which backend ----
 
 
@@ -161,7 +167,7 @@ def test_head_dim_above_the_kernels_is_named():
 # ---- the reference ----
 
 
-def test_reference_gradients_of_every_option():
+def test_reference_gradients_of_every_option(one_thread):
     """First and second derivatives by finite differences, all options at once."""
     query, key, value = (t.detach().requires_grad_() for t in suite.inputs(
         torch.float64, batch=2, heads=2, len_q=3, len_k=4, head_dim=2, value_dim=3))
@@ -179,7 +185,7 @@ def test_reference_gradients_of_every_option():
     assert torch.autograd.gradgradcheck(run, (query, key, value, *extra))
 
 
-def test_public_gradcheck_on_the_reference_backend():
+def test_public_gradcheck_on_the_reference_backend(one_thread):
     tensors = suite.inputs(torch.float64, batch=1, heads=2, len_q=3, len_k=4, head_dim=2, value_dim=3)
     attn_bias = draw(4, dtype=torch.float64, seed=20, requires_grad=True)
     with use_backend("reference"):
@@ -214,7 +220,7 @@ def test_dropout_mask_follows_the_counter_layout():
 
 
 @pytest.mark.filterwarnings("ignore::transfuse.TransfuseWarning")
-def test_dropout_follows_torchs_generator_and_keeps_the_mean():
+def test_dropout_follows_torchs_generator_and_keeps_the_mean(one_thread):
     query, key, value = suite.inputs(batch=4, len_q=64, len_k=64, requires_grad=False)
 
     def run(seed, dropout_p=0.3):
@@ -275,8 +281,7 @@ def test_assert_matches_reference_kills(mutant, dtype, monkeypatch):
     "mutant, dtype",
     (("scale * 1.01", torch.float32), ("scale * 1.01", torch.bfloat16), ("value * 1.001", torch.float32)),
 )
-def test_the_pooled_criterion_kills(mutant, dtype, monkeypatch):
-    torch.set_num_threads(1)
+def test_the_pooled_criterion_kills(mutant, dtype, monkeypatch, one_thread):
     mutate(monkeypatch, MUTANTS[mutant][1])
     with pytest.raises(AssertionError):
         suite.assert_as_exact_as_torch("normal", dtype)
