@@ -17,6 +17,12 @@ from transfuse.testing import assert_close, assert_matches_reference, draw
 Q, K, V = torch.zeros(2, 4, 3, 8), torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 5, 8)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small tensors: waking a second thread costs more than the work. Tests about threads set their own count."""
+    torch.set_num_threads(1)
+
+
 def refused(error, message, *args, **kwargs):
     return pytest.param(error, message, args, kwargs, id=message)
 
@@ -102,12 +108,6 @@ def test_the_raw_op_checks_before_it_touches_memory(message, args):
             torch.ops.transfuse.attention_forward(*arguments)
 
 
-@pytest.fixture
-def one_thread():
-    """For many small operations: waking a second thread costs more than the work."""
-    torch.set_num_threads(1)
-
-
 # ---- which backend ----
 
 
@@ -167,7 +167,7 @@ def test_head_dim_above_the_kernels_is_named():
 # ---- the reference ----
 
 
-def test_reference_gradients_of_every_option(one_thread):
+def test_reference_gradients_of_every_option():
     """First and second derivatives by finite differences, all options at once."""
     query, key, value = (t.detach().requires_grad_() for t in suite.inputs(
         torch.float64, batch=2, heads=2, len_q=3, len_k=4, head_dim=2, value_dim=3))
@@ -185,7 +185,7 @@ def test_reference_gradients_of_every_option(one_thread):
     assert torch.autograd.gradgradcheck(run, (query, key, value, *extra))
 
 
-def test_public_gradcheck_on_the_reference_backend(one_thread):
+def test_public_gradcheck_on_the_reference_backend():
     tensors = suite.inputs(torch.float64, batch=1, heads=2, len_q=3, len_k=4, head_dim=2, value_dim=3)
     attn_bias = draw(4, dtype=torch.float64, seed=20, requires_grad=True)
     with use_backend("reference"):
@@ -220,7 +220,7 @@ def test_dropout_mask_follows_the_counter_layout():
 
 
 @pytest.mark.filterwarnings("ignore::transfuse.TransfuseWarning")
-def test_dropout_follows_torchs_generator_and_keeps_the_mean(one_thread):
+def test_dropout_follows_torchs_generator_and_keeps_the_mean():
     query, key, value = suite.inputs(batch=4, len_q=64, len_k=64, requires_grad=False)
 
     def run(seed, dropout_p=0.3):
@@ -281,7 +281,7 @@ def test_assert_matches_reference_kills(mutant, dtype, monkeypatch):
     "mutant, dtype",
     (("scale * 1.01", torch.float32), ("scale * 1.01", torch.bfloat16), ("value * 1.001", torch.float32)),
 )
-def test_the_pooled_criterion_kills(mutant, dtype, monkeypatch, one_thread):
+def test_the_pooled_criterion_kills(mutant, dtype, monkeypatch):
     mutate(monkeypatch, MUTANTS[mutant][1])
     with pytest.raises(AssertionError):
         suite.assert_as_exact_as_torch("normal", dtype)
