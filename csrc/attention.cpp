@@ -182,11 +182,21 @@ struct Problem {
   double work = 0;  // multiply-adds of the forward
 
   void add(int64_t batch, int64_t query_row, int64_t key_row, int64_t seqlen_q, int64_t seqlen_k) {
-    sequences.push_back({batch, query_row, key_row, seqlen_q, seqlen_k, tasks});
-    tasks += (seqlen_q + cpu::attention_query_block - 1) / cpu::attention_query_block * params.num_heads;
+    sequences.push_back({batch, query_row, key_row, seqlen_q, seqlen_k, 0});
     work += static_cast<double>(params.num_heads) * seqlen_q * seqlen_k * (params.head_dim + params.value_head_dim);
   }
+  // Cuts the queries into tasks: long blocks use a packed key most often, short ones give every thread something to do.
   void finish() {
+    constexpr int64_t longest = 128, shortest = 32, tasks_per_thread = 4;
+    const int64_t enough = tasks_per_thread * torch::stable::get_num_threads();
+    for (params.query_block = longest;; params.query_block /= 2) {
+      tasks = 0;
+      for (AttentionSequence& s : sequences) {
+        s.first_task = tasks;
+        tasks += (s.seqlen_q + params.query_block - 1) / params.query_block * params.num_heads;
+      }
+      if (tasks >= enough || params.query_block == shortest) break;
+    }
     params.sequences = sequences.data();
     params.num_sequences = static_cast<int64_t>(sequences.size());
   }

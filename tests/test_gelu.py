@@ -33,7 +33,7 @@ def _around(value, count):
 def _inputs():
     """A strided sweep over all floats, and every float of the zones where something changes."""
     swept = torch.cat([_from_bits(sign, sign + 0x7F800000, SWEEP_STEP) for sign in (0, -(2**31))])
-    zones = [_around(v, 4000) for v in (ROOT, -0.7525, 4.0, -4.0, -14.1, -14.3, -10.6, 5.6, -1.0, 16.0, -16.0)]
+    zones = [_around(v, 4000) for v in (ROOT, -0.7525, 3.5, -3.5, -14.1, -14.3, -10.6, 5.6, -1.0, 16.0, -16.0)]
     return torch.cat([swept, *zones, _from_bits(0, 3000), -_from_bits(0, 3000)])
 
 

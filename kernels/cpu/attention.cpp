@@ -1,6 +1,6 @@
 // Attention forward: softmax(scale * Q K^T + bias) V over blocks of keys, no matrix of Lq x Lk anywhere.
 //
-// A task packs 64 queries, then walks the key blocks of its sequence from key 0; per block the keys and values are packed
+// A task packs a block of queries, then walks the key blocks of its sequence from key 0; per block the keys and values are packed
 // once, and each panel of 16 queries computes its scores, updates its maximum, sum and output.
 // Policy: the maximum is exact and is that of unscaled scores, the scale enters inside exp, weights stay float32, the
 // division comes once at the end. A row's arithmetic depends on its own keys alone: an excluded key adds exact zeros,
@@ -14,9 +14,7 @@ void attention_backward(const AttentionBackwardParams& params, void* scratch, in
 
 namespace {
 
-constexpr int64_t query_block = attention_query_block;
 constexpr int64_t key_block = 128;  // one panel of scores is 8 KiB: it stays in the first-level cache
-constexpr int64_t query_panels = query_block / panel;
 
 struct Scratch {
   float *queries;        // [query panels][D][16], transposed
@@ -27,7 +25,7 @@ struct Scratch {
   int64_t floats;
 
   Scratch(const AttentionParams& p, void* memory) : floats(0) {
-    const int64_t d = panels(p.head_dim) * panel, dv = panels(p.value_head_dim) * panel;
+    const int64_t query_block = p.query_block, d = panels(p.head_dim) * panel, dv = panels(p.value_head_dim) * panel;
     queries = take(memory, query_block * d);
     keys = take(memory, key_block * d);
     values = take(memory, key_block * dv);
@@ -92,7 +90,7 @@ void softmax_panel(const AttentionParams& p, const Scratch& s, int64_t r, int64_
   alignas(64) float factors[panel];
   store(factors, factor);
   for (int64_t c = 0; c < panels(p.value_head_dim); ++c) {
-    float* output = s.output + (c * query_block + r) * panel;
+    float* output = s.output + (c * p.query_block + r) * panel;
     for (int64_t i = 0; i < panel; ++i) store(output + i * panel, load(output + i * panel) * set1(factors[i]));
   }
 }
@@ -113,7 +111,7 @@ void write_rows(const AttentionForwardParams& params, const AttentionSequence& s
     lse[r * params.lse.row] = nothing ? -__builtin_inff() : static_cast<float>(top + __builtin_logf(sum));
     const f32 divisor = set1(sum);
     for_each_vec(p.value_head_dim, [&](int64_t c, int64_t n) {
-      const f32 x = nothing ? zero() : load(s.output + c * query_block + r * panel) / divisor;
+      const f32 x = nothing ? zero() : load(s.output + c * p.query_block + r * panel) / divisor;
       store_n(out + r * params.output.row + c, x, n);
     });
   }
@@ -121,14 +119,14 @@ void write_rows(const AttentionForwardParams& params, const AttentionSequence& s
 
 void forward_task(const AttentionForwardParams& params, const AttentionSequence& sequence, int64_t head, int64_t query, const Scratch& s) {
   const AttentionParams& p = params.problem;
-  const int64_t rows = smaller(query_block, sequence.seqlen_q - query);
+  const int64_t rows = smaller(p.query_block, sequence.seqlen_q - query);
   const int64_t kv_head = head / (p.num_heads / p.num_kv_heads);
   const int64_t output_panels = panels(p.value_head_dim);
-  const int64_t key_stop = key_limit(p, sequence, query + rows - 1);
+  const int64_t key_stop = padding_start(p, sequence, head, key_limit(p, sequence, query + rows - 1));
   for (int64_t r = 0; r < rows; r += panel)
     pack_tensor_transposed(p.query, sequence.batch, head, sequence.query_row + query + r, smaller(panel, rows - r), p.head_dim,
                            query_sign(p), s.queries + r * p.head_dim);
-  for (int64_t r = 0; r < query_block; r += panel) {
+  for (int64_t r = 0; r < rows; r += panel) {
     store(s.maximum + r, set1(-__builtin_inff()));
     store(s.anchor + r, zero());
   }
@@ -148,7 +146,7 @@ void forward_task(const AttentionForwardParams& params, const AttentionSequence&
       softmax_panel(p, s, r, keys, key == 0, plain);
       for (int64_t c = 0; c < output_panels; ++c) {
         const float* values = s.values + c * key_block * panel;
-        float* output = s.output + (c * query_block + r) * panel;
+        float* output = s.output + (c * p.query_block + r) * panel;
         if (plain || finite)
           product<Along::columns>(s.scores, panel * panel, values, keys, output, panel_rows, key > 0);
         else
@@ -174,11 +172,11 @@ void forward(const AttentionForwardParams& params, void* memory, int64_t begin, 
   for (int64_t task = begin; task < end; ++task) {
     int64_t blocks, local;
     for (;; ++sequence) {  // sequences without queries have no task
-      blocks = (sequence->seqlen_q + query_block - 1) / query_block;
+      blocks = (sequence->seqlen_q + p.query_block - 1) / p.query_block;
       local = task - sequence->first_task;
       if (local < blocks * p.num_heads) break;
     }
-    forward_task(params, *sequence, local / blocks, local % blocks * query_block, scratch);
+    forward_task(params, *sequence, local / blocks, local % blocks * p.query_block, scratch);
   }
 }
 

@@ -35,6 +35,7 @@ struct AttentionParams {
   const AttentionSequence* sequences;
   int64_t num_sequences;
   int64_t num_heads, num_kv_heads, head_dim, value_head_dim;
+  int64_t query_block;  // queries in one forward task, a multiple of 16; results do not depend on it
   float scale;
   bool causal, bottom_right;
 };
@@ -60,14 +61,11 @@ struct AttentionBackwardParams {
   AttentionBiasGrad grad_bias;
 };
 
-// Rows of queries in one forward task. Results do not depend on it, nor on how tasks are grouped.
-constexpr int64_t attention_query_block = 64;
-
 struct AttentionKernels {
   // Bytes of 64-byte aligned scratch that each concurrent call needs.
   int64_t (*forward_scratch_bytes)(const AttentionForwardParams&);
   int64_t (*backward_scratch_bytes)(const AttentionBackwardParams&);
-  // Task: one block of queries of one head of one sequence, in the order (sequence, head, block).
+  // Task: query_block queries of one head of one sequence, in the order (sequence, head, block).
   void (*forward)(const AttentionForwardParams&, void* scratch, int64_t begin, int64_t end);
   // One key/value head of one sequence with all query heads that share it.
   void (*backward)(const AttentionBackwardParams&, void* scratch, int64_t sequence, int64_t kv_head);

@@ -317,7 +317,8 @@ void attention_backward(const AttentionBackwardParams& params, void* memory, int
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
     for (int64_t query = 0; query < sequence.seqlen_q; query += tile) {
       const int64_t rows = smaller(tile, sequence.seqlen_q - query);
-      differentiate_tile({params, p, sequence, s, head, query, rows, key_limit(p, sequence, query + rows - 1), finite_keys, true, true});
+      const int64_t keys = padding_start(p, sequence, head, key_limit(p, sequence, query + rows - 1));
+      differentiate_tile({params, p, sequence, s, head, query, rows, keys, finite_keys, true, true});
     }
   write_grad(params.grad_key, sequence, kv_head, sequence.key_row, s.grad_keys, s.length, length, p.head_dim, p.scale);
   write_grad(params.grad_value, sequence, kv_head, sequence.key_row, s.grad_values, s.length, length, p.value_head_dim, 1.0f);

@@ -57,13 +57,12 @@ TRANSFUSE_INLINE f32 load_strided(const T* p, int64_t stride, int64_t n) {
 template <class T>
 bool pack_rows(const T* source, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t cols, float* out, int64_t panel_rows) {
   f32 defect = zero();  // x - x is NaN for inf and NaN
-  for (int64_t c = 0; c < cols; c += panel) {
-    const int64_t n = smaller(panel, cols - c);
-    float* column = out + c * panel_rows;
-    for (int64_t r = 0; r < rows; ++r) {
-      const f32 x = load_strided(source + r * row_stride + c * col_stride, col_stride, n);
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* row = source + r * row_stride;
+    for (int64_t c = 0; c < cols; c += panel) {
+      const f32 x = load_strided(row + c * col_stride, col_stride, smaller(panel, cols - c));
       defect = defect + (x - x);
-      store(column + r * panel, x);
+      store(out + c * panel_rows + r * panel, x);
     }
   }
   return !any(isnan(defect));
@@ -220,7 +219,19 @@ TRANSFUSE_INLINE int64_t key_limit(const AttentionParams& p, const AttentionSequ
   return larger(0, smaller(limit, s.seqlen_k));
 }
 
-// Whether some pair of rows [query, query + rows) and keys [key, key + keys) is excluded or carries a bias.
+// Keys from here on are excluded for all queries by a mask or bias that is the same for all of them (padding): their
+// zeros need not be added.
+int64_t padding_start(const AttentionParams& p, const AttentionSequence& s, int64_t head, int64_t stop) {
+  if (p.mask.data && p.mask.row == 0)
+    while (stop > 0 && at<byte>(p.mask, s.batch, head, 0, stop - 1)->value == 0) --stop;
+  if (p.bias.data && p.bias.row == 0)
+    with_type(p.bias, s.batch, head, 0, 0, [&](auto* first) {
+      while (stop > 0 && to_float(first[(stop - 1) * p.bias.col]) == -__builtin_inff()) --stop;
+    });
+  return stop;
+}
+
+// Whether no pair of the rows from `query` on and keys [key, key + keys) is excluded or carries a bias.
 TRANSFUSE_INLINE bool tile_is_plain(const AttentionParams& p, const AttentionSequence& s, int64_t query, int64_t key, int64_t keys) {
   return !p.mask.data && !p.bias.data && key + keys <= key_limit(p, s, query);
 }

@@ -4,7 +4,7 @@
 // |------------------------------|---------------|------------|--------------------------------------------------------|
 // | exp(x)                       | (-inf, 88.72] | <= 1 ULP   | exp(0) = 1, exp(-inf) = 0, above 88.72 inf, NaN stays   |
 // | exp(x, residual)             | (-inf, 88.72] | <= 1 ULP   | of exp(x + residual), |residual| <= 1e-4 and finite     |
-// | exp_nonpositive(x[, residual]) | (-inf, 43]  | <= 1 ULP   | the same bits as exp, fewer instructions               |
+// | exp_nonpositive(x[, residual]) | (-inf, 70]  | <= 1 ULP   | the same bits as exp, fewer instructions               |
 // | exp(f64 x)                   | [-690, 690]   | 2^-40 relative, for results rounded to float afterwards; NaN stays   |
 //
 // The bounds hold for every float of the range, subnormal results included (measured over all of them: 0.895 ULP).
@@ -21,7 +21,7 @@ namespace transfuse::cpu::TRANSFUSE_ISA {
 constexpr float exp_log2e = 0x1.715476p+0f;
 constexpr float exp_ln2_hi = 0x1.62e400p-1f;   // 15 bits: n * ln2_hi is exact for |n| < 2^9
 constexpr float exp_ln2_lo = 0x1.7f7d1cp-20f;  // ln 2 - ln2_hi
-constexpr float exp_lowest = -104.5f;          // e^-104.5 rounds to 0, and so does everything below
+constexpr float exp_lowest = -0x1.a56ef8p+6f;  // -152 ln 2: rounds to 0, and so does everything below
 constexpr float exp_highest = 89.0f;           // e^89 overflows, and so does everything above
 constexpr float exp_integer = 0x1.8p23f;       // adding it rounds to an integer, found in the low bits of the sum
 
@@ -51,12 +51,13 @@ TRANSFUSE_INLINE f32 exp(f32 x, f32 residual) {
 }
 
 TRANSFUSE_INLINE f32 exp_nonpositive(f32 x, f32 residual) {
-  // The exponent field of 2^(n + 64) comes straight from the low bits of the rounding sum; 2^-64 is applied last.
-  const f32 integer = set1(exp_integer + 127.0f + 64.0f);
+  // The exponent field of 2^(n + 25) comes straight from the low bits of the rounding sum; 2^-25 is applied last. At
+  // exp_lowest n is -152 and the field 0: a factor of 0, where an underflow to 0 would cost a hundred cycles.
+  const f32 integer = set1(exp_integer + 127.0f + 25.0f);
   x = max(set1(exp_lowest), x);
   const f32 shifted = fma(x, set1(exp_log2e), integer);
   const f32 fraction = exp_fraction(x, shifted - integer, residual);
-  return (fraction * from_bits(shift_left<23>(bits(shifted)))) * set1(0x1p-64f);
+  return (fraction * from_bits(shift_left<23>(bits(shifted)))) * set1(0x1p-25f);
 }
 
 TRANSFUSE_INLINE f32 exp(f32 x) { return exp(x, zero()); }

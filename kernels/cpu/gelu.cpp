@@ -6,10 +6,10 @@
 // Nothing cancels for x < 0, where the result is -t * tail(t) alone, so the tail keeps its relative accuracy down to the
 // last subnormal. Likewise gelu'(x) = h(t) for x < 0 and 1 - h(t) for x >= 0 with h(t) = tail(t) - t * density(t).
 //
-// Most inputs of the erf form lie in |x| <= 4, where an odd polynomial serves both signs at half the price.
+// Most inputs of the erf form lie in |x| <= 3.5, where an odd polynomial serves both signs at half the price.
 //
-// Error: 2^-33 relative before the one rounding, so at most 0.51 ULP forward; backward the same but for the
-// neighbourhood of the root, where gelu' itself cancels (2^-39 absolute).
+// Error: 2^-29 relative before the one rounding, so at most 0.52 ULP forward; backward the same but for the
+// neighbourhood of the root, where gelu' itself cancels (2^-41 absolute).
 // Beyond t = 16 every tail is far below the last subnormal, so t is cut there: infinities and huge inputs need no case.
 #include "gelu.h"
 
@@ -29,6 +29,24 @@ TRANSFUSE_INLINE f64 polynomial(const double (&c)[n], f64 t) {
   return sum;
 }
 
+// The same as two chains, of the even and of the odd powers, for polynomials so long that one chain's latency shows.
+template <int n>
+TRANSFUSE_INLINE f64 long_polynomial(const double (&c)[n], f64 t) {
+  const f64 t2 = t * t;
+  f64 a = set1d(c[n - 1]), b = set1d(c[n - 2]);
+#pragma GCC unroll 20
+  for (int i = n - 3; i >= 1; i -= 2) {
+    a = fma(a, t2, set1d(c[i]));
+    b = fma(b, t2, set1d(c[i - 1]));
+  }
+  // n odd: a ends at power 0 after one more step; n even: at power 1.
+  if constexpr (n % 2 == 1) {
+    return fma(b, t, fma(a, t2, set1d(c[0])));
+  } else {
+    return fma(a, t, b);
+  }
+}
+
 // R(t) = Phi(-t) exp(t^2/2) = P(t) / Q(t) on [0, 16], relative error 2^-39.
 constexpr double mills_p[] = {
     0x1.00000000014d9p-1, 0x1.25072584c3476p-1, 0x1.4988d461fe849p-2, 0x1.be1acc2038532p-4,
@@ -36,29 +54,27 @@ constexpr double mills_p[] = {
 constexpr double mills_q[] = {
     0x1.0000000000000p+0, 0x1.f1494f2405f07p+0, 0x1.b18b5af48110bp+0, 0x1.ba3fb22d2cdabp-1,
     0x1.1f1baeee1a755p-2, 0x1.df3c2e2f4dcd5p-5, 0x1.e32a91e3f0ef9p-8, 0x1.d20965981f27fp-12};
-// Phi(x) = 1/2 + x C(x^2) for |x| <= 4, relative error 2^-33 of Phi down to Phi(-4): no exp, no division.
-constexpr double core_limit = 4.0;
+// Phi(x) = 1/2 + x C(x^2) for |x| <= 3.5, relative error 2^-29 of Phi down to Phi(-3.5): no exp, no division.
+constexpr float core_limit = 3.5f;
 constexpr double core_forward[] = {
-    0x1.988453391a85ap-2, -0x1.1058370c31864p-4, 0x1.46d03a4b26f35p-7, -0x1.373ff0699c0d2p-10,
-    0x1.e4277ad53f881p-14, -0x1.3cdb28ca50140p-17, 0x1.653e53353492ap-21, -0x1.60f00f44254e3p-25,
-    0x1.34d056a9b064bp-29, -0x1.dfd0763912ea0p-34, 0x1.482d94e1e8da1p-38, -0x1.82c482f4184fap-43,
-    0x1.7ac8d11adc567p-48, -0x1.2494f4c7f804cp-53, 0x1.4a5ed09f04dafp-59, -0x1.e01963fbe1cf4p-66,
-    0x1.4e6151ba6bdaap-73};
-// gelu'(x) = 1/2 + x S(x^2) there, error 2^-33 of max(|gelu'|, 2e-4) where gelu' is small.
+    0x1.9884530b7bca8p-2, -0x1.1058327194ab4p-4, 0x1.46cfe98d4692dp-7, -0x1.373d224dbd97ap-10,
+    0x1.e409818b9116ap-14, -0x1.3c71d1035cdbap-17, 0x1.633c51421b872p-21, -0x1.59e929436fbc3p-25,
+    0x1.22d777553770cp-29, -0x1.9c17d087ceb3cp-34, 0x1.d4ad3d92bec68p-39, -0x1.8b67ee13a75ebp-44,
+    0x1.b141ead86a357p-50, -0x1.c8a07883953dfp-57};
+// gelu'(x) = 1/2 + x S(x^2) there, error 2^-29 of max(|gelu'|, 2e-4).
 constexpr double core_slope[] = {
-    0x1.9884533bd0e0dp-1, -0x1.1058376684b0ap-2, 0x1.ea3861909b8d7p-5, -0x1.374030391023fp-7,
-    0x1.2e9a710ac6aa4p-10, -0x1.db58ad5c62c63p-14, 0x1.38c7b84b2408fp-17, -0x1.61c965e7f7909p-21,
-    0x1.5e2e410e1e88ap-25, -0x1.32a479c156acep-29, 0x1.dc450d6889f2fp-34, -0x1.4538f5ee20ccap-38,
-    0x1.7e2b5ac16c7d7p-43, -0x1.74c9ba5096f21p-48, 0x1.1e96c989a43d3p-53, -0x1.41f3db7050be3p-59,
-    0x1.d17100e8f3055p-66, -0x1.42877d286966bp-73};
+    0x1.9884532c4532bp-1, -0x1.1058367385558p-2, 0x1.ea384ac692bf2p-5, -0x1.373fa2c751f3ep-7,
+    0x1.2e965f0146c50p-10, -0x1.db31e8a6e61b2p-14, 0x1.38497335b2052p-17, -0x1.5f814cb4da844p-21,
+    0x1.5680885c6ab00p-25, -0x1.1f94240d75184p-29, 0x1.961452b9d8803p-34, -0x1.cb77ca280bce4p-39,
+    0x1.81355a60718acp-44, -0x1.a338ca425a49dp-50, 0x1.b6d2659e5a3ecp-57};
 constexpr double inverse_sqrt_2pi = 0x1.9884533d43651p-2;
 // tanh's argument, doubled: 2 sqrt(2/pi) (t + 0.044715 t^3).
 constexpr double tanh_c0 = 0x1.9884533d43651p+0, tanh_c1 = 0x1.2444f2a4d8b4bp-4;
 
 struct Erf {
   static constexpr bool has_core = true;
-  TRANSFUSE_INLINE static f64 core(f64 x) { return x * fma(polynomial(core_forward, x * x), x, set1d(0.5)); }
-  TRANSFUSE_INLINE static f64 core_derivative(f64 x) { return fma(polynomial(core_slope, x * x), x, set1d(0.5)); }
+  TRANSFUSE_INLINE static f64 core(f64 x) { return x * fma(long_polynomial(core_forward, x * x), x, set1d(0.5)); }
+  TRANSFUSE_INLINE static f64 core_derivative(f64 x) { return fma(long_polynomial(core_slope, x * x), x, set1d(0.5)); }
   TRANSFUSE_INLINE static f64 gaussian(f64 t) { return exp(t * t * set1d(-0.5)); }
   // t * Phi(-t)
   TRANSFUSE_INLINE static f64 tail(f64 t) { return t * gaussian(t) * polynomial(mills_p, t) / polynomial(mills_q, t); }
@@ -71,6 +87,7 @@ struct Erf {
 
 struct Tanh {
   static constexpr bool has_core = false;
+  TRANSFUSE_INLINE static f64 core(f64 x) { return x; }  // never called
   TRANSFUSE_INLINE static f64 tail(f64 t) {
     const f64 e = exp(t * fma(t * t, set1d(-tanh_c1), set1d(-tanh_c0)));
     return t * e / (e + set1d(1.0));
@@ -96,18 +113,6 @@ template <class Form>
 TRANSFUSE_INLINE f64 slope_everywhere(f64 x) {
   const f64 h = Form::slope(cut_abs(x));
   return select(x < zero64(), h, set1d(1.0) - h);
-}
-
-// A lane takes the core or the tail form by its own value alone, so its bits do not depend on its neighbours.
-template <class Form>
-TRANSFUSE_INLINE f64 gelu(f64 x) {
-  if constexpr (Form::has_core) {
-    const mask64 outside = abs(x) > set1d(core_limit);
-    const f64 core = Form::core(x);
-    return any(outside) ? select(outside, gelu_everywhere<Form>(x), core) : core;
-  } else {
-    return gelu_everywhere<Form>(x);
-  }
 }
 
 template <class Form>
@@ -145,12 +150,55 @@ TRANSFUSE_INLINE void for_each_sum(const GeluParams& p, int64_t begin, int64_t e
   }
 }
 
+template <class Form>
+TRANSFUSE_INLINE f32 gelu_everywhere(f32 x) {
+  return narrow(gelu_everywhere<Form>(low(x)), gelu_everywhere<Form>(high(x)));
+}
+
+// The few lanes that lie outside the core wait here until there are sixteen of them.
+template <class Form, class T>
+struct WaitingLanes {
+  T* output;
+  alignas(64) float x[lanes] = {};
+  int64_t at[lanes] = {};
+  int64_t count = 0;
+
+  TRANSFUSE_INLINE void add(float value, int64_t where) {
+    x[count] = value;
+    at[count] = where;
+    if (++count == lanes) flush();
+  }
+  void flush() {
+    alignas(64) T results[lanes];
+    store(results, gelu_everywhere<Form>(load(x)));
+    for (int64_t i = 0; i < count; ++i) output[at[i]] = results[i];
+    count = 0;
+  }
+};
+
+constexpr int many_outside = 8;  // of sixteen: then waiting costs more than it saves
+
+// A lane takes the core or the tail form by its own value alone, so its bits do not depend on its neighbours.
 template <class Form, class T, class B>
 void forward_rows(const GeluParams& p, int64_t begin, int64_t end) {
   T* output = static_cast<T*>(p.output);
+  WaitingLanes<Form, T> waiting{output};
   for_each_sum<T, B>(p, begin, end, [&](int64_t at, int64_t, int64_t n, f32 x) __attribute__((always_inline)) {
-    store_n(output + at, narrow(gelu<Form>(low(x)), gelu<Form>(high(x))), n);
+    if constexpr (!Form::has_core) return store_n(output + at, gelu_everywhere<Form>(x), n);
+    const f32 core = narrow(Form::core(low(x)), Form::core(high(x)));
+    const mask outside = abs(x) > set1(core_limit);
+    uint32_t bits = to_bits(outside);
+    if (__builtin_popcount(bits) >= many_outside) return store_n(output + at, select(outside, gelu_everywhere<Form>(x), core), n);
+    store_n(output + at, core, n);
+    if (bits == 0) return;
+    alignas(64) float values[lanes];
+    store(values, x);
+    for (; bits != 0; bits &= bits - 1) {
+      const int lane = __builtin_ctz(bits);
+      waiting.add(values[lane], at + lane);
+    }
   });
+  waiting.flush();
 }
 
 template <class Form, class T, class B>

@@ -246,36 +246,55 @@ void forward(const MaskedSoftmaxParams& p, int64_t begin, int64_t end, float* sc
   p.dtype == DType::f32 ? forward_type<float>(p, begin, end, scratch) : forward_type<bf16>(p, begin, end, scratch);
 }
 
-// The gradient of the scores is y * (dy - sum(dy * y)), in double. A weight of 0 takes and gives none, whatever its dy:
+// The gradient of the scores is y * (dy - mean), mean = sum(dy * y). A weight of 0 takes and gives none, whatever its dy:
 // an excluded key's gradient is 0 even where dy is not finite or the row is NaN.
-struct ScoreGradient {
-  f64 low, high;
-};
-
 template <class T>
 struct GradRow {
   const T* dy;
   const T* y;
   int64_t keys;
-
-  TRANSFUSE_INLINE f32 weight(int64_t i, int64_t n) const { return load_n(y + i, n); }
-  TRANSFUSE_INLINE f32 incoming(int64_t i, int64_t n, f32 weight) const {
-    return select(weight == zero(), zero(), load_n(dy + i, n));
-  }
-  TRANSFUSE_INLINE double mean() const {
-    f64 sum_low = zero64(), sum_high = zero64();
-    for_each_vec(keys, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-      const f32 w = weight(i, n), g = incoming(i, n, w);
-      sum_low = fma(low(w), low(g), sum_low);
-      sum_high = fma(high(w), high(g), sum_high);
-    });
-    return reduce_add(sum_low + sum_high);
-  }
-  TRANSFUSE_INLINE ScoreGradient gradient(int64_t i, int64_t n, f64 mean) const {
-    const f32 w = weight(i, n), g = incoming(i, n, w);
-    return {low(w) * (low(g) - mean), high(w) * (high(g) - mean)};
-  }
 };
+
+// dy * y of the keys [i, i + 16); a weight of 0 is skipped where asked, so that an infinite dy beside it does no harm.
+template <bool skip_zero, class T>
+TRANSFUSE_INLINE f32 product(const GradRow<T>& row, int64_t i) {
+  const int64_t n = row.keys - i < lanes ? row.keys - i : lanes;
+  if (n <= 0) return zero();
+  const f32 weight = load_n(row.y + i, n), incoming = load_n(row.dy + i, n);
+  if constexpr (!skip_zero) return weight * incoming;
+  return select(weight == zero(), zero(), weight * incoming);
+}
+
+// Four products of sixteen keys are added in float, those sums in double; by key number alone, whatever the row's length.
+template <bool skip_zero, class T>
+TRANSFUSE_INLINE double sum_of_products(const GradRow<T>& row) {
+  f64 sum_low = zero64(), sum_high = zero64();
+  for (int64_t i = 0; i < row.keys; i += 4 * lanes) {
+    const f32 four = (product<skip_zero>(row, i) + product<skip_zero>(row, i + lanes)) +
+                     (product<skip_zero>(row, i + 2 * lanes) + product<skip_zero>(row, i + 3 * lanes));
+    sum_low = sum_low + low(four);
+    sum_high = sum_high + high(four);
+  }
+  return reduce_add(sum_low + sum_high);
+}
+
+template <class T>
+TRANSFUSE_INLINE double mean_gradient(const GradRow<T>& row) {
+  const double sum = sum_of_products<false>(row);
+  return __builtin_fabs(sum) < __builtin_inf() ? sum : sum_of_products<true>(row);
+}
+
+struct Mean {  // hi + lo
+  f32 hi, lo;
+  explicit Mean(double mean) : hi(set1(static_cast<float>(mean))), lo(set1(static_cast<float>(mean - static_cast<float>(mean)))) {}
+};
+
+template <class T>
+TRANSFUSE_INLINE f32 score_gradient(const GradRow<T>& row, int64_t i, int64_t n, const Mean& mean) {
+  const f32 weight = load_n(row.y + i, n);
+  const f32 centred = (load_n(row.dy + i, n) - mean.hi) - mean.lo;
+  return select(weight == zero(), zero(), weight * centred);
+}
 
 template <class T>
 GradRow<T> grad_row(const MaskedSoftmaxGradParams& p, int64_t row) {
@@ -287,11 +306,10 @@ void backward_rows(const MaskedSoftmaxGradParams& p, int64_t begin, int64_t end)
   for (int64_t r = begin; r < end; ++r) {
     const GradRow<T> row = grad_row<T>(p, r);
     T* grad_input = static_cast<T*>(p.grad_input) + r * p.keys;
-    const f64 mean = set1d(row.mean()), scale = set1d(p.scale);
+    const Mean mean(mean_gradient(row));
+    const f32 scale = set1(static_cast<float>(p.scale));
     for_each_vec(p.keys, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-      const ScoreGradient g = row.gradient(i, n, mean);
-      const f32 gradient = narrow(g.low * scale, g.high * scale);
-      store_n(grad_input + i, select(row.weight(i, n) == zero(), zero(), gradient), n);
+      store_n(grad_input + i, score_gradient(row, i, n, mean) * scale, n);
     });
   }
 }
@@ -299,14 +317,11 @@ void backward_rows(const MaskedSoftmaxGradParams& p, int64_t begin, int64_t end)
 template <class T>
 void add_row_gradient(const MaskedSoftmaxGradParams& p, int64_t r, double* sums) {
   const GradRow<T> row = grad_row<T>(p, r);
-  const f64 mean = set1d(row.mean());
+  const Mean mean(mean_gradient(row));
   for_each_vec(p.keys, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    alignas(64) double gained[lanes];
-    const ScoreGradient g = row.gradient(i, n, mean);
-    store(gained, g.low);
-    store(gained + lanes64, g.high);
-    for (int64_t j = 0; j < n; ++j)
-      if (to_float(row.y[i + j]) != 0.0f) sums[i + j] += gained[j];
+    alignas(64) float gained[lanes];
+    store(gained, score_gradient(row, i, n, mean));
+    for (int64_t j = 0; j < n; ++j) sums[i + j] += gained[j];
   });
 }
 

@@ -68,6 +68,7 @@ TRANSFUSE_INLINE mask operator&(mask a, mask b) { return {static_cast<__mmask16>
 TRANSFUSE_INLINE mask operator|(mask a, mask b) { return {static_cast<__mmask16>(a.v | b.v)}; }
 TRANSFUSE_INLINE mask operator~(mask a) { return {static_cast<__mmask16>(~a.v)}; }
 TRANSFUSE_INLINE bool any(mask a) { return a.v != 0; }
+TRANSFUSE_INLINE uint32_t to_bits(mask a) { return a.v; }  // lane i is bit i
 TRANSFUSE_INLINE bool all(mask a) { return a.v == 0xFFFF; }
 TRANSFUSE_INLINE f32 select(mask m, f32 yes, f32 no) { return {_mm512_mask_blend_ps(m.v, no.v, yes.v)}; }
 // Lanes where the byte is not 0 (a boolean mask row).
@@ -226,6 +227,9 @@ TRANSFUSE_INLINE mask operator~(mask x) {
   return {_mm256_xor_ps(x.a, ones), _mm256_xor_ps(x.b, ones)};
 }
 TRANSFUSE_INLINE bool any(mask x) { return _mm256_movemask_ps(_mm256_or_ps(x.a, x.b)) != 0; }
+TRANSFUSE_INLINE uint32_t to_bits(mask x) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(x.a)) | static_cast<uint32_t>(_mm256_movemask_ps(x.b)) << 8;
+}
 TRANSFUSE_INLINE bool all(mask x) { return _mm256_movemask_ps(_mm256_and_ps(x.a, x.b)) == 0xFF; }
 TRANSFUSE_INLINE f32 select(mask m, f32 yes, f32 no) {
   return {_mm256_blendv_ps(no.a, yes.a, m.a), _mm256_blendv_ps(no.b, yes.b, m.b)};

@@ -16,8 +16,6 @@ from transfuse.ops import attention_checks as checks
 from transfuse.reference.attention import attention_reference
 
 _OP = "attention"
-_NO_FEATURES: dict = {}  # shared by every call without options; never written
-_INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 
 def scaled_dot_product_attention(
@@ -118,6 +116,9 @@ def _run_cpu(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_
     if torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or (bias is not None and bias.requires_grad)
     ):
+        if torch.compiler.is_compiling():  # Dynamo takes no tensor twice
+            key = key.view_as(key) if key is query else key
+            value = value.view_as(value) if value is query or value is key else value
         return AttentionFunction.apply(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right)
     return _forward(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right)
 
@@ -125,12 +126,10 @@ def _run_cpu(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_
 def _run_reference(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right, features):
     if seqlens_k is not None:
         checks.check_length_values(_OP, "seqlens_k", seqlens_k, key.shape[2])
-    options = {name: option for name, option in features.items() if name != "dropout_p"}
-    if "dropout_p" in features:
-        options["dropout_p"], options["dropout_seed"] = features["dropout_p"]
     return attention_reference(
         query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=True, attn_bias=bias, seqlens_k=seqlens_k,
-        causal_alignment="bottom_right" if bottom_right else "top_left", return_lse=True, **options,
+        causal_alignment="bottom_right" if bottom_right else "top_left", return_lse=True,
+        **checks.reference_options(features),
     )
 
 
@@ -225,8 +224,7 @@ def _normalise(
         features: option name -> value, for the options in use that only some backends have.
         restore: the caller's dimensions before [Lq, Dv], or None if there were four.
     """
-    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
-        query, key, value = _autocast(query, key, value)
+    query, key, value = checks.autocast(query, key, value)
     checks.check_tensors(_OP, query, key, value)
     query, key, value, lead = _to_4d(query, key, value, enable_gqa)
     batch, heads, len_q, head_dim = query.shape
@@ -242,22 +240,12 @@ def _normalise(
     scale = head_dim**-0.5 if scale is None else checks.check_scale(_OP, scale)
     bottom_right = causal_alignment != "top_left" and checks.check_alignment(_OP, causal_alignment)
 
-    features = _NO_FEATURES
+    features = checks.NO_FEATURES
     if dropout_p != 0.0 or window is not None or softcap is not None or alibi_slopes is not None or sinks is not None:
-        features = _features(query, dropout_p, window, softcap, alibi_slopes, sinks)
+        features = checks.features_in_use(_OP, query, batch, heads, dropout_p, window, softcap, alibi_slopes, sinks)
     restore = None if lead is not None and len(lead) == 1 else () if lead is None else (*lead, heads)
     arguments = (query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right)
     return arguments, features, restore
-
-
-def _autocast(query, key, value):
-    """torch casts what sdpa multiplies to the autocast dtype; float64 stays."""
-    dtype = torch.get_autocast_dtype(query.device.type)
-    cast = [
-        tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-        for tensor in (query, key, value)
-    ]
-    return tuple(cast)
 
 
 def _to_4d(query, key, value, enable_gqa):
@@ -349,26 +337,6 @@ def _add_biases(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(excluded, -torch.inf, first.to(wide) + second.to(wide))
 
 
-def _features(query, dropout_p, window, softcap, alibi_slopes, sinks) -> dict:
-    batch, heads = query.shape[:2]
-    features = {}
-    if checks.check_dropout(_OP, dropout_p) > 0:
-        # Drawn on the device by torch's generator: checkpointing, graphs and compile replay it.
-        seed = torch.randint(_INT64_MIN, _INT64_MAX, (2,), dtype=torch.int64, device=query.device)
-        features["dropout_p"] = (float(dropout_p), seed)
-    if window is not None:
-        features["window"] = checks.check_window(_OP, window)
-    if softcap is not None:
-        features["softcap"] = checks.check_softcap(_OP, softcap)
-    if alibi_slopes is not None:
-        checks.check_per_head(_OP, "alibi_slopes", alibi_slopes, query, ((heads,), (batch, heads)))
-        features["alibi_slopes"] = alibi_slopes
-    if sinks is not None:
-        checks.check_per_head(_OP, "sinks", sinks, query, ((heads,),))
-        features["sinks"] = sinks
-    return features
-
-
 def _problem(arguments, features) -> AttentionProblem:
     query, key, value, bias, mask, seqlens_k, _, is_causal, _ = arguments
     floats = [tensor for tensor in (query, key, value, bias) if tensor is not None]
@@ -402,7 +370,7 @@ def _explain_problem(
 scaled_dot_product_attention.explain_problem = _explain_problem
 
 
-if not extension.cpu_unavailable and hasattr(torch.ops.transfuse, "attention_forward"):
+if not extension.cpu_unavailable:
 
     @torch.library.register_fake("transfuse::attention_forward")
     def _attention_forward_fake(query, key, value, bias, mask, seqlens_k, scale, causal, bottom_right):
@@ -410,12 +378,10 @@ if not extension.cpu_unavailable and hasattr(torch.ops.transfuse, "attention_for
         output = query.new_empty(batch, len_q, heads, value.shape[3]).transpose(1, 2)
         return output, query.new_empty(batch, heads, len_q, dtype=torch.float32)
 
-if not extension.cpu_unavailable and hasattr(torch.ops.transfuse, "attention_backward"):
-
     @torch.library.register_fake("transfuse::attention_backward")
     def _attention_backward_fake(
         grad_output, grad_lse, query, key, value, output, lse, bias, mask, seqlens_k, scale, causal, bottom_right, bias_shape,
         need_bias_grad,
     ):
-        grads = [tensor.new_empty(tensor.shape) for tensor in (query, key, value)]
+        grads = [tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2) for tensor in (query, key, value)]
         return *grads, query.new_empty(bias_shape if need_bias_grad else (0,), dtype=(query if bias is None else bias).dtype)

@@ -1,4 +1,7 @@
-"""What attention and varlen_attention refuse, and in which words. Each check names op, argument, got and expected."""
+"""What attention and varlen_attention share: what they refuse, in which words, and the options not every backend has.
+
+Each message names op, argument, what came and what was expected.
+"""
 
 import math
 
@@ -7,12 +10,64 @@ from torch import Tensor
 
 ALIGNMENTS = ("top_left", "bottom_right")
 MAX_HEAD_DIM = 512
+NO_FEATURES: dict = {}  # shared by every call without such options; never written
+_INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def short(dtype: torch.dtype) -> str:
     """torch.float32 as float32."""
     return str(dtype)[6:]
+
+
+def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast, what torch casts for its sdpa: float tensors to the autocast dtype. float64 stays."""
+    if not isinstance(query, Tensor) or query.is_meta or not torch.is_autocast_enabled(query.device.type):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(query.device.type)
+    cast = []
+    for tensor in (query, key, value):
+        casts = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        cast.append(tensor.to(dtype) if casts else tensor)
+    return tuple(cast)
+
+
+def features_in_use(
+    op: str,
+    query: Tensor,
+    batch: int,
+    heads: int,
+    dropout_p: float,
+    window: tuple | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+) -> dict:
+    """Option name -> checked value, of those in use. dropout_p comes with its seed."""
+    features = {}
+    if check_dropout(op, dropout_p) > 0:
+        # Drawn on the device by torch's generator: checkpointing, graphs and compile replay it.
+        seed = torch.randint(_INT64_MIN, _INT64_MAX, (2,), dtype=torch.int64, device=query.device)
+        features["dropout_p"] = (float(dropout_p), seed)
+    if window is not None:
+        features["window"] = check_window(op, window)
+    if softcap is not None:
+        features["softcap"] = check_softcap(op, softcap)
+    if alibi_slopes is not None:
+        check_per_head(op, "alibi_slopes", alibi_slopes, query, ((heads,), (batch, heads)))
+        features["alibi_slopes"] = alibi_slopes
+    if sinks is not None:
+        check_per_head(op, "sinks", sinks, query, ((heads,),))
+        features["sinks"] = sinks
+    return features
+
+
+def reference_options(features: dict) -> dict:
+    """The same as keyword arguments of the reference."""
+    options = dict(features)
+    if "dropout_p" in options:
+        options["dropout_p"], options["dropout_seed"] = options["dropout_p"]
+    return options
 
 
 def check_tensors(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:

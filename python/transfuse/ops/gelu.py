@@ -26,7 +26,7 @@ def gelu(input: Tensor, approximate: str = "none", *, bias: Tensor | None = None
     Returns:
         Contiguous tensor of input's shape and dtype. Differentiable once (the reference backend: any number of times).
     Numerics:
-        float64 inside, one rounding. float32: within 0.51 ULP for every input, to the last subnormal of the negative tail;
+        float64 inside, one rounding. float32: within 0.52 ULP for every input, to the last subnormal of the negative tail;
         gelu(-inf) = -0, gelu(inf) = inf, NaN stays. Its gradient likewise, within 1e-7 absolute around its root -0.75179,
         and finite for every finite input. bfloat16: every one of the 65,536 inputs correctly rounded. The gradient of bias
         is summed in float64 in an order that depends on the number of rows alone.

@@ -42,7 +42,7 @@ def layer_norm(
         Autocast runs it in float32 on a GPU and leaves it alone on the CPU, as it does with torch's.
     Raises:
         TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape. RuntimeError: weight or bias on
-        another device; a second or forward-mode derivative of a compiled kernel; torch.func.vmap over a gradient.
+        another device; a second or forward-mode derivative of a compiled kernel (the reference backend has both).
     Source:
         Ba, Kiros, Hinton: Layer Normalization, 2016, https://arxiv.org/abs/1607.06450
     """
@@ -179,11 +179,12 @@ def _key(input: Tensor) -> tuple:
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return False
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return torch._C._are_functorch_transforms_active()  # a tensor under vmap does not tell
 
 
 def _run_cpu(input, weight, bias, ndim, eps):
@@ -252,6 +253,8 @@ add_layer_norm.explain_problem = _explain_add_layer_norm
 class LayerNormFunction(torch.autograd.Function):
     """layer_norm with its gradient. Saves the input and takes the statistics anew: float32 ones would lose mean/std 1e6."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(input, weight, bias, ndim, eps):
         return torch.ops.transfuse.layer_norm_forward.default(input, weight, bias, ndim, eps)[0]
@@ -266,13 +269,11 @@ class LayerNormFunction(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:3]
         return (*_backward("layer_norm", ctx, grad_output, None, wanted), None, None)
 
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        raise _no_vmap("layer_norm")
-
 
 class AddLayerNormFunction(torch.autograd.Function):
     """add_layer_norm with its gradient, which is that of the norm of ``sum`` plus what reaches ``sum`` past the norm."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(input, residual, weight, bias, ndim, eps):
@@ -293,13 +294,11 @@ class AddLayerNormFunction(torch.autograd.Function):
         grad, grad_weight, grad_bias = _backward("add_layer_norm", ctx, grad_output, grad_sum, wanted)
         return grad, grad, grad_weight, grad_bias, None, None
 
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        raise _no_vmap("add_layer_norm")
-
 
 class LayerNormBackwardFunction(torch.autograd.Function):
     """The gradient under create_graph=True: the same numbers, and a worded error for whoever differentiates them."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(op, *arguments):
@@ -312,10 +311,6 @@ class LayerNormBackwardFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(f"{ctx.op}: the cpu backend has no second derivative; {_REFERENCE_HAS}")
-
-    @staticmethod
-    def vmap(info, in_dims, op, *arguments):
-        raise _no_vmap(op)
 
 
 def _backward(op, ctx, grad_output, grad_sum, wanted):
@@ -337,10 +332,6 @@ def _refuse_tangents(op: str, *tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
             raise RuntimeError(f"{op}: the cpu backend has no forward-mode derivative; {_REFERENCE_HAS}")
-
-
-def _no_vmap(op: str) -> RuntimeError:
-    return RuntimeError(f"{op}: torch.func.vmap over a gradient is not supported; give the mapped dimension as a leading dimension")
 
 
 # ---- fake kernels: shapes and dtypes without data ----

@@ -16,8 +16,6 @@ from transfuse.ops import attention_checks as checks
 from transfuse.reference.varlen_attention import varlen_attention_reference
 
 _OP = "varlen_attention"
-_NO_FEATURES: dict = {}  # shared by every call without options; never written
-_INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 
 def varlen_attention(
@@ -102,6 +100,10 @@ def _cpu_unsupported(problem: VarlenAttentionProblem) -> tuple[str, ...]:
 
 def _run_cpu(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right, features):
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        if torch.compiler.is_compiling():  # Dynamo takes no tensor twice
+            key = key.view_as(key) if key is query else key
+            value = value.view_as(value) if value is query or value is key else value
+            cu_k = cu_k.view_as(cu_k) if cu_k is cu_q else cu_k
         return VarlenAttentionFunction.apply(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right)
     return _forward(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right)
 
@@ -109,12 +111,10 @@ def _run_cpu(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bott
 def _run_reference(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right, features):
     checks.check_offset_values(_OP, "cu_seqlens_q", cu_q, query.shape[0], "query", max_q)
     checks.check_offset_values(_OP, "cu_seqlens_k", cu_k, key.shape[0], "key", max_k)
-    options = {name: option for name, option in features.items() if name != "dropout_p"}
-    if "dropout_p" in features:
-        options["dropout_p"], options["dropout_seed"] = features["dropout_p"]
     return varlen_attention_reference(
         query, key, value, cu_q, cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k, is_causal=is_causal, scale=scale,
-        causal_alignment="bottom_right" if bottom_right else "top_left", return_lse=True, **options,
+        causal_alignment="bottom_right" if bottom_right else "top_left", return_lse=True,
+        **checks.reference_options(features),
     )
 
 
@@ -182,13 +182,7 @@ def _normalise(
     alibi_slopes, sinks,
 ):
     """Checks everything once; returns what the implementations take, and the options that only some of them have."""
-    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = (
-            tensor if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64
-            else tensor.to(dtype)
-            for tensor in (query, key, value)
-        )
+    query, key, value = checks.autocast(query, key, value)
     checks.check_tensors(_OP, query, key, value)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 3:
@@ -217,10 +211,13 @@ def _normalise(
     checks.check_flag(_OP, "is_causal", is_causal)
     scale = head_dim**-0.5 if scale is None else checks.check_scale(_OP, scale)
     bottom_right = causal_alignment != "top_left" and checks.check_alignment(_OP, causal_alignment)
-    features = _NO_FEATURES
-    if attn_bias is not None or dropout_p != 0.0 or window is not None or softcap is not None or alibi_slopes is not None or sinks is not None:
-        sizes = (cu_q.shape[0] - 1, max_q, max_k)
-        features = _features(query, sizes, attn_bias, dropout_p, window, softcap, alibi_slopes, sinks)
+    features, num_sequences = checks.NO_FEATURES, cu_q.shape[0] - 1
+    if dropout_p != 0.0 or window is not None or softcap is not None or alibi_slopes is not None or sinks is not None:
+        features = checks.features_in_use(_OP, query, num_sequences, heads, dropout_p, window, softcap, alibi_slopes, sinks)
+    if attn_bias is not None:
+        checks.check_additive(_OP, "attn_bias", attn_bias, query, allow_bool=False)
+        checks.check_broadcast(_OP, "attn_bias", attn_bias.shape, (num_sequences, heads, max_q, max_k))
+        features = {"attn_bias": attn_bias, **features}
     return (query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right), features
 
 
@@ -235,29 +232,6 @@ def _longest(name: str, given: int | None, offsets: Tensor) -> int:
     if given < 0:
         raise ValueError(f"{_OP}: {name} is {given}, expected at least 0")
     return given
-
-
-def _features(query, sizes, attn_bias, dropout_p, window, softcap, alibi_slopes, sinks) -> dict:
-    heads, num_sequences = query.shape[1], sizes[0]
-    features = {}
-    if attn_bias is not None:
-        checks.check_additive(_OP, "attn_bias", attn_bias, query, allow_bool=False)
-        checks.check_broadcast(_OP, "attn_bias", attn_bias.shape, (num_sequences, heads, *sizes[1:]))
-        features["attn_bias"] = attn_bias
-    if checks.check_dropout(_OP, dropout_p) > 0:
-        seed = torch.randint(_INT64_MIN, _INT64_MAX, (2,), dtype=torch.int64, device=query.device)
-        features["dropout_p"] = (float(dropout_p), seed)
-    if window is not None:
-        features["window"] = checks.check_window(_OP, window)
-    if softcap is not None:
-        features["softcap"] = checks.check_softcap(_OP, softcap)
-    if alibi_slopes is not None:
-        checks.check_per_head(_OP, "alibi_slopes", alibi_slopes, query, ((heads,), (num_sequences, heads)))
-        features["alibi_slopes"] = alibi_slopes
-    if sinks is not None:
-        checks.check_per_head(_OP, "sinks", sinks, query, ((heads,),))
-        features["sinks"] = sinks
-    return features
 
 
 def _problem(arguments, features) -> VarlenAttentionProblem:
@@ -293,14 +267,12 @@ def _explain_problem(
 varlen_attention.explain_problem = _explain_problem
 
 
-if not extension.cpu_unavailable and hasattr(torch.ops.transfuse, "varlen_attention_forward"):
+if not extension.cpu_unavailable:
 
     @torch.library.register_fake("transfuse::varlen_attention_forward")
     def _varlen_attention_forward_fake(query, key, value, cu_q, cu_k, max_q, max_k, scale, causal, bottom_right):
         tokens_q, heads, _ = query.shape
         return query.new_empty(tokens_q, heads, value.shape[2]), query.new_empty(heads, tokens_q, dtype=torch.float32)
-
-if not extension.cpu_unavailable and hasattr(torch.ops.transfuse, "varlen_attention_backward"):
 
     @torch.library.register_fake("transfuse::varlen_attention_backward")
     def _varlen_attention_backward_fake(
