@@ -89,6 +89,7 @@ def test_demo_runs_on_the_real_model_without_a_network(tmp_path, capsys, monkeyp
         raise AssertionError("the demo asked for the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
+    torch.set_num_threads(1)  # two threads that spin wait for each other on a busy machine
     monkeypatch.setattr(demo, "ARRIVAL_PASSAGES", 4)
     monkeypatch.setattr(demo, "REPORT_PASSAGES", 2)
     picture, rows = tmp_path / "demo.png", tmp_path / "demo.json"

@@ -3,8 +3,8 @@
     PYTHONPATH=python python3 -m transfuse.bench.gpu --out dir
 
 Runs with any python3 that holds torch; builds nothing, downloads nothing, needs no compiled transfuse._C. Checks what
-the machine has, the parity of every GPU backend of transfuse that exists, then measures the peers (gpu_peers.py). Rows go
-to dir/gpu.json after every section; a short table comes last. Under 9 minutes, by deadlines.
+the machine has and the parity of every GPU backend of transfuse that exists, then measures the peers (gpu_peers.py).
+Rows go to dir/gpu.json after every section; a short table comes last. Under 9 minutes, by deadlines.
 
 Exit codes: 0 done, 1 a backend of ours missed parity, 2 there is no GPU here.
 """

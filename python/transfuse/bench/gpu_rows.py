@@ -114,6 +114,14 @@ class Run:
             flush=True,
         )
 
+    @contextmanager
+    def guarded(self, **facts):
+        """What goes wrong while a case is set up becomes its row, and the next case goes on."""
+        try:
+            yield
+        except Exception as error:
+            self.add(**facts, **self._refusal(error, ()))
+
     def add(self, **facts):
         row = {
             "section": self.section,

@@ -52,10 +52,10 @@ def tables(documents):
         lines.append(f"| any model on a GPU (CUDA, Triton) | | | {NOT_MEASURED} | | | |")
     shown = [row for row in ops if row["dtype"] == SHOWN_DTYPE and row["peer"] == "torch"]
     if shown:
+        where = f"{SHOWN_DTYPE}, {shown[0]['machine']}, {shown[0]['threads']} threads, {shown[0]['date']}"
         lines += [
             "",
-            f"One op against torch ({SHOWN_DTYPE}, {shown[0]['machine']}, {shown[0]['threads']} threads, "
-            f"{shown[0]['date']}), with 95 % intervals:",
+            f"One op against torch ({where}), with 95 % intervals:",
             "",
             "| op | shape | forward | backward |",
             "|---|---|---|---|",

@@ -213,10 +213,11 @@ def _print(figures, same, report, found):
     count, tokens, padded = figures["passages"], figures["tokens"], figures["padded_tokens"]
     print(f"all-MiniLM-L6-v2 on {count} passages of Python's documentation")
     print(f"{figures['machine']}, {figures['threads']} threads, torch {figures['torch']}, float32\n")
-    print(f"Text    {tokens} tokens; encode() sorts and pads batches of {BATCH_SIZE} to {padded}: fill {tokens / padded:.2f}")
+    print(f"Text    {tokens} tokens; sorted batches of {BATCH_SIZE} pad them to {padded}: fill {tokens / padded:.2f}")
 
     ties = same.texts - same.neighbours_checked
-    print(f"Same?   largest difference of an embedding element {same.max_abs_difference:.1e}, allowed {MODEL_TOLERANCE:.0e}")
+    change = same.max_abs_difference
+    print(f"Same?   largest change of an embedding element {change:.1e}, allowed {MODEL_TOLERANCE:.0e}")
     print(f"        nearest neighbours changed: {same.neighbours_changed} of {same.neighbours_checked}", end=" ")
     print(f"({ties} more are ties within {NEIGHBOUR_MARGIN:.0e}, not counted)")
     print(f"        Spearman correlation of all {count * (count - 1) // 2} pair scores: {same.spearman:.9f}")
@@ -227,11 +228,13 @@ def _print(figures, same, report, found):
     print(f"        {_ratio(figures)} ({figures['interval']})")
     unsorted = figures["arrival"]
     if unsorted:
-        print(f"        unsorted, as a server gets them ({unsorted['passages']} passages, fill {unsorted['fill']:.2f}): {_ratio(unsorted)}")
+        what = f"{unsorted['passages']} passages, fill {unsorted['fill']:.2f}"
+        print(f"        unsorted, as a server gets them ({what}): {_ratio(unsorted)}")
     else:
         print("        unsorted batches: not measured, this machine is too slow or too busy today")
 
-    print(f"Undo    transfuse.restore(model): {'stock again, bit for bit' if figures['restored_exactly'] else 'NOT what stock gives'}")
+    undone = "stock again, bit for bit" if figures["restored_exactly"] else "NOT what stock gives"
+    print(f"Undo    transfuse.restore(model): {undone}")
     print(f"\nThe report, with {min(REPORT_PASSAGES, count)} of the passages as its sample:\n{report}\n")
     for question, answers, seconds in found:
         print(f"? {question}   ({seconds * 1e3:.0f} ms)")

@@ -16,11 +16,9 @@ def table(headers, rows):
     ]
     lines = []
     for row in [headers, *cells]:
-        lines.append(
-            "  ".join(
-                value.rjust(width) if right else value.ljust(width) for value, width, right in zip(row, widths, numeric, strict=True)
-            ).rstrip()
-        )
+        columns = zip(row, widths, numeric, strict=True)
+        set_out = [value.rjust(width) if right else value.ljust(width) for value, width, right in columns]
+        lines.append("  ".join(set_out).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
 

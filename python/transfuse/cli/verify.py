@@ -95,12 +95,10 @@ def _write_junit(path, rows, seconds):
 
 def run(arguments):
     if arguments.model:
-        raise NotImplementedError(
-            "verify: --model is not implemented yet; transfuse.verify(model, batch) compares a model from Python"
-        )
+        raise NotImplementedError("verify: --model is not implemented yet; from Python: transfuse.verify(model, batch)")
     if arguments.full:
         raise NotImplementedError(
-            "verify: --full is not implemented yet; it will add exhaustive GELU sweeps, fuzzing and mutants to --quick"
+            "verify: --full is not implemented yet; it will add exhaustive sweeps, fuzzing and mutants"
         )
     check_op("verify", arguments.op)
     check_device("verify", arguments.device)
@@ -134,7 +132,8 @@ def run(arguments):
     for row in bad:
         figures = row["reason"] or f"{row['worst']} has relative error {row['error']:.3e}, allowed {row['allowed']:.3e}"
         print(
-            f"\nFAILED {row['op']} {row['case']} {row['dtype']} {row['direction']}: {figures}\n  repeat: {row['repeat']}"
+            f"\nFAILED {row['op']} {row['case']} {row['dtype']} {row['direction']}: {figures}\n"
+            f"  repeat: {row['repeat']}"
         )
     print(f"\n{len(rows) - len(bad)} of {len(rows)} comparisons with the float64 reference hold, in {seconds:.1f} s.")
     if arguments.json:
