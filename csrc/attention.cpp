@@ -127,7 +127,7 @@ void check_shape(const char* op, const char* argument, const Tensor& t, const st
   if (same) return;
   std::ostringstream text;
   for (size_t i = 0; i < expected.size(); ++i) text << (i ? ", " : "") << expected[i];
-  check(false, op, ": ", argument, " has shape ", shape_of(t), ", expected (", text.str(), ")");
+  check(false, op, ": ", argument, " has shape ", shape_of(t), ", expected (", text.str(), expected.size() == 1 ? ",)" : ")");
 }
 
 struct Sizes {
@@ -183,6 +183,7 @@ struct Problem {
 
   void add(int64_t batch, int64_t query_row, int64_t key_row, int64_t seqlen_q, int64_t seqlen_k) {
     sequences.push_back({batch, query_row, key_row, seqlen_q, seqlen_k, 0});
+    params.max_seqlen_k = std::max(params.max_seqlen_k, seqlen_k);
     work += static_cast<double>(params.num_heads) * seqlen_q * seqlen_k * (params.head_dim + params.value_head_dim);
   }
   // Cuts the queries into tasks: long blocks use a packed key most often, short ones give every thread something to do.

@@ -19,7 +19,7 @@ constexpr int64_t tile_panels = tile / panel;
 constexpr int64_t key_block = 128;  // keys per step: excluded pairs are looked for block by block
 
 struct Scratch {
-  int64_t length;                          // keys that panels have room for
+  int64_t length;                          // keys of the sequence
   float *keys, *values;                    // [D / 16][length][16], [Dv / 16][length][16]
   float *grad_keys, *grad_values;          // the same
   float *queries, *grads;                  // [D / 16][tile][16], [Dv / 16][tile][16]: query and grad_output
@@ -27,29 +27,22 @@ struct Scratch {
   float* grad_queries;                     // [D / 16][tile][16]
   float *weights, *grad_scores, *keep;     // [tile / 16][length][16]
   float* bias;                             // [key_block][16]
-  int64_t floats;
 
-  Scratch(const AttentionParams& p, void* memory) : length(0), floats(0) {
-    for (int64_t i = 0; i < p.num_sequences; ++i) length = larger(length, p.sequences[i].seqlen_k);
+  Scratch(const AttentionParams& p, int64_t seqlen_k, Arena& arena) : length(seqlen_k) {
     const int64_t d = panels(p.head_dim) * panel, dv = panels(p.value_head_dim) * panel;
-    keys = take(memory, length * d);
-    values = take(memory, length * dv);
-    grad_keys = take(memory, length * d);
-    grad_values = take(memory, length * dv);
-    queries = take(memory, tile * d);
-    grads = take(memory, tile * dv);
-    queries_across = take(memory, tile * d);
-    grads_across = take(memory, tile * dv);
-    grad_queries = take(memory, tile * d);
-    weights = take(memory, tile * length);
-    grad_scores = take(memory, tile * length);
-    keep = take(memory, tile * length);
-    bias = take(memory, key_block * panel);
-  }
-  float* take(void* memory, int64_t n) {
-    float* start = static_cast<float*>(memory) + floats;
-    floats += n;
-    return start;
+    keys = arena.take(length * d);
+    values = arena.take(length * dv);
+    grad_keys = arena.take(length * d);
+    grad_values = arena.take(length * dv);
+    queries = arena.take(tile * d);
+    grads = arena.take(tile * dv);
+    queries_across = arena.take(tile * d);
+    grads_across = arena.take(tile * dv);
+    grad_queries = arena.take(tile * d);
+    weights = arena.take(tile * length);
+    grad_scores = arena.take(tile * length);
+    keep = arena.take(tile * length);
+    bias = arena.take(key_block * panel);
   }
 };
 
@@ -301,15 +294,17 @@ void differentiate_tile(Tile t) {
 }  // namespace
 
 int64_t attention_backward_scratch_bytes(const AttentionBackwardParams& params) {
-  alignas(64) static float anchor[1];
-  return Scratch(params.problem, anchor).floats * static_cast<int64_t>(sizeof(float));
+  Arena arena{nullptr};
+  Scratch(params.problem, params.problem.max_seqlen_k, arena);
+  return arena.bytes();
 }
 
 void attention_backward(const AttentionBackwardParams& params, void* memory, int64_t sequence_index, int64_t kv_head) {
   const AttentionParams& p = params.problem;
   const AttentionSequence& sequence = p.sequences[sequence_index];
-  const Scratch s(p, memory);
   const int64_t length = sequence.seqlen_k, group = p.num_heads / p.num_kv_heads;
+  Arena arena{static_cast<float*>(memory)};
+  const Scratch s(p, length, arena);
   const bool finite_keys =
       pack_tensor_rows(p.key, sequence.batch, kv_head, sequence.key_row, length, p.head_dim, s.keys, s.length);
   pack_tensor_rows(p.value, sequence.batch, kv_head, sequence.key_row, length, p.value_head_dim, s.values, s.length);

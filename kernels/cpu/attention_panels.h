@@ -42,6 +42,19 @@ TRANSFUSE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 TRANSFUSE_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 TRANSFUSE_INLINE int64_t panels(int64_t n) { return (n + panel - 1) / panel; }
 
+// Hands out pieces of the caller's scratch, whole panel rows each; without memory it only counts.
+struct Arena {
+  float* memory;
+  int64_t floats = 0;
+
+  float* take(int64_t n) {
+    float* start = memory ? memory + floats : nullptr;
+    floats += n;
+    return start;
+  }
+  int64_t bytes() const { return floats * static_cast<int64_t>(sizeof(float)); }
+};
+
 // ---- into panels ----
 
 // n elements `stride` apart, the other lanes 0.
@@ -271,7 +284,7 @@ bool apply_mask_and_bias(const AttentionParams& p, const AttentionSequence& s, i
   return any(all_kept == zero());
 }
 
-// exp(scale * difference) for difference <= 0, <= 1 ULP: the product is not rounded. Weights below 2^-126 are 0.
+// exp(scale * difference) for difference <= 0, <= 1 ULP, since the product is not rounded. Weights below 2^-126 are 0.
 struct ScaledExp {
   f32 scale, scale_log2e, lowest;
 
