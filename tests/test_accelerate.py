@@ -344,7 +344,7 @@ def test_report_answers_five_questions():
     model(inputs_embeds=torch.zeros(1, 3, 32), attention_mask=torch.ones(1, 3))
     report = transfuse.report(model, batch())
     assert report.replaced == preview.replaced == {
-        "BertModel": 1, "LayerNorm": 5, "BertEncoder": 1, "BertSelfAttention": 2, "BertSelfOutput": 2, "BertIntermediate": 2,
+        "BertModel": 1, "LayerNorm": 5, "BertEncoder": 1, "BertLayer": 2, "BertSelfAttention": 2, "BertSelfOutput": 2, "BertIntermediate": 2,
         "GELUActivation": 2, "BertOutput": 2,
     }
     assert report.calls == {"packed": 1, "the attention mask is a float mask": 1}

@@ -92,7 +92,6 @@ class PackedModel(Swapped):
         self, *, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
         output_hidden_states=None, return_dict=None, **ignored: Any,
     ) -> Any:
-
         shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         position_ids = self.default_positions(input_ids, inputs_embeds, shape) if position_ids is None else position_ids
         position_ids, packing = _pack(position_ids.expand(shape), attention_mask)
@@ -189,6 +188,17 @@ class Encoder(Swapped):
             if states is not None:
                 states.append(hidden_states)
         return modeling.BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states, hidden_states=states)
+
+
+class Layer(Swapped):
+    """One layer. On packed input it calls its parts directly: stock inspects a signature on every call to chunk."""
+
+    needs_packing = True
+
+    def fused(self, hidden_states: torch.Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not isinstance(attention_mask, Packing):
+            return self.stock_forward(hidden_states, attention_mask, *args, **kwargs)
+        return self.feed_forward_chunk(self.attention(hidden_states, attention_mask)[0])
 
 
 class SelfAttention(Swapped):
@@ -307,6 +317,10 @@ class BertEncoder(Encoder, modeling.BertEncoder):
     stock = modeling.BertEncoder
 
 
+class BertLayer(Layer, modeling.BertLayer):
+    stock = modeling.BertLayer
+
+
 class BertSelfAttention(SelfAttention, modeling.BertSelfAttention):
     stock = modeling.BertSelfAttention
 
@@ -323,4 +337,6 @@ class BertOutput(ResidualNorm, modeling.BertOutput):
     stock = modeling.BertOutput
 
 
-REPLACEMENTS = replacements(BertModel, BertEncoder, BertSelfAttention, BertSelfOutput, BertIntermediate, BertOutput)
+REPLACEMENTS = replacements(
+    BertModel, BertEncoder, BertLayer, BertSelfAttention, BertSelfOutput, BertIntermediate, BertOutput
+)

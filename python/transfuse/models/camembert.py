@@ -2,7 +2,15 @@
 
 from transformers.models.camembert import modeling_camembert as modeling
 
-from transfuse.models.bert import Encoder, Intermediate, PositionsFromIds, ResidualNorm, SelfAttention, replacements
+from transfuse.models.bert import (
+    Encoder,
+    Intermediate,
+    Layer,
+    PositionsFromIds,
+    ResidualNorm,
+    SelfAttention,
+    replacements,
+)
 
 
 class CamembertModel(PositionsFromIds, modeling.CamembertModel):
@@ -11,6 +19,10 @@ class CamembertModel(PositionsFromIds, modeling.CamembertModel):
 
 class CamembertEncoder(Encoder, modeling.CamembertEncoder):
     stock = modeling.CamembertEncoder
+
+
+class CamembertLayer(Layer, modeling.CamembertLayer):
+    stock = modeling.CamembertLayer
 
 
 class CamembertSelfAttention(SelfAttention, modeling.CamembertSelfAttention):
@@ -29,4 +41,6 @@ class CamembertOutput(ResidualNorm, modeling.CamembertOutput):
     stock = modeling.CamembertOutput
 
 
-REPLACEMENTS = replacements(CamembertModel, CamembertEncoder, CamembertSelfAttention, CamembertSelfOutput, CamembertIntermediate, CamembertOutput)
+REPLACEMENTS = replacements(
+    CamembertModel, CamembertEncoder, CamembertLayer, CamembertSelfAttention, CamembertSelfOutput, CamembertIntermediate, CamembertOutput
+)

@@ -3,7 +3,7 @@
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.electra import modeling_electra as modeling
 
-from transfuse.models.bert import Encoder, Intermediate, PackedModel, ResidualNorm, SelfAttention, replacements
+from transfuse.models.bert import Encoder, Intermediate, Layer, PackedModel, ResidualNorm, SelfAttention, replacements
 
 
 class ElectraModel(PackedModel, modeling.ElectraModel):
@@ -13,6 +13,10 @@ class ElectraModel(PackedModel, modeling.ElectraModel):
 
 class ElectraEncoder(Encoder, modeling.ElectraEncoder):
     stock = modeling.ElectraEncoder
+
+
+class ElectraLayer(Layer, modeling.ElectraLayer):
+    stock = modeling.ElectraLayer
 
 
 class ElectraSelfAttention(SelfAttention, modeling.ElectraSelfAttention):
@@ -31,4 +35,6 @@ class ElectraOutput(ResidualNorm, modeling.ElectraOutput):
     stock = modeling.ElectraOutput
 
 
-REPLACEMENTS = replacements(ElectraModel, ElectraEncoder, ElectraSelfAttention, ElectraSelfOutput, ElectraIntermediate, ElectraOutput)
+REPLACEMENTS = replacements(
+    ElectraModel, ElectraEncoder, ElectraLayer, ElectraSelfAttention, ElectraSelfOutput, ElectraIntermediate, ElectraOutput
+)

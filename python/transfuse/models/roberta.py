@@ -2,7 +2,15 @@
 
 from transformers.models.roberta import modeling_roberta as modeling
 
-from transfuse.models.bert import Encoder, Intermediate, PositionsFromIds, ResidualNorm, SelfAttention, replacements
+from transfuse.models.bert import (
+    Encoder,
+    Intermediate,
+    Layer,
+    PositionsFromIds,
+    ResidualNorm,
+    SelfAttention,
+    replacements,
+)
 
 
 class RobertaModel(PositionsFromIds, modeling.RobertaModel):
@@ -11,6 +19,10 @@ class RobertaModel(PositionsFromIds, modeling.RobertaModel):
 
 class RobertaEncoder(Encoder, modeling.RobertaEncoder):
     stock = modeling.RobertaEncoder
+
+
+class RobertaLayer(Layer, modeling.RobertaLayer):
+    stock = modeling.RobertaLayer
 
 
 class RobertaSelfAttention(SelfAttention, modeling.RobertaSelfAttention):
@@ -29,4 +41,6 @@ class RobertaOutput(ResidualNorm, modeling.RobertaOutput):
     stock = modeling.RobertaOutput
 
 
-REPLACEMENTS = replacements(RobertaModel, RobertaEncoder, RobertaSelfAttention, RobertaSelfOutput, RobertaIntermediate, RobertaOutput)
+REPLACEMENTS = replacements(
+    RobertaModel, RobertaEncoder, RobertaLayer, RobertaSelfAttention, RobertaSelfOutput, RobertaIntermediate, RobertaOutput
+)

@@ -2,7 +2,15 @@
 
 from transformers.models.xlm_roberta import modeling_xlm_roberta as modeling
 
-from transfuse.models.bert import Encoder, Intermediate, PositionsFromIds, ResidualNorm, SelfAttention, replacements
+from transfuse.models.bert import (
+    Encoder,
+    Intermediate,
+    Layer,
+    PositionsFromIds,
+    ResidualNorm,
+    SelfAttention,
+    replacements,
+)
 
 
 class XLMRobertaModel(PositionsFromIds, modeling.XLMRobertaModel):
@@ -11,6 +19,10 @@ class XLMRobertaModel(PositionsFromIds, modeling.XLMRobertaModel):
 
 class XLMRobertaEncoder(Encoder, modeling.XLMRobertaEncoder):
     stock = modeling.XLMRobertaEncoder
+
+
+class XLMRobertaLayer(Layer, modeling.XLMRobertaLayer):
+    stock = modeling.XLMRobertaLayer
 
 
 class XLMRobertaSelfAttention(SelfAttention, modeling.XLMRobertaSelfAttention):
@@ -29,4 +41,6 @@ class XLMRobertaOutput(ResidualNorm, modeling.XLMRobertaOutput):
     stock = modeling.XLMRobertaOutput
 
 
-REPLACEMENTS = replacements(XLMRobertaModel, XLMRobertaEncoder, XLMRobertaSelfAttention, XLMRobertaSelfOutput, XLMRobertaIntermediate, XLMRobertaOutput)
+REPLACEMENTS = replacements(
+    XLMRobertaModel, XLMRobertaEncoder, XLMRobertaLayer, XLMRobertaSelfAttention, XLMRobertaSelfOutput, XLMRobertaIntermediate, XLMRobertaOutput
+)
