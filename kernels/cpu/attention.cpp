@@ -44,9 +44,10 @@ int64_t forward_scratch_bytes(const AttentionForwardParams& params) {
   return arena.bytes();
 }
 
-// Turns the scores of the panel at row r into weights exp(logit - maximum), and brings the sum and output of its rows to
-// the new maximum.
-void softmax_panel(const AttentionParams& p, const Scratch& s, int64_t r, int64_t keys, bool first_block, bool excludes) {
+// Turns the scores of the panel at row r into weights exp(logit - maximum), and brings the sum and output of its rows
+// to the new maximum.
+void softmax_panel(const AttentionParams& p, const Scratch& s, int64_t r, int64_t keys, bool first_block,
+                   bool excludes) {
   const float scale = logit_scale(p);
   const ScaledExp weight(scale);
   float* scores = s.scores;
@@ -57,8 +58,8 @@ void softmax_panel(const AttentionParams& p, const Scratch& s, int64_t r, int64_
   const mask refine = saturated(maximum, scale) | ~(anchor == zero());
   if (any(refine)) {
     if (first_block) store(s.anchor + r, anchor = select(refine, maximum, zero()));
-    refine_scores(p, s.queries + r * p.head_dim, s.keys, key_block * panel, keys, p.bias.data ? s.bias : nullptr, refine, anchor,
-                  max(maximum, before + anchor), scores);
+    refine_scores(p, s.queries + r * p.head_dim, s.keys, key_block * panel, keys, p.bias.data ? s.bias : nullptr,
+                  refine, anchor, max(maximum, before + anchor), scores);
     maximum = row_maximum(scores, keep, keys);
   }
   maximum = max(maximum, before);
@@ -92,8 +93,8 @@ void softmax_panel(const AttentionParams& p, const Scratch& s, int64_t r, int64_
 
 // Divides by the sum, rounds once, writes rows and lse.
 template <class T>
-void write_rows(const AttentionForwardParams& params, const AttentionSequence& sequence, int64_t head, int64_t query, int64_t rows,
-                bool empty, const Scratch& s) {
+void write_rows(const AttentionForwardParams& params, const AttentionSequence& sequence, int64_t head, int64_t query,
+                int64_t rows, bool empty, const Scratch& s) {
   const AttentionParams& p = params.problem;
   T* out = static_cast<T*>(params.output.data) + sequence.batch * params.output.batch + head * params.output.head +
       (sequence.query_row + query) * params.output.row;
@@ -112,15 +113,16 @@ void write_rows(const AttentionForwardParams& params, const AttentionSequence& s
   }
 }
 
-void forward_task(const AttentionForwardParams& params, const AttentionSequence& sequence, int64_t head, int64_t query, const Scratch& s) {
+void forward_task(const AttentionForwardParams& params, const AttentionSequence& sequence, int64_t head, int64_t query,
+                  const Scratch& s) {
   const AttentionParams& p = params.problem;
   const int64_t rows = smaller(p.query_block, sequence.seqlen_q - query);
   const int64_t kv_head = head / (p.num_heads / p.num_kv_heads);
   const int64_t output_panels = panels(p.value_head_dim);
   const int64_t key_stop = padding_start(p, sequence, head, key_limit(p, sequence, query + rows - 1));
   for (int64_t r = 0; r < rows; r += panel)
-    pack_tensor_transposed(p.query, sequence.batch, head, sequence.query_row + query + r, smaller(panel, rows - r), p.head_dim,
-                           query_sign(p), s.queries + r * p.head_dim);
+    pack_tensor_transposed(p.query, sequence.batch, head, sequence.query_row + query + r, smaller(panel, rows - r),
+                           p.head_dim, query_sign(p), s.queries + r * p.head_dim);
   for (int64_t r = 0; r < rows; r += panel) {
     store(s.maximum + r, set1(-__builtin_inff()));
     store(s.anchor + r, zero());
@@ -129,8 +131,8 @@ void forward_task(const AttentionForwardParams& params, const AttentionSequence&
   for (int64_t key = 0; key < key_stop; key += key_block) {
     const int64_t block_keys = smaller(key_block, key_stop - key);
     pack_tensor_rows(p.key, sequence.batch, kv_head, sequence.key_row + key, block_keys, p.head_dim, s.keys, key_block);
-    const bool finite = pack_tensor_rows(p.value, sequence.batch, kv_head, sequence.key_row + key, block_keys, p.value_head_dim, s.values,
-                                         key_block);
+    const bool finite = pack_tensor_rows(p.value, sequence.batch, kv_head, sequence.key_row + key, block_keys,
+                                         p.value_head_dim, s.values, key_block);
     for (int64_t r = 0; r < rows; r += panel) {
       const int64_t panel_rows = smaller(panel, rows - r);
       const int64_t keys = larger(0, smaller(block_keys, key_limit(p, sequence, query + r + panel_rows - 1) - key));
@@ -178,6 +180,7 @@ void forward(const AttentionForwardParams& params, void* memory, int64_t begin, 
 
 }  // namespace
 
-const AttentionKernels attention_kernels = {forward_scratch_bytes, attention_backward_scratch_bytes, forward, attention_backward};
+const AttentionKernels attention_kernels = {forward_scratch_bytes, attention_backward_scratch_bytes, forward,
+                                            attention_backward};
 
 }  // namespace transfuse::cpu::TRANSFUSE_ISA
