@@ -26,7 +26,8 @@ using cpu::AttentionTensor;
 using cpu::DType;
 
 constexpr int64_t max_head_dim = 512;
-constexpr double serial_work = 2e5;  // multiply-adds (about 15 us) below which waking a second thread costs more than it saves
+// multiply-adds (about 15 us) below which waking a second thread costs more than it saves
+constexpr double serial_work = 2e5;
 
 // ---- views ----
 
@@ -41,7 +42,8 @@ int64_t stride_of(const Tensor& t, int dim) { return dim < 0 || dim >= t.dim() ?
 DType storage_of(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16 ? DType::bf16 : DType::f32; }
 
 AttentionTensor view(const Tensor& t, Dims d) {
-  return {t.const_data_ptr(), stride_of(t, d.batch), stride_of(t, d.head), stride_of(t, d.row), stride_of(t, d.col), storage_of(t)};
+  return {t.const_data_ptr(), stride_of(t, d.batch), stride_of(t, d.head), stride_of(t, d.row), stride_of(t, d.col),
+          storage_of(t)};
 }
 AttentionTensor view(const std::optional<Tensor>& t, Dims d) {
   return t ? view(*t, d) : AttentionTensor{nullptr, 0, 0, 0, 0, DType::f32};
@@ -71,7 +73,8 @@ class Scratch {
       c.release();
       const size_t size = (static_cast<size_t>(bytes) + alignment - 1) / alignment * alignment;
       c.memory = std::aligned_alloc(alignment, size);
-      if (!c.memory) throw std::runtime_error(std::string(op) + ": could not allocate " + std::to_string(size) + " bytes of scratch");
+      if (!c.memory)
+        throw std::runtime_error(op + (": could not allocate " + std::to_string(size)) + " bytes of scratch");
       c.bytes = static_cast<int64_t>(size);
     }
   }
@@ -115,7 +118,8 @@ void run_tasks(const char* op, int64_t tasks, double work, int64_t scratch_bytes
   const int64_t piece = std::max<int64_t>(1, tasks / (threads * shares));
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t worker, int64_t) {
-    for (int64_t begin; (begin = next.fetch_add(piece)) < tasks;) run(memory + worker * stride, begin, std::min(begin + piece, tasks));
+    for (int64_t begin; (begin = next.fetch_add(piece)) < tasks;)
+      run(memory + worker * stride, begin, std::min(begin + piece, tasks));
   });
 }
 
@@ -127,7 +131,8 @@ void check_shape(const char* op, const char* argument, const Tensor& t, const st
   if (same) return;
   std::ostringstream text;
   for (size_t i = 0; i < expected.size(); ++i) text << (i ? ", " : "") << expected[i];
-  check(false, op, ": ", argument, " has shape ", shape_of(t), ", expected (", text.str(), ")");
+  check(false, op, ": ", argument, " has shape ", shape_of(t), ", expected (", text.str(),
+        expected.size() == 1 ? ",)" : ")");
 }
 
 struct Sizes {
@@ -142,21 +147,25 @@ Sizes check_query_key_value(const char* op, const Tensor& query, const Tensor& k
     check_cpu(op, names[i], *tensors[i]);
     kernel_dtype(op, names[i], *tensors[i]);
     check_dtype(op, names[i], *tensors[i], query.scalar_type());
-    check(tensors[i]->dim() == ndim, op, ": ", names[i], " has shape ", shape_of(*tensors[i]), ", expected ", ndim, " dimensions");
+    check(tensors[i]->dim() == ndim, op, ": ", names[i], " has shape ", shape_of(*tensors[i]), ", expected ", ndim,
+          " dimensions");
     const int64_t dim = tensors[i]->size(ndim - 1);
     check(dim >= 1 && dim <= max_head_dim, op, ": ", names[i], " has head_dim ", dim, ", expected 1 to ", max_head_dim);
   }
   const Sizes s{query.size(1), key.size(1), query.size(ndim - 1), value.size(ndim - 1)};
-  check(key.size(ndim - 1) == s.head_dim, op, ": key has head_dim ", key.size(ndim - 1), ", expected ", s.head_dim, " (query's)");
-  check(value.size(1) == s.num_kv_heads, op, ": value has ", value.size(1), " heads, expected ", s.num_kv_heads, " (key's)");
+  check(key.size(ndim - 1) == s.head_dim, op, ": key has head_dim ", key.size(ndim - 1), ", expected ", s.head_dim,
+        " (query's)");
+  check(value.size(1) == s.num_kv_heads, op, ": value has ", value.size(1), " heads, expected ", s.num_kv_heads,
+        " (key's)");
   check(s.num_kv_heads == 0 ? s.num_heads == 0 : s.num_heads % s.num_kv_heads == 0, op, ": query has ", s.num_heads,
         " heads, expected a multiple of ", s.num_kv_heads, " (key's)");
   const int64_t row = ndim == 4 ? 2 : 0;
-  check(value.size(row) == key.size(row), op, ": value has length ", value.size(row), ", expected ", key.size(row), " (key's)");
+  check(value.size(row) == key.size(row), op, ": value has length ", value.size(row), ", expected ", key.size(row),
+        " (key's)");
   if (ndim == 4)
     for (int i = 1; i < 3; ++i)
-      check(tensors[i]->size(0) == query.size(0), op, ": ", names[i], " has batch ", tensors[i]->size(0), ", expected ", query.size(0),
-            " (query's)");
+      check(tensors[i]->size(0) == query.size(0), op, ": ", names[i], " has batch ", tensors[i]->size(0), ", expected ",
+            query.size(0), " (query's)");
   return s;
 }
 
@@ -183,6 +192,7 @@ struct Problem {
 
   void add(int64_t batch, int64_t query_row, int64_t key_row, int64_t seqlen_q, int64_t seqlen_k) {
     sequences.push_back({batch, query_row, key_row, seqlen_q, seqlen_k, 0});
+    params.max_seqlen_k = std::max(params.max_seqlen_k, seqlen_k);
     work += static_cast<double>(params.num_heads) * seqlen_q * seqlen_k * (params.head_dim + params.value_head_dim);
   }
   // Cuts the queries into tasks: long blocks use a packed key most often, short ones give every thread something to do.
@@ -202,8 +212,8 @@ struct Problem {
   }
 };
 
-AttentionParams common_params(const Tensor& query, const Tensor& key, const Tensor& value, const Sizes& s, Dims dims, double scale,
-                              bool causal, bool bottom_right) {
+AttentionParams common_params(const Tensor& query, const Tensor& key, const Tensor& value, const Sizes& s, Dims dims,
+                              double scale, bool causal, bool bottom_right) {
   AttentionParams p{};
   p.query = view(query, dims);
   p.key = view(key, dims);
@@ -219,8 +229,8 @@ AttentionParams common_params(const Tensor& query, const Tensor& key, const Tens
 }
 
 Problem dense_problem(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& bias,
-                      const std::optional<Tensor>& mask, const std::optional<Tensor>& seqlens_k, double scale, bool causal,
-                      bool bottom_right) {
+                      const std::optional<Tensor>& mask, const std::optional<Tensor>& seqlens_k, double scale,
+                      bool causal, bool bottom_right) {
   const char* op = "attention";
   const Sizes s = check_query_key_value(op, query, key, value, 4);
   const int64_t batch = query.size(0), seqlen_q = query.size(2), seqlen_k = key.size(2);
@@ -246,7 +256,8 @@ Problem dense_problem(const Tensor& query, const Tensor& key, const Tensor& valu
   problem.sequences.reserve(batch);
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t valid = seqlens_k ? integer_at(*seqlens_k, b) : seqlen_k;
-    check(valid >= 0 && valid <= seqlen_k, op, ": seqlens_k[", b, "] is ", valid, ", expected 0 to ", seqlen_k, " (key's length)");
+    check(valid >= 0 && valid <= seqlen_k, op, ": seqlens_k[", b, "] is ", valid, ", expected 0 to ", seqlen_k,
+          " (key's length)");
     problem.add(b, 0, 0, seqlen_q, valid);
   }
   problem.finish();
@@ -254,7 +265,8 @@ Problem dense_problem(const Tensor& query, const Tensor& key, const Tensor& valu
 }
 
 // From 0, never falling, ending at the number of tokens, no step above max_seqlen; the first bad entry is named.
-void check_cu_seqlens(const char* argument, const Tensor& t, int64_t tokens, const char* owner, int64_t max_seqlen, const char* max_name) {
+void check_cu_seqlens(const char* argument, const Tensor& t, int64_t tokens, const char* owner, int64_t max_seqlen,
+                      const char* max_name) {
   const char* op = "varlen_attention";
   check_integers(op, argument, t);
   check(t.size(0) >= 1, op, ": ", argument, " has shape ", shape_of(t), ", expected at least one entry");
@@ -262,17 +274,21 @@ void check_cu_seqlens(const char* argument, const Tensor& t, int64_t tokens, con
   for (int64_t i = 0; i < t.size(0); ++i) {
     const int64_t value = integer_at(t, i);
     check(i > 0 || value == 0, op, ": ", argument, "[0] is ", value, ", expected 0");
-    check(value >= before, op, ": ", argument, "[", i, "] is ", value, ", expected at least ", before, " (the entry before)");
-    check(value <= tokens, op, ": ", argument, "[", i, "] is ", value, ", expected at most ", tokens, " (", owner, "'s tokens)");
-    check(value - before <= max_seqlen, op, ": ", argument, "[", i, "] is ", value, ", a sequence of length ", value - before,
-          ", expected at most ", max_seqlen, " (", max_name, ")");
+    check(value >= before, op, ": ", argument, "[", i, "] is ", value, ", expected at least ", before,
+          " (the entry before)");
+    check(value <= tokens, op, ": ", argument, "[", i, "] is ", value, ", expected at most ", tokens, " (", owner,
+          "'s tokens)");
+    check(value - before <= max_seqlen, op, ": ", argument, "[", i, "] is ", value, ", a sequence of length ",
+          value - before, ", expected at most ", max_seqlen, " (", max_name, ")");
     before = value;
   }
-  check(before == tokens, op, ": ", argument, "[", t.size(0) - 1, "] is ", before, ", expected ", tokens, " (", owner, "'s tokens)");
+  check(before == tokens, op, ": ", argument, "[", t.size(0) - 1, "] is ", before, ", expected ", tokens, " (", owner,
+        "'s tokens)");
 }
 
-Problem packed_problem(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                       int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, bool causal, bool bottom_right) {
+Problem packed_problem(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q,
+                       const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+                       bool causal, bool bottom_right) {
   const char* op = "varlen_attention";
   const Sizes s = check_query_key_value(op, query, key, value, 3);
   check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query.size(0), "query", max_seqlen_q, "max_seqlen_q");
@@ -292,15 +308,17 @@ Problem packed_problem(const Tensor& query, const Tensor& key, const Tensor& val
 
 // ---- forward ----
 
-void run_forward(const char* op, const Problem& problem, const Tensor& output, const Tensor& lse, Dims dims, Dims lse_dims) {
+void run_forward(const char* op, const Problem& problem, const Tensor& output, const Tensor& lse, Dims dims,
+                 Dims lse_dims) {
   const AttentionForwardParams params{problem.params, output_view(output, dims), output_view(lse, lse_dims)};
   const cpu::AttentionKernels& kernels = cpu::pick_attention_kernels();
   run_tasks(op, problem.tasks, problem.work, kernels.forward_scratch_bytes(params),
             [&](char* scratch, int64_t begin, int64_t end) { kernels.forward(params, scratch, begin, end); });
 }
 
-std::tuple<Tensor, Tensor> attention_forward(const Tensor query, const Tensor key, const Tensor value, std::optional<Tensor> bias,
-                                             std::optional<Tensor> mask, std::optional<Tensor> seqlens_k, double scale, bool causal,
+std::tuple<Tensor, Tensor> attention_forward(const Tensor query, const Tensor key, const Tensor value,
+                                             std::optional<Tensor> bias, std::optional<Tensor> mask,
+                                             std::optional<Tensor> seqlens_k, double scale, bool causal,
                                              bool bottom_right) {
   const Problem problem = dense_problem(query, key, value, bias, mask, seqlens_k, scale, causal, bottom_right);
   const int64_t batch = query.size(0), heads = query.size(1), length = query.size(2);
@@ -310,11 +328,12 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor query, const Tensor ke
   return {output, lse};
 }
 
-std::tuple<Tensor, Tensor> varlen_attention_forward(const Tensor query, const Tensor key, const Tensor value, const Tensor cu_seqlens_q,
-                                                    const Tensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+std::tuple<Tensor, Tensor> varlen_attention_forward(const Tensor query, const Tensor key, const Tensor value,
+                                                    const Tensor cu_seqlens_q, const Tensor cu_seqlens_k,
+                                                    int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
                                                     bool causal, bool bottom_right) {
-  const Problem problem =
-      packed_problem(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, bottom_right);
+  const Problem problem = packed_problem(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                                         scale, causal, bottom_right);
   const Tensor output = allocate({query.size(0), query.size(1), value.size(2)}, query.scalar_type(), false);
   const Tensor lse = allocate({query.size(1), query.size(0)}, ScalarType::Float, false);
   run_forward("varlen_attention", problem, output, lse, packed_dims, packed_lse_dims);
@@ -324,8 +343,9 @@ std::tuple<Tensor, Tensor> varlen_attention_forward(const Tensor query, const Te
 // ---- backward ----
 
 // What a backward takes beside the inputs: shapes as the forward left them.
-void check_saved(const char* op, const Tensor& query, const Tensor& value, const Tensor& grad_output, const std::optional<Tensor>& grad_lse,
-                 const Tensor& output, const Tensor& lse, const std::vector<int64_t>& lse_shape) {
+void check_saved(const char* op, const Tensor& query, const Tensor& value, const Tensor& grad_output,
+                 const std::optional<Tensor>& grad_lse, const Tensor& output, const Tensor& lse,
+                 const std::vector<int64_t>& lse_shape) {
   std::vector<int64_t> output_shape(query.sizes().begin(), query.sizes().end());
   output_shape.back() = value.size(value.dim() - 1);
   const Tensor* outputs[] = {&grad_output, &output};
@@ -345,7 +365,8 @@ void check_saved(const char* op, const Tensor& query, const Tensor& value, const
 }
 
 // One task per key/value head of a sequence; where tasks would add to one bias gradient, one task does them in order.
-void run_backward(const char* op, const Problem& problem, const AttentionBackwardParams& params, bool share_batch, bool share_heads) {
+void run_backward(const char* op, const Problem& problem, const AttentionBackwardParams& params, bool share_batch,
+                  bool share_heads) {
   constexpr double products_per_forward = 2.5;
   const cpu::AttentionKernels& kernels = cpu::pick_attention_kernels();
   const int64_t sequences = params.problem.num_sequences, kv_heads = params.problem.num_kv_heads;
@@ -361,11 +382,14 @@ void run_backward(const char* op, const Problem& problem, const AttentionBackwar
             });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor grad_output, std::optional<Tensor> grad_lse, const Tensor query,
-                                                              const Tensor key, const Tensor value, const Tensor output, const Tensor lse,
-                                                              std::optional<Tensor> bias, std::optional<Tensor> mask,
-                                                              std::optional<Tensor> seqlens_k, double scale, bool causal,
-                                                              bool bottom_right, std::vector<int64_t> bias_shape, bool need_bias_grad) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor grad_output, std::optional<Tensor> grad_lse,
+                                                              const Tensor query, const Tensor key,
+                                                              const Tensor value, const Tensor output,
+                                                              const Tensor lse, std::optional<Tensor> bias,
+                                                              std::optional<Tensor> mask,
+                                                              std::optional<Tensor> seqlens_k, double scale,
+                                                              bool causal, bool bottom_right,
+                                                              std::vector<int64_t> bias_shape, bool need_bias_grad) {
   const char* op = "attention";
   const Problem problem = dense_problem(query, key, value, bias, mask, seqlens_k, scale, causal, bottom_right);
   const int64_t batch = query.size(0), heads = query.size(1), seqlen_q = query.size(2), seqlen_k = key.size(2);
@@ -394,23 +418,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor grad_
   check(bias_shape.size() == 4, op, ": bias_shape has ", bias_shape.size(), " entries, expected 4");
   int64_t strides[4], stride = 1;
   for (int i = 3; i >= 0; --i) {
-    check(bias_shape[i] == full[i] || bias_shape[i] == 1, op, ": bias_shape[", i, "] is ", bias_shape[i], ", expected 1 or ", full[i]);
+    check(bias_shape[i] == full[i] || bias_shape[i] == 1, op, ": bias_shape[", i, "] is ", bias_shape[i],
+          ", expected 1 or ", full[i]);
     strides[i] = bias_shape[i] == full[i] ? stride : 0;
     stride *= bias_shape[i];
   }
   const Tensor grad_bias = allocate(bias_shape, ScalarType::Double, true);
-  params.grad_bias = {static_cast<double*>(grad_bias.mutable_data_ptr()), strides[0], strides[1], strides[2], strides[3]};
+  params.grad_bias = {static_cast<double*>(grad_bias.mutable_data_ptr()), strides[0], strides[1], strides[2],
+                      strides[3]};
   run_backward(op, problem, params, bias_shape[0] != batch, bias_shape[1] != heads);
   return {grad_query, grad_key, grad_value, torch::stable::to(grad_bias, bias->scalar_type())};
 }
 
-std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(const Tensor grad_output, std::optional<Tensor> grad_lse, const Tensor query,
-                                                             const Tensor key, const Tensor value, const Tensor output, const Tensor lse,
-                                                             const Tensor cu_seqlens_q, const Tensor cu_seqlens_k, int64_t max_seqlen_q,
-                                                             int64_t max_seqlen_k, double scale, bool causal, bool bottom_right) {
+std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(const Tensor grad_output, std::optional<Tensor> grad_lse,
+                                                             const Tensor query, const Tensor key, const Tensor value,
+                                                             const Tensor output, const Tensor lse,
+                                                             const Tensor cu_seqlens_q, const Tensor cu_seqlens_k,
+                                                             int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+                                                             bool causal, bool bottom_right) {
   const char* op = "varlen_attention";
-  const Problem problem =
-      packed_problem(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, bottom_right);
+  const Problem problem = packed_problem(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                                         scale, causal, bottom_right);
   check_saved(op, query, value, grad_output, grad_lse, output, lse, {query.size(1), query.size(0)});
   const ScalarType type = query.scalar_type();
   const auto like = [&](const Tensor& t) { return allocate({t.size(0), t.size(1), t.size(2)}, type, false); };
@@ -433,19 +461,19 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(const Tensor grad_o
 
 STABLE_TORCH_LIBRARY_FRAGMENT(transfuse, m) {
   m.def(
-      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? seqlens_k, float scale, "
-      "bool causal, bool bottom_right) -> (Tensor, Tensor)");
+      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? seqlens_k, "
+      "float scale, bool causal, bool bottom_right) -> (Tensor, Tensor)");
   m.def(
-      "varlen_attention_forward(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, "
-      "int max_seqlen_k, float scale, bool causal, bool bottom_right) -> (Tensor, Tensor)");
+      "varlen_attention_forward(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+      "int max_seqlen_q, int max_seqlen_k, float scale, bool causal, bool bottom_right) -> (Tensor, Tensor)");
   m.def(
-      "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, "
-      "Tensor? bias, Tensor? mask, Tensor? seqlens_k, float scale, bool causal, bool bottom_right, int[] bias_shape, "
-      "bool need_bias_grad) -> (Tensor, Tensor, Tensor, Tensor)");
+      "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+      "Tensor output, Tensor lse, Tensor? bias, Tensor? mask, Tensor? seqlens_k, float scale, bool causal, "
+      "bool bottom_right, int[] bias_shape, bool need_bias_grad) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "varlen_attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output, "
-      "Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, float scale, bool causal, "
-      "bool bottom_right) -> (Tensor, Tensor, Tensor)");
+      "varlen_attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+      "Tensor output, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, "
+      "float scale, bool causal, bool bottom_right) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transfuse, CPU, m) {

@@ -1,7 +1,7 @@
 // Attention forward: softmax(scale * Q K^T + bias) V over blocks of keys, no matrix of Lq x Lk anywhere.
 //
-// A task packs a block of queries, then walks the key blocks of its sequence from key 0; per block the keys and values are packed
-// once, and each panel of 16 queries computes its scores, updates its maximum, sum and output.
+// A task packs a block of queries, then walks the key blocks of its sequence from key 0; per block the keys and values
+// are packed once, and each panel of 16 queries computes its scores, updates its maximum, sum and output.
 // Policy: the maximum is exact and is that of unscaled scores, the scale enters inside exp, weights stay float32, the
 // division comes once at the end. A row's arithmetic depends on its own keys alone: an excluded key adds exact zeros,
 // and blocks start at the sequence's own key 0, so batch, packing, masks and threads leave every bit as it is.
@@ -17,41 +17,37 @@ namespace {
 constexpr int64_t key_block = 128;  // one panel of scores is 8 KiB: it stays in the first-level cache
 
 struct Scratch {
-  float *queries;        // [query panels][D][16], transposed
-  float *keys, *values;  // [D / 16][key_block][16], [Dv / 16][key_block][16]
-  float* output;         // [Dv / 16][query_block][16]
-  float *scores, *keep, *bias;  // [key_block][16]
+  float* queries;                 // [query_block / 16][D][16], transposed
+  float *keys, *values;           // [D / 16][key_block][16], [Dv / 16][key_block][16]
+  float* output;                  // [Dv / 16][query_block][16]
+  float *scores, *keep, *bias;    // [key_block][16]
   float *maximum, *sum, *anchor;  // [query_block]; maximum and scores are relative to anchor
-  int64_t floats;
 
-  Scratch(const AttentionParams& p, void* memory) : floats(0) {
-    const int64_t query_block = p.query_block, d = panels(p.head_dim) * panel, dv = panels(p.value_head_dim) * panel;
-    queries = take(memory, query_block * d);
-    keys = take(memory, key_block * d);
-    values = take(memory, key_block * dv);
-    output = take(memory, query_block * dv);
-    scores = take(memory, key_block * panel);
-    keep = take(memory, key_block * panel);
-    bias = take(memory, key_block * panel);
-    maximum = take(memory, query_block);
-    sum = take(memory, query_block);
-    anchor = take(memory, query_block);
-  }
-  float* take(void* memory, int64_t n) {
-    float* start = static_cast<float*>(memory) + floats;
-    floats += n;
-    return start;
+  Scratch(const AttentionParams& p, Arena& arena) {
+    const int64_t d = panels(p.head_dim) * panel, dv = panels(p.value_head_dim) * panel;
+    queries = arena.take(p.query_block * d);
+    keys = arena.take(key_block * d);
+    values = arena.take(key_block * dv);
+    output = arena.take(p.query_block * dv);
+    scores = arena.take(key_block * panel);
+    keep = arena.take(key_block * panel);
+    bias = arena.take(key_block * panel);
+    maximum = arena.take(p.query_block);
+    sum = arena.take(p.query_block);
+    anchor = arena.take(p.query_block);
   }
 };
 
 int64_t forward_scratch_bytes(const AttentionForwardParams& params) {
-  alignas(64) static float anchor[1];
-  return Scratch(params.problem, anchor).floats * static_cast<int64_t>(sizeof(float));
+  Arena arena{nullptr};
+  Scratch(params.problem, arena);
+  return arena.bytes();
 }
 
-// Turns the scores of the panel at row r into weights exp(logit - maximum), and brings the sum and output of its rows to
-// the new maximum.
-void softmax_panel(const AttentionParams& p, const Scratch& s, int64_t r, int64_t keys, bool first_block, bool excludes) {
+// Turns the scores of the panel at row r into weights exp(logit - maximum), and brings the sum and output of its rows
+// to the new maximum.
+void softmax_panel(const AttentionParams& p, const Scratch& s, int64_t r, int64_t keys, bool first_block,
+                   bool excludes) {
   const float scale = logit_scale(p);
   const ScaledExp weight(scale);
   float* scores = s.scores;
@@ -62,8 +58,8 @@ void softmax_panel(const AttentionParams& p, const Scratch& s, int64_t r, int64_
   const mask refine = saturated(maximum, scale) | ~(anchor == zero());
   if (any(refine)) {
     if (first_block) store(s.anchor + r, anchor = select(refine, maximum, zero()));
-    refine_scores(p, s.queries + r * p.head_dim, s.keys, key_block * panel, keys, p.bias.data ? s.bias : nullptr, refine, anchor,
-                  max(maximum, before + anchor), scores);
+    refine_scores(p, s.queries + r * p.head_dim, s.keys, key_block * panel, keys, p.bias.data ? s.bias : nullptr,
+                  refine, anchor, max(maximum, before + anchor), scores);
     maximum = row_maximum(scores, keep, keys);
   }
   maximum = max(maximum, before);
@@ -97,8 +93,8 @@ void softmax_panel(const AttentionParams& p, const Scratch& s, int64_t r, int64_
 
 // Divides by the sum, rounds once, writes rows and lse.
 template <class T>
-void write_rows(const AttentionForwardParams& params, const AttentionSequence& sequence, int64_t head, int64_t query, int64_t rows,
-                bool empty, const Scratch& s) {
+void write_rows(const AttentionForwardParams& params, const AttentionSequence& sequence, int64_t head, int64_t query,
+                int64_t rows, bool empty, const Scratch& s) {
   const AttentionParams& p = params.problem;
   T* out = static_cast<T*>(params.output.data) + sequence.batch * params.output.batch + head * params.output.head +
       (sequence.query_row + query) * params.output.row;
@@ -117,15 +113,16 @@ void write_rows(const AttentionForwardParams& params, const AttentionSequence& s
   }
 }
 
-void forward_task(const AttentionForwardParams& params, const AttentionSequence& sequence, int64_t head, int64_t query, const Scratch& s) {
+void forward_task(const AttentionForwardParams& params, const AttentionSequence& sequence, int64_t head, int64_t query,
+                  const Scratch& s) {
   const AttentionParams& p = params.problem;
   const int64_t rows = smaller(p.query_block, sequence.seqlen_q - query);
   const int64_t kv_head = head / (p.num_heads / p.num_kv_heads);
   const int64_t output_panels = panels(p.value_head_dim);
   const int64_t key_stop = padding_start(p, sequence, head, key_limit(p, sequence, query + rows - 1));
   for (int64_t r = 0; r < rows; r += panel)
-    pack_tensor_transposed(p.query, sequence.batch, head, sequence.query_row + query + r, smaller(panel, rows - r), p.head_dim,
-                           query_sign(p), s.queries + r * p.head_dim);
+    pack_tensor_transposed(p.query, sequence.batch, head, sequence.query_row + query + r, smaller(panel, rows - r),
+                           p.head_dim, query_sign(p), s.queries + r * p.head_dim);
   for (int64_t r = 0; r < rows; r += panel) {
     store(s.maximum + r, set1(-__builtin_inff()));
     store(s.anchor + r, zero());
@@ -134,8 +131,8 @@ void forward_task(const AttentionForwardParams& params, const AttentionSequence&
   for (int64_t key = 0; key < key_stop; key += key_block) {
     const int64_t block_keys = smaller(key_block, key_stop - key);
     pack_tensor_rows(p.key, sequence.batch, kv_head, sequence.key_row + key, block_keys, p.head_dim, s.keys, key_block);
-    const bool finite = pack_tensor_rows(p.value, sequence.batch, kv_head, sequence.key_row + key, block_keys, p.value_head_dim, s.values,
-                                         key_block);
+    const bool finite = pack_tensor_rows(p.value, sequence.batch, kv_head, sequence.key_row + key, block_keys,
+                                         p.value_head_dim, s.values, key_block);
     for (int64_t r = 0; r < rows; r += panel) {
       const int64_t panel_rows = smaller(panel, rows - r);
       const int64_t keys = larger(0, smaller(block_keys, key_limit(p, sequence, query + r + panel_rows - 1) - key));
@@ -162,7 +159,8 @@ void forward_task(const AttentionForwardParams& params, const AttentionSequence&
 
 void forward(const AttentionForwardParams& params, void* memory, int64_t begin, int64_t end) {
   const AttentionParams& p = params.problem;
-  const Scratch scratch(p, memory);
+  Arena arena{static_cast<float*>(memory)};
+  const Scratch scratch(p, arena);
   int64_t low = 0, high = p.num_sequences;  // the last sequence whose first task is not after `begin`
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
@@ -182,6 +180,7 @@ void forward(const AttentionForwardParams& params, void* memory, int64_t begin, 
 
 }  // namespace
 
-const AttentionKernels attention_kernels = {forward_scratch_bytes, attention_backward_scratch_bytes, forward, attention_backward};
+const AttentionKernels attention_kernels = {forward_scratch_bytes, attention_backward_scratch_bytes, forward,
+                                            attention_backward};
 
 }  // namespace transfuse::cpu::TRANSFUSE_ISA

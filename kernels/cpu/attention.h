@@ -34,6 +34,7 @@ struct AttentionParams {
   AttentionTensor lse;                // [B, Hq, Lq] float32, col unused; read by the backward
   const AttentionSequence* sequences;
   int64_t num_sequences;
+  int64_t max_seqlen_k;  // of all sequences
   int64_t num_heads, num_kv_heads, head_dim, value_head_dim;
   int64_t query_block;  // queries in one forward task, a multiple of 16; results do not depend on it
   float scale;

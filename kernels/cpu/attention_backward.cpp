@@ -19,7 +19,7 @@ constexpr int64_t tile_panels = tile / panel;
 constexpr int64_t key_block = 128;  // keys per step: excluded pairs are looked for block by block
 
 struct Scratch {
-  int64_t length;                          // keys that panels have room for
+  int64_t length;                          // keys of the sequence
   float *keys, *values;                    // [D / 16][length][16], [Dv / 16][length][16]
   float *grad_keys, *grad_values;          // the same
   float *queries, *grads;                  // [D / 16][tile][16], [Dv / 16][tile][16]: query and grad_output
@@ -27,29 +27,22 @@ struct Scratch {
   float* grad_queries;                     // [D / 16][tile][16]
   float *weights, *grad_scores, *keep;     // [tile / 16][length][16]
   float* bias;                             // [key_block][16]
-  int64_t floats;
 
-  Scratch(const AttentionParams& p, void* memory) : length(0), floats(0) {
-    for (int64_t i = 0; i < p.num_sequences; ++i) length = larger(length, p.sequences[i].seqlen_k);
+  Scratch(const AttentionParams& p, int64_t seqlen_k, Arena& arena) : length(seqlen_k) {
     const int64_t d = panels(p.head_dim) * panel, dv = panels(p.value_head_dim) * panel;
-    keys = take(memory, length * d);
-    values = take(memory, length * dv);
-    grad_keys = take(memory, length * d);
-    grad_values = take(memory, length * dv);
-    queries = take(memory, tile * d);
-    grads = take(memory, tile * dv);
-    queries_across = take(memory, tile * d);
-    grads_across = take(memory, tile * dv);
-    grad_queries = take(memory, tile * d);
-    weights = take(memory, tile * length);
-    grad_scores = take(memory, tile * length);
-    keep = take(memory, tile * length);
-    bias = take(memory, key_block * panel);
-  }
-  float* take(void* memory, int64_t n) {
-    float* start = static_cast<float*>(memory) + floats;
-    floats += n;
-    return start;
+    keys = arena.take(length * d);
+    values = arena.take(length * dv);
+    grad_keys = arena.take(length * d);
+    grad_values = arena.take(length * dv);
+    queries = arena.take(tile * d);
+    grads = arena.take(tile * dv);
+    queries_across = arena.take(tile * d);
+    grads_across = arena.take(tile * dv);
+    grad_queries = arena.take(tile * d);
+    weights = arena.take(tile * length);
+    grad_scores = arena.take(tile * length);
+    keep = arena.take(tile * length);
+    bias = arena.take(key_block * panel);
   }
 };
 
@@ -80,7 +73,8 @@ void score_block(const Tile& t, int64_t r, int64_t key, int64_t n) {
   const Scratch& s = t.s;
   float* scores = t.weights(r) + key * panel;
   float* keep = t.keep(r) + key * panel;
-  product<Along::rows>(s.keys + key * panel, s.length * panel, s.queries_across + r * t.p.head_dim, t.p.head_dim, scores, n, false);
+  product<Along::rows>(s.keys + key * panel, s.length * panel, s.queries_across + r * t.p.head_dim, t.p.head_dim,
+                       scores, n, false);
   if (!t.plain(r, key, n))
     apply_mask_and_bias(t.p, t.sequence, t.head, t.query + r, smaller(panel, t.rows - r), key, n, scores, keep, s.bias);
   else if (t.guarded())
@@ -134,8 +128,8 @@ f32 weigh_panel(const Tile& t, int64_t r, f32 maximum) {
 
 // The rows' entries of a [B, H, L] float tensor, absent rows 0.
 f32 load_statistic(const Tile& t, const AttentionTensor& statistic, int64_t r) {
-  return load_strided(at<float>(statistic, t.sequence.batch, t.head, t.sequence.query_row + t.query + r, 0), statistic.row,
-                      smaller(panel, t.rows - r));
+  return load_strided(at<float>(statistic, t.sequence.batch, t.head, t.sequence.query_row + t.query + r, 0),
+                      statistic.row, smaller(panel, t.rows - r));
 }
 
 // sum of grad_output * output of one row.
@@ -154,7 +148,7 @@ float output_dot(const Tile& t, int64_t r) {
 void differentiate_panel(const Tile& t, int64_t r, Maximum maximum, f32 sum) {
   const Scratch& s = t.s;
   // lse is that of these very keys, or of more keys when a longer row was computed in parts (ring attention): then it
-  // is P's true normaliser, and delta is that of the whole row. The two are told apart by the weight that this part has.
+  // is P's true normaliser, and delta is that of the whole row. The weight of this part tells the two apart.
   const f32 lse = load_statistic(t, t.params.problem.lse, r);
   const f32 scale = set1(logit_scale(t.p));
   const f32 part = exp_nonpositive(fma(maximum.value, scale, fms(maximum.anchor, scale, lse))) * sum;
@@ -167,8 +161,8 @@ void differentiate_panel(const Tile& t, int64_t r, Maximum maximum, f32 sum) {
     float* weights = t.weights(r) + key * panel;
     float* grad_weights = t.grad_scores(r) + key * panel;
     const float* keep = t.keep(r) + key * panel;
-    product<Along::rows>(s.values + key * panel, s.length * panel, s.grads_across + r * t.p.value_head_dim, t.p.value_head_dim,
-                         grad_weights, n, false);
+    product<Along::rows>(s.values + key * panel, s.length * panel, s.grads_across + r * t.p.value_head_dim,
+                         t.p.value_head_dim, grad_weights, n, false);
     const bool plain = t.plain(r, key, n);
     for (int64_t j = 0; j < n; ++j) {
       f32 w = load(weights + j * panel) * normaliser;
@@ -225,7 +219,8 @@ void find_grad_queries(const Tile& t) {
       if (t.finite_keys || !t.guarded())
         product<Along::columns>(t.grad_scores(r), panel * panel, keys, t.keys, to, panel_rows, false);
       else
-        product_of_kept<Along::columns>(t.grad_scores(r), t.keep(r), panel * panel, keys, t.keys, to, panel_rows, false);
+        product_of_kept<Along::columns>(t.grad_scores(r), t.keep(r), panel * panel, keys, t.keys, to, panel_rows,
+                                        false);
     }
   }
 }
@@ -258,15 +253,17 @@ void add_grad_bias(const Tile& t) {
 
 // rows of panels times `factor`, rounded once.
 template <class T>
-void write_rows(const float* source, int64_t panel_rows, int64_t rows, int64_t cols, float factor, T* out, int64_t row_stride) {
+void write_rows(const float* source, int64_t panel_rows, int64_t rows, int64_t cols, float factor, T* out,
+                int64_t row_stride) {
   const f32 factors = set1(factor);
   for_each_vec(cols, [&](int64_t c, int64_t n) {
-    for (int64_t r = 0; r < rows; ++r) store_n(out + r * row_stride + c, load(source + c * panel_rows + r * panel) * factors, n);
+    for (int64_t r = 0; r < rows; ++r)
+      store_n(out + r * row_stride + c, load(source + c * panel_rows + r * panel) * factors, n);
   });
 }
 
-void write_grad(const AttentionOutput& grad, const AttentionSequence& sequence, int64_t head, int64_t row, const float* source,
-                int64_t panel_rows, int64_t rows, int64_t cols, float factor) {
+void write_grad(const AttentionOutput& grad, const AttentionSequence& sequence, int64_t head, int64_t row,
+                const float* source, int64_t panel_rows, int64_t rows, int64_t cols, float factor) {
   const int64_t offset = sequence.batch * grad.batch + head * grad.head + row * grad.row;
   if (grad.dtype == DType::f32)
     write_rows(source, panel_rows, rows, cols, factor, static_cast<float*>(grad.data) + offset, grad.row);
@@ -283,8 +280,10 @@ void differentiate_tile(Tile t) {
   t.finite_grads = pack_tensor_rows(grad_output, batch, t.head, row, t.rows, p.value_head_dim, s.grads, tile);
   for (int64_t r = 0; r < t.rows; r += panel) {
     const int64_t n = smaller(panel, t.rows - r);
-    pack_tensor_transposed(p.query, batch, t.head, row + r, n, p.head_dim, query_sign(p), s.queries_across + r * p.head_dim);
-    pack_tensor_transposed(grad_output, batch, t.head, row + r, n, p.value_head_dim, 1.0f, s.grads_across + r * p.value_head_dim);
+    pack_tensor_transposed(p.query, batch, t.head, row + r, n, p.head_dim, query_sign(p),
+                           s.queries_across + r * p.head_dim);
+    pack_tensor_transposed(grad_output, batch, t.head, row + r, n, p.value_head_dim, 1.0f,
+                           s.grads_across + r * p.value_head_dim);
   }
   for (int64_t r = 0; r < t.rows; r += panel) {
     const Maximum maximum = score_panel(t, r);
@@ -301,15 +300,17 @@ void differentiate_tile(Tile t) {
 }  // namespace
 
 int64_t attention_backward_scratch_bytes(const AttentionBackwardParams& params) {
-  alignas(64) static float anchor[1];
-  return Scratch(params.problem, anchor).floats * static_cast<int64_t>(sizeof(float));
+  Arena arena{nullptr};
+  Scratch(params.problem, params.problem.max_seqlen_k, arena);
+  return arena.bytes();
 }
 
 void attention_backward(const AttentionBackwardParams& params, void* memory, int64_t sequence_index, int64_t kv_head) {
   const AttentionParams& p = params.problem;
   const AttentionSequence& sequence = p.sequences[sequence_index];
-  const Scratch s(p, memory);
   const int64_t length = sequence.seqlen_k, group = p.num_heads / p.num_kv_heads;
+  Arena arena{static_cast<float*>(memory)};
+  const Scratch s(p, length, arena);
   const bool finite_keys =
       pack_tensor_rows(p.key, sequence.batch, kv_head, sequence.key_row, length, p.head_dim, s.keys, s.length);
   pack_tensor_rows(p.value, sequence.batch, kv_head, sequence.key_row, length, p.value_head_dim, s.values, s.length);
@@ -321,7 +322,8 @@ void attention_backward(const AttentionBackwardParams& params, void* memory, int
       differentiate_tile({params, p, sequence, s, head, query, rows, keys, finite_keys, true, true});
     }
   write_grad(params.grad_key, sequence, kv_head, sequence.key_row, s.grad_keys, s.length, length, p.head_dim, p.scale);
-  write_grad(params.grad_value, sequence, kv_head, sequence.key_row, s.grad_values, s.length, length, p.value_head_dim, 1.0f);
+  write_grad(params.grad_value, sequence, kv_head, sequence.key_row, s.grad_values, s.length, length, p.value_head_dim,
+             1.0f);
 }
 
 }  // namespace transfuse::cpu::TRANSFUSE_ISA

@@ -42,6 +42,19 @@ TRANSFUSE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 TRANSFUSE_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 TRANSFUSE_INLINE int64_t panels(int64_t n) { return (n + panel - 1) / panel; }
 
+// Hands out pieces of the caller's scratch, whole panel rows each; without memory it only counts.
+struct Arena {
+  float* memory;
+  int64_t floats = 0;
+
+  float* take(int64_t n) {
+    float* start = memory ? memory + floats : nullptr;
+    floats += n;
+    return start;
+  }
+  int64_t bytes() const { return floats * static_cast<int64_t>(sizeof(float)); }
+};
+
 // ---- into panels ----
 
 // n elements `stride` apart, the other lanes 0.
@@ -55,7 +68,8 @@ TRANSFUSE_INLINE f32 load_strided(const T* p, int64_t stride, int64_t n) {
 
 // Packs rows into panels of 16 columns, `panel_rows` rows apart, tail columns 0. Says whether all elements are finite.
 template <class T>
-bool pack_rows(const T* source, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t cols, float* out, int64_t panel_rows) {
+bool pack_rows(const T* source, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t cols, float* out,
+               int64_t panel_rows) {
   f32 defect = zero();  // x - x is NaN for inf and NaN
   for (int64_t r = 0; r < rows; ++r) {
     const T* row = source + r * row_stride;
@@ -88,14 +102,16 @@ TRANSFUSE_INLINE void transpose8(__m256* x) {
 
 // Packs up to 16 rows as one transposed panel [cols][16], times `factor`, absent rows 0.
 template <class T>
-void pack_transposed_panel(const T* source, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t cols, float factor, float* out) {
+void pack_transposed_panel(const T* source, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t cols,
+                           float factor, float* out) {
   const f32 factors = set1(factor);
   for (int64_t c = 0; c < cols; c += panel) {
     const int64_t n = smaller(panel, cols - c);
     for (int64_t r = 0; r < panel; r += 8) {
       __m256 left[8], right[8];
       for (int64_t i = 0; i < 8; ++i) {
-        const f32 x = r + i < rows ? load_strided(source + (r + i) * row_stride + c * col_stride, col_stride, n) * factors : zero();
+        const T* from = source + (r + i) * row_stride + c * col_stride;
+        const f32 x = r + i < rows ? load_strided(from, col_stride, n) * factors : zero();
         left[i] = half0(x);
         right[i] = half1(x);
       }
@@ -115,7 +131,8 @@ enum class Along { rows, columns };
 
 // c[r][0..16) = or += sum over k of A(r, k) * b[k][0..16) for R rows. `a_panel` leads from 16 k to the next 16.
 template <int R, Along along>
-TRANSFUSE_INLINE void product_tile(const float* a, int64_t a_panel, const float* b, int64_t depth, float* c, bool accumulate) {
+TRANSFUSE_INLINE void product_tile(const float* a, int64_t a_panel, const float* b, int64_t depth, float* c,
+                                   bool accumulate) {
   constexpr int64_t row = along == Along::rows ? panel : 1, step = along == Along::rows ? 1 : panel;
   int64_t start = 0;
   do {  // at least once: without terms the sum is 0
@@ -147,7 +164,8 @@ template <Along along>
 void product(const float* a, int64_t a_panel, const float* b, int64_t depth, float* c, int64_t rows, bool accumulate) {
   constexpr int64_t row = along == Along::rows ? panel : 1;
   int64_t r = 0;
-  for (; r + tile_rows <= rows; r += tile_rows) product_tile<tile_rows, along>(a + r * row, a_panel, b, depth, c + r * panel, accumulate);
+  for (; r + tile_rows <= rows; r += tile_rows)
+    product_tile<tile_rows, along>(a + r * row, a_panel, b, depth, c + r * panel, accumulate);
   if (tile_rows > 8 && rows - r >= 8) {
     product_tile<8, along>(a + r * row, a_panel, b, depth, c + r * panel, accumulate);
     r += 8;
@@ -165,8 +183,8 @@ void product(const float* a, int64_t a_panel, const float* b, int64_t depth, flo
 
 // The same chains without the terms whose keep(r, k), laid out as A, is 0: 0 * inf and 0 * NaN must not enter a sum.
 template <Along along>
-void product_of_kept(const float* a, const float* keep, int64_t a_panel, const float* b, int64_t depth, float* c, int64_t rows,
-                     bool accumulate) {
+void product_of_kept(const float* a, const float* keep, int64_t a_panel, const float* b, int64_t depth, float* c,
+                     int64_t rows, bool accumulate) {
   constexpr int64_t row = along == Along::rows ? panel : 1, step = along == Along::rows ? 1 : panel;
   for (int64_t r = 0; r < rows; ++r) {
     int64_t start = 0;
@@ -192,17 +210,19 @@ TRANSFUSE_INLINE const T* at(const AttentionTensor& t, int64_t batch, int64_t he
 
 // Calls body with a pointer of the tensor's storage type.
 template <class Body>
-TRANSFUSE_INLINE auto with_type(const AttentionTensor& t, int64_t batch, int64_t head, int64_t row, int64_t col, Body body) {
+TRANSFUSE_INLINE auto with_type(const AttentionTensor& t, int64_t batch, int64_t head, int64_t row, int64_t col,
+                                Body body) {
   return t.dtype == DType::f32 ? body(at<float>(t, batch, head, row, col)) : body(at<bf16>(t, batch, head, row, col));
 }
 
-bool pack_tensor_rows(const AttentionTensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t cols, float* out,
-                      int64_t panel_rows) {
-  return with_type(t, batch, head, row, 0, [&](auto* p) { return pack_rows(p, t.row, t.col, rows, cols, out, panel_rows); });
+bool pack_tensor_rows(const AttentionTensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t cols,
+                      float* out, int64_t panel_rows) {
+  return with_type(t, batch, head, row, 0,
+                   [&](auto* p) { return pack_rows(p, t.row, t.col, rows, cols, out, panel_rows); });
 }
 
-void pack_tensor_transposed(const AttentionTensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t cols, float factor,
-                            float* out) {
+void pack_tensor_transposed(const AttentionTensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows,
+                            int64_t cols, float factor, float* out) {
   with_type(t, batch, head, row, 0, [&](auto* p) { pack_transposed_panel(p, t.row, t.col, rows, cols, factor, out); });
 }
 
@@ -232,7 +252,8 @@ int64_t padding_start(const AttentionParams& p, const AttentionSequence& s, int6
 }
 
 // Whether no pair of the rows from `query` on and keys [key, key + keys) is excluded or carries a bias.
-TRANSFUSE_INLINE bool tile_is_plain(const AttentionParams& p, const AttentionSequence& s, int64_t query, int64_t key, int64_t keys) {
+TRANSFUSE_INLINE bool tile_is_plain(const AttentionParams& p, const AttentionSequence& s, int64_t query, int64_t key,
+                                    int64_t keys) {
   return !p.mask.data && !p.bias.data && key + keys <= key_limit(p, s, query);
 }
 
@@ -246,10 +267,11 @@ void pack_tile(const T* first, const AttentionTensor& t, int64_t rows, int64_t k
 // For one panel of scores [keys][16 queries]: keep = 1 where the pair takes part, 0 where it is excluded, by the one
 // predicate of all kinds of exclusion; and score = scale * score + bias where there is a bias. `bias` is scratch. Says
 // whether some pair is excluded.
-bool apply_mask_and_bias(const AttentionParams& p, const AttentionSequence& s, int64_t head, int64_t query, int64_t rows, int64_t key,
-                         int64_t keys, float* scores, float* keep, float* bias) {
+bool apply_mask_and_bias(const AttentionParams& p, const AttentionSequence& s, int64_t head, int64_t query,
+                         int64_t rows, int64_t key, int64_t keys, float* scores, float* keep, float* bias) {
   if (p.mask.data) pack_tile(at<byte>(p.mask, s.batch, head, query, key), p.mask, rows, keys, keep);
-  if (p.bias.data) with_type(p.bias, s.batch, head, query, key, [&](auto* first) { pack_tile(first, p.bias, rows, keys, bias); });
+  if (p.bias.data)
+    with_type(p.bias, s.batch, head, query, key, [&](auto* first) { pack_tile(first, p.bias, rows, keys, bias); });
   alignas(64) float index[panel];
   for (int64_t i = 0; i < panel; ++i) index[i] = static_cast<float>(i);
   const f32 lane = load(index), one = set1(1.0f), nothing = set1(-__builtin_inff()), scale = set1(score_scale(p));
@@ -259,7 +281,8 @@ bool apply_mask_and_bias(const AttentionParams& p, const AttentionSequence& s, i
   for (int64_t j = 0; j < keys; ++j) {
     f32 kept = masked ? load(keep + j * panel) : one;
     const int64_t first_lane = first_seen + j;  // the first query that sees key + j
-    if (causal && first_lane > 0) kept = select(lane < set1(static_cast<float>(smaller(first_lane, panel))), zero(), kept);
+    if (causal && first_lane > 0)
+      kept = select(lane < set1(static_cast<float>(smaller(first_lane, panel))), zero(), kept);
     if (biased) {
       const f32 b = load(bias + j * panel);
       store(scores + j * panel, fma(load(scores + j * panel), scale, b));
@@ -271,7 +294,7 @@ bool apply_mask_and_bias(const AttentionParams& p, const AttentionSequence& s, i
   return any(all_kept == zero());
 }
 
-// exp(scale * difference) for difference <= 0, <= 1 ULP: the product is not rounded. Weights below 2^-126 are 0.
+// exp(scale * difference) for difference <= 0, <= 1 ULP, since the product is not rounded. Weights below 2^-126 are 0.
 struct ScaledExp {
   f32 scale, scale_log2e, lowest;
 
@@ -292,9 +315,9 @@ struct ScaledExp {
 
 // ---- saturated rows ----
 //
-// A score of size x carries an absolute error of about x * 2^-24, and exp makes it a relative error of the weights. Rows
-// whose largest logit is beyond saturated_logit therefore compute their leading scores again in double, and keep all
-// scores relative to an anchor of the row's size, so that rounding them to float costs nothing that matters.
+// A score of size x carries an absolute error of about x * 2^-24, and exp makes it a relative error of the weights.
+// Rows whose largest logit is beyond saturated_logit therefore compute their leading scores again in double, and keep
+// all scores relative to an anchor of the row's size, so that rounding them to float costs nothing that matters.
 
 constexpr float saturated_logit = 128.0f;
 constexpr float leading_logits = 32.0f;       // e^-32 of the largest weight is below the rounding of the sum
@@ -305,10 +328,10 @@ TRANSFUSE_INLINE mask saturated(f32 maximum, float scale) {
   return (size > set1(saturated_logit)) & (size < set1(__builtin_inff()));
 }
 
-// scores[key] - anchor, in rows (lanes) of `refine` exact to one rounding where the score may lead given the row's maximum.
-// `queries` is the transposed panel, `keys` the first key in panels `key_panel` apart, bias a panel or null.
-void refine_scores(const AttentionParams& p, const float* queries, const float* keys, int64_t key_panel, int64_t n, const float* bias,
-                   mask refine, f32 anchor, f32 maximum, float* scores) {
+// scores[key] - anchor, in rows (lanes) of `refine` exact to one rounding where the score may lead given the row's
+// maximum. `queries` is the transposed panel, `keys` the first key in panels `key_panel` apart, bias a panel or null.
+void refine_scores(const AttentionParams& p, const float* queries, const float* keys, int64_t key_panel, int64_t n,
+                   const float* bias, mask refine, f32 anchor, f32 maximum, float* scores) {
   const f32 leading = maximum - fma(abs(maximum), set1(score_rounding), set1(leading_logits / logit_scale(p)));
   const f64 scale = set1d(score_scale(p));
   for (int64_t j = 0; j < n; ++j) {
