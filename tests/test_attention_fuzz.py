@@ -14,6 +14,7 @@ from transfuse.testing import assert_matches_reference, draw, nan_filled_empty
 LENGTHS = (0, 1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 47, 64, 65, 100, 129, 200)
 HEAD_DIMS = (1, 3, 8, 16, 20, 32, 64, 65)
 QUICK, FULL = 60, 500
+NUM_TERMS = 16384  # not the longest sum: scores up to 1e2 carry their own rounding into the weights
 
 
 def laid_out(tensor, choice):
@@ -74,4 +75,6 @@ def test_random_call(seed):
     torch.set_num_threads(1)
     tensors, options = random_call(seed)
     with nan_filled_empty():
-        assert_matches_reference(scaled_dot_product_attention, *tensors, enable_gqa=True, return_lse=True, **options)
+        assert_matches_reference(
+            scaled_dot_product_attention, *tensors, num_terms=NUM_TERMS, enable_gqa=True, return_lse=True, **options
+        )
