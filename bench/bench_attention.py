@@ -1,4 +1,4 @@
-"""attention and varlen_attention against torch on this machine. The cases stand in transfuse.bench.cases, the work in conftest.py."""
+"""attention and varlen_attention against torch here. Cases: transfuse.bench.cases; the work: conftest.py."""
 
 OPS = ("attention", "varlen_attention")
 

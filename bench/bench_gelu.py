@@ -1,4 +1,4 @@
-"""gelu against torch on this machine. The cases stand in transfuse.bench.cases, the work in conftest.py."""
+"""gelu against torch here. Cases: transfuse.bench.cases; the work: conftest.py."""
 
 OPS = ("gelu",)
 

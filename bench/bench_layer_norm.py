@@ -1,4 +1,4 @@
-"""layer_norm and add_layer_norm against torch on this machine. The cases stand in transfuse.bench.cases, the work in conftest.py."""
+"""layer_norm and add_layer_norm against torch here. Cases: transfuse.bench.cases; the work: conftest.py."""
 
 OPS = ("layer_norm", "add_layer_norm")
 

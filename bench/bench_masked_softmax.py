@@ -1,4 +1,4 @@
-"""masked_softmax against torch on this machine. The cases stand in transfuse.bench.cases, the work in conftest.py."""
+"""masked_softmax against torch here. Cases: transfuse.bench.cases; the work: conftest.py."""
 
 OPS = ("masked_softmax",)
 

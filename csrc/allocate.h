@@ -1,5 +1,5 @@
-// Dense uninitialised CPU tensors without the dispatcher: torch::stable::new_empty looks the op up by name and boxes its
-// arguments on each call (1 to 2 us), this is 0.3 us, and an op on a single row has three results to allocate.
+// Dense uninitialised CPU tensors without the dispatcher: torch::stable::new_empty looks the op up by name and boxes
+// its arguments on each call (1 to 2 us), this is 0.3 us, and an op on a single row has three results to allocate.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -25,9 +25,11 @@ inline torch::stable::Tensor empty_cpu(const int64_t* sizes, int64_t dim, torch:
     stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(type), aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(type),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   torch::stable::Tensor result(handle);
-  if (nan_filled_empty && result.numel()) std::memset(result.mutable_data_ptr(), 0xFF, result.numel() * result.element_size());
+  if (nan_filled_empty && result.numel())
+    std::memset(result.mutable_data_ptr(), 0xFF, result.numel() * result.element_size());
   return result;
 }
 inline torch::stable::Tensor empty_cpu(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type) {

@@ -18,11 +18,11 @@ constexpr int64_t min_elements_per_task = 16384;
 // The input as a matrix: `rows` leading elements, `cols` in the normalised dimensions.
 struct Matrix {
   int64_t rows = 1, cols = 1;
-  std::vector<int64_t> normalized_shape, statistics_shape;  // statistics: the leading sizes, then ones, as torch has them
+  std::vector<int64_t> normalized_shape, statistics_shape;  // statistics: the leading sizes, then ones, as in torch
 
   Matrix(const char* op, const Tensor& input, int64_t normalized_ndim) {
-    check(normalized_ndim >= 1 && normalized_ndim <= input.dim(), op, ": normalized_ndim is ", normalized_ndim, ", expected 1 to ",
-          input.dim(), " (input's number of dimensions)");
+    check(normalized_ndim >= 1 && normalized_ndim <= input.dim(), op, ": normalized_ndim is ", normalized_ndim,
+          ", expected 1 to ", input.dim(), " (input's number of dimensions)");
     for (int64_t i = 0; i < input.dim(); ++i) {
       const bool leading = i < input.dim() - normalized_ndim;
       (leading ? rows : cols) *= input.size(i);
@@ -32,14 +32,15 @@ struct Matrix {
   }
 };
 
-void check_parameter(const char* op, const char* argument, const Tensor& parameter, const Matrix& matrix, const Tensor& input) {
+void check_parameter(const char* op, const char* argument, const Tensor& parameter, const Matrix& matrix,
+                     const Tensor& input) {
   check_cpu(op, argument, parameter);
   bool fits = parameter.dim() == static_cast<int64_t>(matrix.normalized_shape.size());
   for (int64_t i = 0; fits && i < parameter.dim(); ++i) fits = parameter.size(i) == matrix.normalized_shape[i];
-  check(fits, op, ": ", argument, " has shape ", shape_of(parameter), ", expected the last dimensions of input's ", shape_of(input));
-  const ScalarType type = parameter.scalar_type();
-  check(type == input.scalar_type() || type == ScalarType::Float, op, ": ", argument, " has dtype ", name_of(type), ", expected ",
-        name_of(input.scalar_type()), " or float32");
+  if (!fits)
+    check(false, op, ": ", argument, " has shape ", shape_of(parameter), ", expected the last dimensions of input's ",
+          shape_of(input));
+  if (parameter.scalar_type() != ScalarType::Float) check_dtype(op, argument, parameter, input.scalar_type());
 }
 
 // The common dtype of weight and bias; float32 where there is neither.
@@ -48,8 +49,8 @@ ScalarType parameter_type(const char* op, const std::optional<Tensor>& weight, c
   return weight ? weight->scalar_type() : bias ? bias->scalar_type() : ScalarType::Float;
 }
 
-void check_operands(const char* op, const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                    const Matrix& matrix) {
+void check_operands(const char* op, const Tensor& input, const std::optional<Tensor>& weight,
+                    const std::optional<Tensor>& bias, const Matrix& matrix) {
   if (weight) check_parameter(op, "weight", *weight, matrix, input);
   if (bias) check_parameter(op, "bias", *bias, matrix, input);
 }
@@ -71,8 +72,9 @@ struct ForwardResult {
   Tensor output, sum, mean, rstd;
 };
 
-ForwardResult forward(const char* op, const Tensor& input, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
-                      const std::optional<Tensor>& bias, int64_t normalized_ndim, double eps) {
+ForwardResult forward(const char* op, const Tensor& input, const std::optional<Tensor>& residual,
+                      const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t normalized_ndim,
+                      double eps) {
   check_cpu(op, "input", input);
   const cpu::DType dtype = transfuse::kernel_dtype(op, "input", input);
   const Matrix matrix(op, input, normalized_ndim);
@@ -112,22 +114,25 @@ ForwardResult forward(const char* op, const Tensor& input, const std::optional<T
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, const std::optional<Tensor>& weight,
-                                                      const std::optional<Tensor>& bias, int64_t normalized_ndim, double eps) {
+                                                      const std::optional<Tensor>& bias, int64_t normalized_ndim,
+                                                      double eps) {
   ForwardResult result = forward("layer_norm", input, std::nullopt, weight, bias, normalized_ndim, eps);
   return {result.output, result.mean, result.rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& input, const Tensor& residual,
-                                                                  const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                                                                  const std::optional<Tensor>& weight,
+                                                                  const std::optional<Tensor>& bias,
                                                                   int64_t normalized_ndim, double eps) {
   ForwardResult result = forward("add_layer_norm", input, residual, weight, bias, normalized_ndim, eps);
   return {result.output, result.sum, result.mean, result.rstd};
 }
 
-// `input` is what was normalised: for add_layer_norm the sum it returned. A gradient that is not needed has 0 elements.
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output, const std::optional<Tensor>& grad_sum, const Tensor& input,
-                                                       const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                                                       int64_t normalized_ndim, double eps, bool need_input, bool need_weight, bool need_bias) {
+// `input` is what was normalised: for add_layer_norm the sum it returned. A gradient not needed has 0 elements.
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output, const std::optional<Tensor>& grad_sum,
+                                                       const Tensor& input, const std::optional<Tensor>& weight,
+                                                       const std::optional<Tensor>& bias, int64_t normalized_ndim,
+                                                       double eps, bool need_input, bool need_weight, bool need_bias) {
   const char* op = "layer_norm_backward";
   check_cpu(op, "input", input);
   const cpu::DType dtype = transfuse::kernel_dtype(op, "input", input);
@@ -179,13 +184,16 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(transfuse, m) {
-  m.def("layer_norm_forward(Tensor input, Tensor? weight, Tensor? bias, int normalized_ndim, float eps) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "add_layer_norm_forward(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, int normalized_ndim, float eps)"
-      " -> (Tensor, Tensor, Tensor, Tensor)");
+      "layer_norm_forward(Tensor input, Tensor? weight, Tensor? bias, int normalized_ndim, float eps)"
+      " -> (Tensor, Tensor, Tensor)");
   m.def(
-      "layer_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor input, Tensor? weight, Tensor? bias, int normalized_ndim, float eps,"
-      " bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+      "add_layer_norm_forward(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, int normalized_ndim,"
+      " float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "layer_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor input, Tensor? weight, Tensor? bias,"
+      " int normalized_ndim, float eps, bool need_input, bool need_weight, bool need_bias)"
+      " -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transfuse, CPU, m) {

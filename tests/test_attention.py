@@ -11,6 +11,12 @@ from transfuse.testing import assert_close, assert_matches_reference, draw
 DTYPES = (torch.float32, torch.bfloat16)
 in_every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "bfloat16"))
 
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small tensors: waking a second thread costs more than the work. Tests about threads set their own count."""
+    torch.set_num_threads(1)
+
 # Odd sizes, so that every tile has a ragged end; lengths differ, and so do the head dimensions.
 BATCH, HEADS, LEN_Q, LEN_K, HEAD_DIM, VALUE_DIM = 2, 4, 37, 53, 24, 40
 
@@ -413,7 +419,6 @@ def assert_as_exact_as_torch(name, dtype):
 @in_every_dtype
 @pytest.mark.parametrize("name", FAMILIES)
 def test_as_exact_as_torch(name, dtype):
-    torch.set_num_threads(1)  # small tensors: waking a second thread costs more than the work
     assert_as_exact_as_torch(name, dtype)
 
 

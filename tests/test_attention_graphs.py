@@ -12,6 +12,12 @@ needs_kernels = pytest.mark.skipif(bool(extension.cpu_unavailable), reason=exten
 CU_SEQLENS = torch.tensor([0, 3, 3, 9], dtype=torch.int32)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small tensors: waking a second thread costs more than the work. Tests about threads set their own count."""
+    torch.set_num_threads(1)
+
+
 def dense_inputs(requires_grad=True, dtype=torch.float32):
     return [draw(2, 4, length, 16, dtype=dtype, seed=i, requires_grad=requires_grad) for i, length in enumerate((5, 9, 9))]
 

@@ -17,6 +17,12 @@ IGNORE[:, 0] = False  # torch gives NaN to a query with nothing left
 IGNORE_PER_HEAD = torch.rand(BATCH * HEADS, LEN_Q, LEN_K, generator=torch.Generator().manual_seed(2)) > 0.7
 IGNORE_PER_HEAD[..., 0] = False
 
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small tensors: waking a second thread costs more than the work. Tests about threads set their own count."""
+    torch.set_num_threads(1)
+
 MODULES = {
     "plain": {},
     "no bias": {"bias": False},

@@ -17,6 +17,12 @@ from transfuse.testing import assert_close, assert_matches_reference, draw
 Q, K, V = torch.zeros(2, 4, 3, 8), torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 5, 8)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small tensors: waking a second thread costs more than the work. Tests about threads set their own count."""
+    torch.set_num_threads(1)
+
+
 def refused(error, message, *args, **kwargs):
     return pytest.param(error, message, args, kwargs, id=message)
 
@@ -276,7 +282,6 @@ def test_assert_matches_reference_kills(mutant, dtype, monkeypatch):
     (("scale * 1.01", torch.float32), ("scale * 1.01", torch.bfloat16), ("value * 1.001", torch.float32)),
 )
 def test_the_pooled_criterion_kills(mutant, dtype, monkeypatch):
-    torch.set_num_threads(1)
     mutate(monkeypatch, MUTANTS[mutant][1])
     with pytest.raises(AssertionError):
         suite.assert_as_exact_as_torch("normal", dtype)

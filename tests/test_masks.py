@@ -18,6 +18,12 @@ on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 in_every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "bfloat16"))
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small tensors: waking a second thread costs more than the work. Tests about threads set their own count."""
+    torch.set_num_threads(1)
+
+
 def number(text):
     """A JSON number or one of the words the data file allows."""
     if not isinstance(text, str):

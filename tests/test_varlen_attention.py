@@ -15,6 +15,12 @@ LENGTHS_K = (9, 4, 33, 0, 70, 1, 3)
 HEADS, HEAD_DIM, VALUE_DIM = 4, 24, 40
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small tensors: waking a second thread costs more than the work. Tests about threads set their own count."""
+    torch.set_num_threads(1)
+
+
 def offsets(lengths, dtype=torch.int32):
     return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
 

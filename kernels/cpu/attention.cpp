@@ -51,11 +51,11 @@ int64_t forward_scratch_bytes(const AttentionForwardParams& params) {
 
 // Turns the scores of the panel at row r into weights exp(logit - maximum), and brings the sum and output of its rows to
 // the new maximum.
-void softmax_panel(const AttentionParams& p, const Scratch& s, int64_t r, int64_t keys, bool first_block, bool plain) {
+void softmax_panel(const AttentionParams& p, const Scratch& s, int64_t r, int64_t keys, bool first_block, bool excludes) {
   const float scale = logit_scale(p);
   const ScaledExp weight(scale);
   float* scores = s.scores;
-  const float* keep = plain ? nullptr : s.keep;
+  const float* keep = excludes ? s.keep : nullptr;
   const f32 before = load(s.maximum + r);
   f32 anchor = load(s.anchor + r);
   f32 maximum = row_maximum(scores, keep, keys);
@@ -140,14 +140,14 @@ void forward_task(const AttentionForwardParams& params, const AttentionSequence&
       const int64_t panel_rows = smaller(panel, rows - r);
       const int64_t keys = larger(0, smaller(block_keys, key_limit(p, sequence, query + r + panel_rows - 1) - key));
       if (keys == 0 && key > 0) continue;
-      const bool plain = tile_is_plain(p, sequence, query + r, key, keys);
       product<Along::rows>(s.keys, key_block * panel, s.queries + r * p.head_dim, p.head_dim, s.scores, keys, false);
-      if (!plain) apply_mask_and_bias(p, sequence, head, query + r, panel_rows, key, keys, s.scores, s.keep, s.bias);
-      softmax_panel(p, s, r, keys, key == 0, plain);
+      const bool excludes = !tile_is_plain(p, sequence, query + r, key, keys) &&
+          apply_mask_and_bias(p, sequence, head, query + r, panel_rows, key, keys, s.scores, s.keep, s.bias);
+      softmax_panel(p, s, r, keys, key == 0, excludes);
       for (int64_t c = 0; c < output_panels; ++c) {
         const float* values = s.values + c * key_block * panel;
         float* output = s.output + (c * p.query_block + r) * panel;
-        if (plain || finite)
+        if (finite || !excludes)
           product<Along::columns>(s.scores, panel * panel, values, keys, output, panel_rows, key > 0);
         else
           product_of_kept<Along::columns>(s.scores, s.keep, panel * panel, values, keys, output, panel_rows, key > 0);

@@ -236,45 +236,39 @@ TRANSFUSE_INLINE bool tile_is_plain(const AttentionParams& p, const AttentionSeq
   return !p.mask.data && !p.bias.data && key + keys <= key_limit(p, s, query);
 }
 
+// The tile of a mask or bias for one panel of queries, [keys][16 queries].
+template <class T>
+void pack_tile(const T* first, const AttentionTensor& t, int64_t rows, int64_t keys, float* out) {
+  if (t.row != 0) return pack_transposed_panel(first, t.row, t.col, rows, keys, 1.0f, out);
+  for (int64_t j = 0; j < keys; ++j) store(out + j * panel, set1(to_float(first[j * t.col])));
+}
+
 // For one panel of scores [keys][16 queries]: keep = 1 where the pair takes part, 0 where it is excluded, by the one
-// predicate of all kinds of exclusion; and score = scale * score + bias where there is a bias. `bias` is scratch.
-void apply_mask_and_bias(const AttentionParams& p, const AttentionSequence& s, int64_t head, int64_t query, int64_t rows, int64_t key,
+// predicate of all kinds of exclusion; and score = scale * score + bias where there is a bias. `bias` is scratch. Says
+// whether some pair is excluded.
+bool apply_mask_and_bias(const AttentionParams& p, const AttentionSequence& s, int64_t head, int64_t query, int64_t rows, int64_t key,
                          int64_t keys, float* scores, float* keep, float* bias) {
+  if (p.mask.data) pack_tile(at<byte>(p.mask, s.batch, head, query, key), p.mask, rows, keys, keep);
+  if (p.bias.data) with_type(p.bias, s.batch, head, query, key, [&](auto* first) { pack_tile(first, p.bias, rows, keys, bias); });
   alignas(64) float index[panel];
   for (int64_t i = 0; i < panel; ++i) index[i] = static_cast<float>(i);
-  const f32 lane = load(index);
-  const f32 one = set1(1.0f), nothing = set1(-__builtin_inff());
-  if (p.mask.data) {
-    const byte* first = at<byte>(p.mask, s.batch, head, query, key);
-    if (p.mask.row == 0)
-      for (int64_t j = 0; j < keys; ++j) store(keep + j * panel, set1(to_float(first[j * p.mask.col])));
-    else
-      pack_transposed_panel(first, p.mask.row, p.mask.col, rows, keys, 1.0f, keep);
-  } else {
-    for (int64_t j = 0; j < keys; ++j) store(keep + j * panel, one);
-  }
-  if (p.causal) {
-    const int64_t offset = p.bottom_right ? s.seqlen_k - s.seqlen_q : 0;
-    for (int64_t j = 0; j < keys; ++j) {
-      const int64_t first_lane = key + j - query - offset;  // the first query that sees key + j
-      if (first_lane <= 0) continue;
-      const mask sees = lane >= set1(static_cast<float>(smaller(first_lane, panel)));
-      store(keep + j * panel, select(sees, load(keep + j * panel), zero()));
-    }
-  }
-  if (!p.bias.data) return;
-  with_type(p.bias, s.batch, head, query, key, [&](auto* first) {
-    if (p.bias.row == 0)
-      for (int64_t j = 0; j < keys; ++j) store(bias + j * panel, set1(to_float(first[j * p.bias.col])));
-    else
-      pack_transposed_panel(first, p.bias.row, p.bias.col, rows, keys, 1.0f, bias);
-  });
-  const f32 scale = set1(score_scale(p));
+  const f32 lane = load(index), one = set1(1.0f), nothing = set1(-__builtin_inff()), scale = set1(score_scale(p));
+  const bool masked = p.mask.data, biased = p.bias.data, causal = p.causal;  // stores below may alias p, but not these
+  const int64_t first_seen = key - query - (p.bottom_right ? s.seqlen_k - s.seqlen_q : 0);
+  f32 all_kept = one;
   for (int64_t j = 0; j < keys; ++j) {
-    const f32 b = load(bias + j * panel);
-    store(scores + j * panel, fma(load(scores + j * panel), scale, b));
-    store(keep + j * panel, select(b == nothing, zero(), load(keep + j * panel)));
+    f32 kept = masked ? load(keep + j * panel) : one;
+    const int64_t first_lane = first_seen + j;  // the first query that sees key + j
+    if (causal && first_lane > 0) kept = select(lane < set1(static_cast<float>(smaller(first_lane, panel))), zero(), kept);
+    if (biased) {
+      const f32 b = load(bias + j * panel);
+      store(scores + j * panel, fma(load(scores + j * panel), scale, b));
+      kept = select(b == nothing, zero(), kept);
+    }
+    all_kept = min(all_kept, kept);
+    store(keep + j * panel, kept);
   }
+  return any(all_kept == zero());
 }
 
 // exp(scale * difference) for difference <= 0, <= 1 ULP: the product is not rounded. Weights below 2^-126 are 0.

@@ -87,7 +87,6 @@ struct Erf {
 
 struct Tanh {
   static constexpr bool has_core = false;
-  TRANSFUSE_INLINE static f64 core(f64 x) { return x; }  // never called
   TRANSFUSE_INLINE static f64 tail(f64 t) {
     const f64 e = exp(t * fma(t * t, set1d(-tanh_c1), set1d(-tanh_c0)));
     return t * e / (e + set1d(1.0));
@@ -134,7 +133,7 @@ TRANSFUSE_INLINE f32 rounded(f32 x, bf16) {
   return select(isnan(x), x, from_bits(r));
 }
 
-// Runs body(i, n, x) over the vectors of each row, x = input + bias.
+// Runs body(element, column, n, x) over the vectors of each row, x = input + bias.
 template <class T, class B, class Body>
 TRANSFUSE_INLINE void for_each_sum(const GeluParams& p, int64_t begin, int64_t end, Body body) {
   const T* input = static_cast<const T*>(p.input);
@@ -184,18 +183,22 @@ void forward_rows(const GeluParams& p, int64_t begin, int64_t end) {
   T* output = static_cast<T*>(p.output);
   WaitingLanes<Form, T> waiting{output};
   for_each_sum<T, B>(p, begin, end, [&](int64_t at, int64_t, int64_t n, f32 x) __attribute__((always_inline)) {
-    if constexpr (!Form::has_core) return store_n(output + at, gelu_everywhere<Form>(x), n);
-    const f32 core = narrow(Form::core(low(x)), Form::core(high(x)));
-    const mask outside = abs(x) > set1(core_limit);
-    uint32_t bits = to_bits(outside);
-    if (__builtin_popcount(bits) >= many_outside) return store_n(output + at, select(outside, gelu_everywhere<Form>(x), core), n);
-    store_n(output + at, core, n);
-    if (bits == 0) return;
-    alignas(64) float values[lanes];
-    store(values, x);
-    for (; bits != 0; bits &= bits - 1) {
-      const int lane = __builtin_ctz(bits);
-      waiting.add(values[lane], at + lane);
+    if constexpr (Form::has_core) {
+      const f32 core = narrow(Form::core(low(x)), Form::core(high(x)));
+      const mask outside = abs(x) > set1(core_limit);
+      uint32_t bits = to_bits(outside);
+      if (__builtin_popcount(bits) >= many_outside)
+        return store_n(output + at, select(outside, gelu_everywhere<Form>(x), core), n);
+      store_n(output + at, core, n);
+      if (bits == 0) return;
+      alignas(64) float values[lanes];
+      store(values, x);
+      for (; bits != 0; bits &= bits - 1) {
+        const int lane = __builtin_ctz(bits);
+        waiting.add(values[lane], at + lane);
+      }
+    } else {
+      store_n(output + at, gelu_everywhere<Form>(x), n);
     }
   });
   waiting.flush();

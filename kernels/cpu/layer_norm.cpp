@@ -7,8 +7,10 @@ namespace transfuse::cpu::TRANSFUSE_ISA {
 
 namespace {
 
-// Rows that go through the last pass together, so that a vector of weights is widened to double once for all of them.
+// Rows that go through the last pass together, so that a vector of weights is loaded and widened once for both. More
+// rows gain nothing measurable and leave L1 at 4096 columns.
 constexpr int64_t group_rows = 2;
+static_assert(group_rows == 2, "the last group is a pair or a single row");
 
 struct Statistics {
   double mean, rstd;
@@ -65,7 +67,9 @@ TRANSFUSE_INLINE Statistics row_statistics(const T* x, int64_t cols, double eps)
 
 template <class T>
 TRANSFUSE_INLINE void add_rows(const T* x, const T* y, T* sum, int64_t size) {
-  for_each_vec(size, [&](int64_t i, int64_t n) __attribute__((always_inline)) { store_n(sum + i, load_n(x + i, n) + load_n(y + i, n), n); });
+  for_each_vec(size, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    store_n(sum + i, load_n(x + i, n) + load_n(y + i, n), n);
+  });
 }
 
 // The largest power of two <= x, for a normal x > 0.
@@ -91,19 +95,23 @@ struct FloatRow {
   TRANSFUSE_INLINE explicit FloatRow(const Statistics& row) {
     constexpr double smallest = 0x1p-126, largest = 0x1p126;
     double power = smaller(power_of_two_below(row.rstd), largest);
-    power = smaller(power, power_of_two_below(largest / __builtin_fabs(row.mean)));  // a constant row may have mean * rstd = inf
+    // A constant row may have a mean * rstd beyond float's range.
+    power = smaller(power, power_of_two_below(largest / __builtin_fabs(row.mean)));
     power = power < smallest ? smallest : power;
     scale = static_cast<float>(power);
     mean = static_cast<float>(row.mean * power);
     rest = static_cast<float>(row.rstd / power);
     remainder = static_cast<float>((mean - row.mean * power) * (row.rstd / power));
   }
-  TRANSFUSE_INLINE f32 normalize(f32 x) const { return fma(fms(x, set1(scale), set1(mean)), set1(rest), set1(remainder)); }
+  TRANSFUSE_INLINE f32 normalize(f32 x) const {
+    return fma(fms(x, set1(scale), set1(mean)), set1(rest), set1(remainder));
+  }
 };
 
 // `count` consecutive rows, their statistics known: float32 in double, so that the only rounding is the result's ...
 template <int64_t count, class W>
-TRANSFUSE_INLINE void normalize_rows(const float* x, const Statistics* rows, const W* weight, const W* bias, float* output, int64_t cols) {
+TRANSFUSE_INLINE void normalize_rows(const float* x, const Statistics* rows, const W* weight, const W* bias,
+                                     float* output, int64_t cols) {
   for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     const wide scale = weight ? load_wide(weight + i, n) : broadcast(1);
     const wide offset = bias ? load_wide(bias + i, n) : broadcast(0);
@@ -116,7 +124,8 @@ TRANSFUSE_INLINE void normalize_rows(const float* x, const Statistics* rows, con
 
 // ... and bfloat16 in float, whose sixteen more bits are enough.
 template <int64_t count, class W>
-TRANSFUSE_INLINE void normalize_rows(const bf16* x, const Statistics* statistics, const W* weight, const W* bias, bf16* output, int64_t cols) {
+TRANSFUSE_INLINE void normalize_rows(const bf16* x, const Statistics* statistics, const W* weight, const W* bias,
+                                     bf16* output, int64_t cols) {
   FloatRow rows[count];
   for (int64_t r = 0; r < count; ++r) rows[r] = FloatRow(statistics[r]);
   for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
@@ -150,7 +159,7 @@ void forward_rows(const LayerNormForwardParams& p, int64_t begin, int64_t end) {
     if (count == group_rows)
       normalize_rows<group_rows>(x, rows, weight, bias, output, cols);
     else
-      for (int64_t r = 0; r < count; ++r) normalize_rows<1>(x + r * cols, rows + r, weight, bias, output + r * cols, cols);
+      normalize_rows<1>(x, rows, weight, bias, output, cols);
   }
 }
 
@@ -186,8 +195,8 @@ TRANSFUSE_INLINE Projections project_row(const T* x, const T* grad_output, const
 }
 
 template <int64_t count, class T, class W>
-TRANSFUSE_INLINE void differentiate_rows(const LayerNormBackwardParams& p, int64_t row, const Projections* rows, double* weight_sums,
-                                         double* bias_sums) {
+TRANSFUSE_INLINE void differentiate_rows(const LayerNormBackwardParams& p, int64_t row, const Projections* rows,
+                                         double* weight_sums, double* bias_sums) {
   const int64_t cols = p.cols;
   const T* x = static_cast<const T*>(p.input) + row * cols;
   const T* grad_output = static_cast<const T*>(p.grad_output) + row * cols;
@@ -237,13 +246,14 @@ void backward_chunks(const LayerNormBackwardParams& p, int64_t begin, int64_t en
       if (count == group_rows)
         differentiate_rows<group_rows, T, W>(p, row, rows, weight_sums, bias_sums);
       else
-        for (int64_t r = 0; r < count; ++r) differentiate_rows<1, T, W>(p, row + r, rows + r, weight_sums, bias_sums);
+        differentiate_rows<1, T, W>(p, row, rows, weight_sums, bias_sums);
     }
   }
 }
 
 template <class W>
-TRANSFUSE_INLINE void add_lines(const double* lines, void* total, const LayerNormBackwardParams& p, int64_t begin, int64_t end) {
+TRANSFUSE_INLINE void add_lines(const double* lines, void* total, const LayerNormBackwardParams& p, int64_t begin,
+                                int64_t end) {
   const int64_t padded = layer_norm_padded_cols(p.cols);
   for (int64_t i = begin * lanes; i < p.cols && i < end * lanes; i += lanes) {
     wide sum = broadcast(0);

@@ -1,10 +1,11 @@
 // LayerNorm on the CPU, over the rows of dense [rows, cols] matrices:
 //
-//   output = (x - mean) / sqrt(variance + eps) * weight + bias,   x = input, or round(input + residual) where there is one
+//   output = (x - mean) / sqrt(variance + eps) * weight + bias;   x = input, or round(input + residual) if there is one
 //
-// Policy: every sum and every product is taken in double, and each result is rounded once to its storage type. So a
-// row keeps its precision for mean/std up to 1e6 and |x| up to 1e37, and no two-float tricks are needed. The kernels
-// are bound by the float <-> double conversions, which is why rows go in groups that share the widened weights.
+// Policy: statistics are sums in double, in the backward too, so that a row keeps its precision for mean/std up to 1e6
+// and |x| up to 1e37. The float32 forward stays in double to its end and rounds once; where four roundings in float do
+// no harm, in the bfloat16 forward and in the backward, the row is normalised in float against a mean of two floats.
+// Rows go in pairs that share the loads of the weights, and a pair is still in L1 when its last pass starts.
 #pragma once
 
 #include "isa.h"
@@ -25,8 +26,8 @@ struct LayerNormForwardParams {
   DType dtype, param_dtype;
 };
 
-// The gradients of weight and bias are sums over rows. Rows are cut into chunks that depend on their number alone; each
-// chunk sums its rows in order into its own line of `weight_sums` and `bias_sums`, and `reduce` adds the lines in order.
+// The gradients of weight and bias are sums over rows. Rows are cut into chunks that depend on their number alone;
+// each chunk adds its rows in order to its own line of `weight_sums` and `bias_sums`, and `reduce` adds the lines.
 struct LayerNormBackwardParams {
   const void* grad_output;  // [rows, cols] dtype
   const void* grad_sum;     // the same, or null: gradient that reaches the normalised x past the norm

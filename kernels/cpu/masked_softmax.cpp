@@ -74,10 +74,10 @@ TRANSFUSE_INLINE Keys load_keys(const Row<T, M>& row, int64_t i, int64_t n) {
   return {load_n(row.input + i, n), bias, first_n(n) & ~(bias == set1(-infinity))};
 }
 
-// scale = hi + lo, so that the product of a float and a double scale keeps its residual.
-struct Scale {
+// A double in every lane as hi + lo, so that float arithmetic with it keeps its residual.
+struct Split {
   f32 hi, lo;
-  explicit Scale(double scale) : hi(set1(static_cast<float>(scale))), lo(set1(static_cast<float>(scale - static_cast<float>(scale)))) {}
+  explicit Split(double x) : hi(set1(static_cast<float>(x))), lo(set1(static_cast<float>(x - static_cast<float>(x)))) {}
 };
 
 struct Score {
@@ -91,7 +91,7 @@ TRANSFUSE_INLINE f32 sum_residual(f32 a, f32 b, f32 sum) {
 }
 
 template <class M>
-TRANSFUSE_INLINE Score score_of(const Keys& keys, const Scale& scale) {
+TRANSFUSE_INLINE Score score_of(const Keys& keys, const Split& scale) {
   const f32 product = keys.x * scale.hi;
   const f32 residual = fma(keys.x, scale.lo, fms(keys.x, scale.hi, product));
   if constexpr (is_additive<M>) {
@@ -103,7 +103,7 @@ TRANSFUSE_INLINE Score score_of(const Keys& keys, const Scale& scale) {
 }
 
 template <class T, class M>
-TRANSFUSE_INLINE float largest_score(const Row<T, M>& row, const Scale& scale, bool& any_valid) {
+TRANSFUSE_INLINE float largest_score(const Row<T, M>& row, const Split& scale, bool& any_valid) {
   f32 largest = set1(-infinity);
   mask seen = first_n(0);
   for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
@@ -117,7 +117,7 @@ TRANSFUSE_INLINE float largest_score(const Row<T, M>& row, const Scale& scale, b
 
 // Writes exp(score - largest) to weights and returns their sum.
 template <class T, class M>
-TRANSFUSE_INLINE double exponentials(const Row<T, M>& row, const Scale& scale, float largest, float* weights) {
+TRANSFUSE_INLINE double exponentials(const Row<T, M>& row, const Split& scale, float largest, float* weights) {
   f64 sum_low = zero64(), sum_high = zero64();
   const f32 shift = set1(-largest);
   for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
@@ -174,12 +174,14 @@ double wide_exponentials(const Row<T, M>& row, double scale, float* weights) {
 
 template <class T>
 TRANSFUSE_INLINE void fill_zero(T* output, int64_t begin, int64_t end) {
-  for_each_vec(end - begin, [&](int64_t i, int64_t n) __attribute__((always_inline)) { store_n(output + begin + i, zero(), n); });
+  for_each_vec(end - begin, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    store_n(output + begin + i, zero(), n);
+  });
 }
 
 template <class T, class M>
 TRANSFUSE_INLINE void softmax_row(const Row<T, M>& row, double scale, T* output, float* weights) {
-  const Scale split(scale);
+  const Split split(scale);
   bool any_valid = false;
   const float largest = largest_score(row, split, any_valid);
   if (!any_valid) return fill_zero(output, 0, row.length);
@@ -192,11 +194,10 @@ TRANSFUSE_INLINE void softmax_row(const Row<T, M>& row, double scale, T* output,
   }
   const double sum = __builtin_fabsf(largest) <= wide_score ? exponentials(row, split, largest, weights)
                                                             : wide_exponentials(row, scale, weights);
-  const double inverse = 1.0 / sum;
-  const f32 hi = set1(static_cast<float>(inverse)), lo = set1(static_cast<float>(inverse - static_cast<float>(inverse)));
+  const Split inverse(1.0 / sum);
   for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     const f32 weight = load_n(weights + i, n);
-    store_n(output + i, fma(weight, hi, weight * lo), n);
+    store_n(output + i, fma(weight, inverse.hi, weight * inverse.lo), n);
   });
 }
 
@@ -284,13 +285,8 @@ TRANSFUSE_INLINE double mean_gradient(const GradRow<T>& row) {
   return __builtin_fabs(sum) < __builtin_inf() ? sum : sum_of_products<true>(row);
 }
 
-struct Mean {  // hi + lo
-  f32 hi, lo;
-  explicit Mean(double mean) : hi(set1(static_cast<float>(mean))), lo(set1(static_cast<float>(mean - static_cast<float>(mean)))) {}
-};
-
 template <class T>
-TRANSFUSE_INLINE f32 score_gradient(const GradRow<T>& row, int64_t i, int64_t n, const Mean& mean) {
+TRANSFUSE_INLINE f32 score_gradient(const GradRow<T>& row, int64_t i, int64_t n, const Split& mean) {
   const f32 weight = load_n(row.y + i, n);
   const f32 centred = (load_n(row.dy + i, n) - mean.hi) - mean.lo;
   return select(weight == zero(), zero(), weight * centred);
@@ -306,7 +302,7 @@ void backward_rows(const MaskedSoftmaxGradParams& p, int64_t begin, int64_t end)
   for (int64_t r = begin; r < end; ++r) {
     const GradRow<T> row = grad_row<T>(p, r);
     T* grad_input = static_cast<T*>(p.grad_input) + r * p.keys;
-    const Mean mean(mean_gradient(row));
+    const Split mean(mean_gradient(row));
     const f32 scale = set1(static_cast<float>(p.scale));
     for_each_vec(p.keys, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
       store_n(grad_input + i, score_gradient(row, i, n, mean) * scale, n);
@@ -317,7 +313,7 @@ void backward_rows(const MaskedSoftmaxGradParams& p, int64_t begin, int64_t end)
 template <class T>
 void add_row_gradient(const MaskedSoftmaxGradParams& p, int64_t r, double* sums) {
   const GradRow<T> row = grad_row<T>(p, r);
-  const Mean mean(mean_gradient(row));
+  const Split mean(mean_gradient(row));
   for_each_vec(p.keys, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     alignas(64) float gained[lanes];
     store(gained, score_gradient(row, i, n, mean));

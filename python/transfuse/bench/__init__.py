@@ -1,1 +1,1 @@
-"""How speed is measured here: one harness, one list of cases, one corpus; used by the command, by bench/ and by make gpu."""
+"""How speed is measured here: one harness, one list of cases, one corpus; for the command, bench/ and make gpu."""

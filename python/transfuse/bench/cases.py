@@ -97,8 +97,10 @@ class Case:
         """
         found = self.compare(inputs, direction)
         if not found.ok:
-            raise ParityError(f"{self.op}: {self.name} {direction} misses parity: {found.what} has relative error "
-                              f"{found.largest:.3e}, allowed {found.budget:.3e}; repeat with: transfuse verify --op {self.op}")
+            raise ParityError(
+                f"{self.op}: {self.name} {direction} misses parity: {found.what} has relative error "
+                f"{found.largest:.3e}, allowed {found.budget:.3e}; repeat with: transfuse verify --op {self.op}"
+            )
         return found
 
     def compare(self, inputs, direction="forward"):
@@ -113,8 +115,10 @@ class Case:
             exact = gradients_of(self.reference, wide, grad_output.double())()
             pairs = [(f"gradient {index}", *pair) for index, pair in enumerate(zip(actual, exact, strict=True))]
             slack = GRADIENT_SLACK
-        errors = [(relative_error(actual, exact), slack * error_budget(actual.dtype, self.terms), what)
-                  for what, actual, exact in pairs]
+        errors = [
+            (relative_error(actual, exact), slack * error_budget(actual.dtype, self.terms), what)
+            for what, actual, exact in pairs
+        ]
         return Parity(*max(errors, key=lambda entry: entry[0] / entry[1]))
 
 
@@ -124,7 +128,7 @@ def first(result):
 
 
 def relative_error(actual, exact):
-    """Largest difference over the largest magnitude (over 1 where everything is 0); inf where shapes or NaN do not agree."""
+    """Largest difference over the largest magnitude (or 1 where all is 0); inf where shapes or NaN do not agree."""
     if actual.shape != exact.shape or not torch.equal(actual.isnan(), exact.isnan()):
         return float("inf")
     if actual.numel() == 0:
@@ -139,8 +143,11 @@ def _attention(name, batch, heads, queries, keys, head_dim, *, kv_heads=None, ca
     gqa = kv_heads != heads
 
     def make(dtype):
-        tensors = [draw(batch, heads, queries, head_dim, dtype=dtype, seed=1), draw(batch, kv_heads, keys, head_dim, dtype=dtype, seed=2),
-                   draw(batch, kv_heads, keys, head_dim, dtype=dtype, seed=3)]
+        tensors = [
+            draw(batch, heads, queries, head_dim, dtype=dtype, seed=1),
+            draw(batch, kv_heads, keys, head_dim, dtype=dtype, seed=2),
+            draw(batch, kv_heads, keys, head_dim, dtype=dtype, seed=3),
+        ]
         if mask == "boolean":
             lengths = torch.linspace(max(1, keys // 4), keys, batch).long()
             tensors.append((torch.arange(keys) < lengths[:, None])[:, None, None, :])
@@ -152,10 +159,23 @@ def _attention(name, batch, heads, queries, keys, head_dim, *, kv_heads=None, ca
         return function(query, key, value, attn_mask, is_causal=causal, enable_gqa=gqa)
 
     pairs = batch * heads * queries * keys // (2 if causal else 1)
-    moved = 2 * batch * head_dim * (heads * queries + kv_heads * keys) + (heads * queries * keys if mask == "bias" else 0)
+    moved = 2 * batch * head_dim * (heads * queries + kv_heads * keys) + (
+        heads * queries * keys if mask == "bias" else 0
+    )
     shape = f"B{batch} H{heads}{f'/{kv_heads}' if gqa else ''} Lq{queries} Lk{keys} D{head_dim}"
     torch_call = None if causal and mask else partial(call, F.scaled_dot_product_attention)
-    return Case("attention", name, shape, make, call, torch_call, moved, 4 * pairs * head_dim, max(keys, queries, head_dim), quick)
+    return Case(
+        "attention",
+        name,
+        shape,
+        make,
+        call,
+        torch_call,
+        moved,
+        4 * pairs * head_dim,
+        max(keys, queries, head_dim),
+        quick,
+    )
 
 
 def _varlen(name, lengths, heads, head_dim, *, causal=False, quick=False):
@@ -184,7 +204,18 @@ def _varlen(name, lengths, heads, head_dim, *, causal=False, quick=False):
 
     pairs = sum(length * length for length in lengths) * heads // (2 if causal else 1)
     shape = f"{len(lengths)} sequences of {min(lengths)}..{longest}, {tokens} tokens, H{heads} D{head_dim}"
-    return Case("varlen_attention", name, shape, make, call, padded, 4 * tokens * heads * head_dim, 4 * pairs * head_dim, longest, quick)
+    return Case(
+        "varlen_attention",
+        name,
+        shape,
+        make,
+        call,
+        padded,
+        4 * tokens * heads * head_dim,
+        4 * pairs * head_dim,
+        longest,
+        quick,
+    )
 
 
 def _masked_softmax(name, batch, heads, queries, keys, *, causal=False, mask=True, scale=0.125, quick=False):
@@ -204,7 +235,18 @@ def _masked_softmax(name, batch, heads, queries, keys, *, causal=False, mask=Tru
         return torch.softmax(scores if keep is None else scores.masked_fill(~keep, float("-inf")), -1)
 
     size = batch * heads * queries * keys
-    return Case("masked_softmax", name, f"[{batch}, {heads}, {queries}, {keys}]", make, call, stock, 2 * size, 5 * size, keys, quick)
+    return Case(
+        "masked_softmax",
+        name,
+        f"[{batch}, {heads}, {queries}, {keys}]",
+        make,
+        call,
+        stock,
+        2 * size,
+        5 * size,
+        keys,
+        quick,
+    )
 
 
 def _layer_norm(name, rows, columns, *, add=False, quick=False):
@@ -222,13 +264,25 @@ def _layer_norm(name, rows, columns, *, add=False, quick=False):
         return F.layer_norm(summed, (columns,), *tensors[-2:], eps)
 
     size = rows * columns
-    return Case("add_layer_norm" if add else "layer_norm", name, f"[{rows}, {columns}]", make, call, stock,
-                (4 if add else 2) * size, 8 * size, max(rows, columns), quick)
+    return Case(
+        "add_layer_norm" if add else "layer_norm",
+        name,
+        f"[{rows}, {columns}]",
+        make,
+        call,
+        stock,
+        (4 if add else 2) * size,
+        8 * size,
+        max(rows, columns),
+        quick,
+    )
 
 
 def _gelu(name, rows, columns, *, approximate="none", bias=False, quick=False):
     def make(dtype):
-        return [draw(rows, columns, dtype=dtype, seed=1, scale=2.0)] + ([draw(columns, dtype=dtype, seed=2)] if bias else [])
+        return [draw(rows, columns, dtype=dtype, seed=1, scale=2.0)] + (
+            [draw(columns, dtype=dtype, seed=2)] if bias else []
+        )
 
     def call(function, input, bias=None):
         return function(input, approximate, bias=bias)
@@ -237,10 +291,12 @@ def _gelu(name, rows, columns, *, approximate="none", bias=False, quick=False):
         return F.gelu(input if bias is None else input + bias, approximate=approximate)
 
     size = rows * columns
-    return Case("gelu", name, f"[{rows}, {columns}]", make, call, stock, 2 * size, 30 * size, rows if bias else 1, quick)
+    return Case(
+        "gelu", name, f"[{rows}, {columns}]", make, call, stock, 2 * size, 30 * size, rows if bias else 1, quick
+    )
 
 
-# Shapes that models run: MiniLM (12 heads of 32, 384 wide), BERT-base (12 of 64, 768), GPT-2 (causal), LLaMA-like (GQA).
+# Shapes that models run: MiniLM (12 heads of 32, 384 wide), BERT-base (12 of 64, 768), GPT-2 (causal), LLaMA (GQA).
 BENCH_CASES = (
     _attention("minilm", 32, 12, 64, 64, 32, mask="boolean", quick=True),
     _attention("bert_128", 8, 12, 128, 128, 64, mask="boolean"),

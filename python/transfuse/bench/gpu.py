@@ -2,9 +2,9 @@
 
     PYTHONPATH=python python3 -m transfuse.bench.gpu --out dir
 
-Runs with any python3 that holds torch; builds nothing, downloads nothing, needs no compiled transfuse._C. Checks what the
-machine has, the parity of every GPU backend of transfuse that exists, then measures the peers (gpu_peers.py). Rows go
-to dir/gpu.json after every section; a short table comes last. Under 9 minutes, by deadlines.
+Runs with any python3 that holds torch; builds nothing, downloads nothing, needs no compiled transfuse._C. Checks what
+the machine has and the parity of every GPU backend of transfuse that exists, then measures the peers (gpu_peers.py).
+Rows go to dir/gpu.json after every section; a short table comes last. Under 9 minutes, by deadlines.
 
 Exit codes: 0 done, 1 a backend of ours missed parity, 2 there is no GPU here.
 """
@@ -23,7 +23,15 @@ from transfuse.bench.cases import DIRECTIONS, DTYPES, PARITY_CASES
 BUDGET_SECONDS = 490
 GPU_BACKENDS = ("cuda", "triton")
 # (section, most seconds): what a section leaves over, the later ones may use, up to their own figure.
-SECTIONS = (("ceilings", 30), ("sdpa", 110), ("sdpa_bias", 90), ("varlen", 15), ("row_kernels", 120), ("flex", 140), ("models", 30))
+SECTIONS = (
+    ("ceilings", 30),
+    ("sdpa", 110),
+    ("sdpa_bias", 90),
+    ("varlen", 15),
+    ("row_kernels", 120),
+    ("flex", 140),
+    ("models", 30),
+)
 
 
 def check_backends(run):
@@ -38,10 +46,22 @@ def check_backends(run):
                 for direction in DIRECTIONS:
                     found = parity.verify_case(case, dtype, direction, backend, run.device)
                     status = {"ok": "ok", "failed": "failed", "error": "error"}[found["status"]]
-                    reason = found["reason"] or (f"{found['worst']}: error {found['error']:.3e}, allowed {found['allowed']:.3e}"
-                                                 if status != "ok" else "")
-                    run.add(op=case.op, peer=f"transfuse {backend}", variant=case.name, shape={"sizes": case.shape}, direction=direction,
-                            dtype=found["dtype"], status=status, rms_error=found["error"], reason=reason)
+                    reason = found["reason"] or (
+                        f"{found['worst']}: error {found['error']:.3e}, allowed {found['allowed']:.3e}"
+                        if status != "ok"
+                        else ""
+                    )
+                    run.add(
+                        op=case.op,
+                        peer=f"transfuse {backend}",
+                        variant=case.name,
+                        shape={"sizes": case.shape},
+                        direction=direction,
+                        dtype=found["dtype"],
+                        status=status,
+                        rms_error=found["error"],
+                        reason=reason,
+                    )
 
 
 def table(rows):
@@ -60,8 +80,10 @@ def table(rows):
             refusals.setdefault((row["op"], row["peer"], row["status"], row["reason"][:110]), []).append(row)
     lines = []
     for (what, unit), sizes in groups.items():
-        figures = [(f"{size}: " if size else "") + "/".join(found.get(direction, "-") for direction in DIRECTIONS)
-                   for size, found in sorted(sizes.items())]
+        figures = [
+            (f"{size}: " if size else "") + "/".join(found.get(direction, "-") for direction in DIRECTIONS)
+            for size, found in sorted(sizes.items())
+        ]
         lines.append(f"{what}  {'  '.join(figures)}  {unit}")
     for (op, peer, status, reason), members in refusals.items():
         lines.append(f"{op} | {peer}: {status} in {len(members)} rows: {reason}")
@@ -71,7 +93,10 @@ def table(rows):
 def run_all(run):
     """Every section in order; returns the exit code."""
     print(json.dumps({"torch": torch.__version__, **run.facts}), flush=True)
-    print("backends: " + ", ".join(f"{name}: {'yes' if state is True else state}" for name, state in transfuse.backends().items()))
+    print(
+        "backends: "
+        + ", ".join(f"{name}: {'yes' if state is True else state}" for name, state in transfuse.backends().items())
+    )
     with run.within("parity", 60):
         check_backends(run)
     for section, seconds in SECTIONS:
@@ -88,11 +113,17 @@ def run_all(run):
 
 def main(argv=None):
     """Parses the options, refuses a machine with no GPU with exit code 2, runs the sections."""
-    parser = argparse.ArgumentParser(prog="make gpu", description="Measures this GPU's peers of transfuse; JSON rows and a short table.")
+    parser = argparse.ArgumentParser(
+        prog="make gpu", description="Measures this GPU's peers of transfuse; JSON rows and a short table."
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json")
-    parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, help=f"seconds for everything (default {BUDGET_SECONDS})")
+    parser.add_argument(
+        "--budget", type=float, default=BUDGET_SECONDS, help=f"seconds for everything (default {BUDGET_SECONDS})"
+    )
     parser.add_argument("--commit", help="the commit to write into the rows, where the checkout has no .git")
-    parser.add_argument("--dry-run", action="store_true", help="walk every case with tiny shapes on the CPU, to test this script")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="walk every case with tiny shapes on the CPU, to test this script"
+    )
     options = parser.parse_args(argv)
     if not options.dry_run and not torch.cuda.is_available():
         reason = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no GPU"

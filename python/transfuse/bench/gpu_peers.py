@@ -12,7 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transfuse.bench.harness import compiled, gradients_of
 
 TOKENS, CHANNELS, ROWS = 16384, 2048, 16384
-SDPA_PEERS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+SDPA_PEERS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 SEQLENS = (4096, 1024, 16384, 512, 2048, 8192)  # the most telling first: a deadline cuts the end
 HEAD_DIMS = (128, 64, 256)
 BIAS_SEQLENS = (4096, 512, 2048, 8192)
@@ -22,24 +26,37 @@ BACKWARD_FLOPS = 2.5
 
 
 def _random(run, *shape, dtype=torch.bfloat16):
-    return torch.randn(*shape, device=run.device, dtype=torch.float32).to(dtype)
+    return torch.randn(*shape, device=run.device, dtype=dtype)
 
 
 def ceilings(run):
     """What this GPU can do at most: bytes by a copy, operations by a matrix product, both on random data."""
-    size = (1 << 12) if run.dry else (1 << 31)
+    _copy(run, 1 << 12 if run.dry else 1 << 31)
+    _matmul(run, 16 if run.dry else 8192)
+
+
+def _copy(run, size):
     source, target = _random(run, size), torch.empty(size, device=run.device, dtype=torch.bfloat16)
-    run.measure(lambda: lambda: target.copy_(source), moved=4 * size, op="copy", peer="torch", shape={"elements": size}, direction="forward")
-    del source, target
-    side = 16 if run.dry else 8192
+    shape, moved = {"elements": size}, source.nbytes + target.nbytes
+    facts = {"op": "copy", "peer": "torch", "shape": shape, "direction": "forward"}
+    run.measure(lambda: lambda: target.copy_(source), moved=moved, **facts)
+
+
+def _matmul(run, side):
     left, right = _random(run, side, side), _random(run, side, side)
-    run.measure(lambda: lambda: left @ right, flops=2 * side**3, op="matmul", peer="torch", shape={"m": side, "n": side, "k": side},
-                direction="forward")
+    facts = {"op": "matmul", "peer": "torch", "shape": {"m": side, "n": side, "k": side}, "direction": "forward"}
+    run.measure(lambda: lambda: left @ right, flops=2 * side**3, **facts)
 
 
 def _attention_shape(run, seqlen, head_dim, gqa=False):
     if run.dry:
-        return {"batch": 2, "heads": 4, "kv_heads": 2 if gqa else 4, "seqlen": seqlen // 512 + 1, "head_dim": head_dim // 8}
+        return {
+            "batch": 2,
+            "heads": 4,
+            "kv_heads": 2 if gqa else 4,
+            "seqlen": seqlen // 512 + 1,
+            "head_dim": head_dim // 8,
+        }
     if gqa:
         return {"batch": 1, "heads": 64, "kv_heads": 8, "seqlen": seqlen, "head_dim": head_dim}
     heads = CHANNELS // head_dim
@@ -54,12 +71,14 @@ def _qkv(run, shape):
 def _bias(run, shape, kind):
     if kind == "none":
         return None
-    return _random(run, shape["batch"] if kind == "bias [B,H,L,L]" else 1, shape["heads"], shape["seqlen"], shape["seqlen"])
+    return _random(
+        run, shape["batch"] if kind == "bias [B,H,L,L]" else 1, shape["heads"], shape["seqlen"], shape["seqlen"]
+    )
 
 
-def _flops(shape, causal, direction):
-    forward = 4 * shape["batch"] * shape["heads"] * shape["seqlen"] ** 2 * shape["head_dim"] * (0.5 if causal else 1)
-    return forward * (BACKWARD_FLOPS if direction == "backward" else 1)
+def _flops(shape, causal):
+    """Of one forward."""
+    return 4 * shape["batch"] * shape["heads"] * shape["seqlen"] ** 2 * shape["head_dim"] * (0.5 if causal else 1)
 
 
 def _rms_error(output, query, key, value, bias, causal):
@@ -77,7 +96,8 @@ def _rms_error(output, query, key, value, bias, causal):
 
 
 def _directions(run, forward, tensors, *, exact=None, flops, **facts):
-    """Two rows: forward without a graph, and backward alone. `forward(*tensors)`; `tensors` get gradients."""
+    """Two rows: forward without a graph, and backward alone. `tensors` get gradients; `flops` are one forward's."""
+
     def prepare_forward():
         with torch.no_grad():
             output = forward(*tensors)
@@ -86,6 +106,7 @@ def _directions(run, forward, tensors, *, exact=None, flops, **facts):
         def call():
             with torch.no_grad():
                 forward(*tensors)
+
         return call, error
 
     def prepare_backward():
@@ -93,8 +114,8 @@ def _directions(run, forward, tensors, *, exact=None, flops, **facts):
             grad_output = torch.randn_like(forward(*tensors))
         return gradients_of(forward, tensors, grad_output)
 
-    for direction, prepare in (("forward", prepare_forward), ("backward", prepare_backward)):
-        run.measure(prepare, flops=flops(direction), direction=direction, **facts)
+    run.measure(prepare_forward, flops=flops, direction="forward", **facts)
+    run.measure(prepare_backward, flops=flops * BACKWARD_FLOPS, direction="backward", **facts)
 
 
 def sdpa(run):
@@ -122,11 +143,13 @@ def sdpa_bias(run):
             shape = _attention_shape(run, seqlen, head_dim)
             tensors = _qkv(run, shape)
             for kind in ("bias [1,H,L,L]", "bias [B,H,L,L]"):
-                bias = _bias(run, shape, kind)
-                for peer in SDPA_PEERS:
-                    _sdpa_rows(run, peer, shape, [*tensors, bias], False, kind)
-                del bias
-            lengths = torch.linspace(max(1, shape["seqlen"] // 4), shape["seqlen"], shape["batch"], device=run.device).long()
+                with run.guarded(op="attention", peer="sdpa", variant=kind, shape=shape):
+                    biased = [*tensors, _bias(run, shape, kind)]
+                    for peer in SDPA_PEERS:
+                        _sdpa_rows(run, peer, shape, biased, False, kind)
+                    biased = None  # gigabytes: gone before the next one is drawn
+            shortest = max(1, shape["seqlen"] // 4)
+            lengths = torch.linspace(shortest, shape["seqlen"], shape["batch"], device=run.device).long()
             keep = (torch.arange(shape["seqlen"], device=run.device) < lengths[:, None])[:, None, None, :]
             for peer in SDPA_PEERS:
                 _sdpa_rows(run, peer, shape, tensors, False, "padding mask [B,1,1,L]", mask=keep)
@@ -143,13 +166,13 @@ def _sdpa_rows(run, peer, shape, tensors, causal, kind, mask=None, gqa=False):
 
     bias = tensors[3] if len(tensors) > 3 else None
     exact = None if mask is not None or gqa else lambda output: _rms_error(output, *tensors[:3], bias, causal)
-    variant = ", ".join(word for word in ("causal" if causal else "", kind if kind != "none" else "", "gqa" if gqa else "") if word)
-    _directions(run, forward, tensors, exact=exact, flops=lambda direction: _flops(shape, causal, direction), op="attention",
-                peer=f"sdpa {peer}", variant=variant, shape=shape)
+    words = ("causal" if causal else "", "" if kind == "none" else kind, "gqa" if gqa else "")
+    facts = {"op": "attention", "peer": f"sdpa {peer}", "variant": ", ".join(filter(None, words)), "shape": shape}
+    _directions(run, forward, tensors, exact=exact, flops=_flops(shape, causal), **facts)
 
 
 def varlen(run):
-    """Packed sequences of natural lengths (a mix from 1/16 to all of the longest) through torch's own varlen attention."""
+    """Packed sequences of mixed lengths (1/16 to all of the longest) through torch's own varlen attention."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError as error:
@@ -157,49 +180,71 @@ def varlen(run):
         return
     for longest in (512, 4096):
         for head_dim in (64, 128):
-            heads, longest = (2, 8) if run.dry else (CHANNELS // head_dim, longest)
-            shares = [0.06, 0.5, 0.25, 1.0, 0.12, 0.37, 0.75, 0.18]
-            lengths = [max(1, int(longest * share)) for share in shares * (1 if run.dry else max(1, TOKENS // (longest * 3)))]
-            offsets = torch.tensor([0, *lengths], device=run.device).cumsum(0).int()
-            shape = {"sequences": len(lengths), "tokens": sum(lengths), "longest": longest, "heads": heads, "head_dim": head_dim}
-            tensors = [_random(run, sum(lengths), heads, head_dim) for _ in range(3)]
-            pairs = sum(length * length for length in lengths) * heads * 4 * head_dim
+            _varlen_rows(run, varlen_attn, *((8, 2) if run.dry else (longest, CHANNELS // head_dim)), head_dim)
 
-            def forward(query, key, value, offsets=offsets, longest=longest):
-                return varlen_attn(query, key, value, offsets, offsets, longest, longest)
 
-            _directions(run, forward, tensors, flops=lambda direction: pairs * (BACKWARD_FLOPS if direction == "backward" else 1),
-                        op="varlen_attention", peer="torch varlen_attn", shape=shape)
+def _varlen_rows(run, varlen_attn, longest, heads, head_dim):
+    shares = (0.06, 0.5, 0.25, 1.0, 0.12, 0.37, 0.75, 0.18)  # of the longest; repeated until about TOKENS are there
+    repeats = 1 if run.dry else max(1, round(TOKENS / (longest * sum(shares))))
+    lengths = [max(1, int(longest * share)) for share in shares * repeats]
+    offsets = torch.tensor([0, *lengths], device=run.device).cumsum(0).int()
+    shape = {
+        "sequences": len(lengths),
+        "tokens": sum(lengths),
+        "longest": longest,
+        "heads": heads,
+        "head_dim": head_dim,
+    }
+
+    def forward(query, key, value):
+        return varlen_attn(query, key, value, offsets, offsets, longest, longest)
+
+    flops = sum(length * length for length in lengths) * heads * 4 * head_dim
+    tensors = [_random(run, sum(lengths), heads, head_dim) for _ in range(3)]
+    _directions(run, forward, tensors, flops=flops, op="varlen_attention", peer="torch varlen_attn", shape=shape)
 
 
 def flex(run):
-    """FlexAttention, compiled per shape, plain, causal and with a learned bias (the only peer that fuses any bias's gradient)."""
+    """FlexAttention, compiled per shape: plain, causal, and with a bias that gets a gradient."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    cases = [(kind, seqlen, head_dim) for seqlen in ((4096,) if run.dry else (4096, 1024, 8192)) for head_dim in (64, 128)
-             for kind in ("none", "causal", "bias [1,H,L,L]", "bias [B,H,L,L]")]
+    cases = [
+        (kind, seqlen, head_dim)
+        for seqlen in ((4096,) if run.dry else (4096, 1024, 8192))
+        for head_dim in (64, 128)
+        for kind in ("none", "causal", "bias [1,H,L,L]", "bias [B,H,L,L]")
+    ]
     for kind, seqlen, head_dim in cases:
         shape = _attention_shape(run, seqlen, head_dim)
-        tensors = _qkv(run, shape)
-        bias = _bias(run, shape, "none" if kind == "causal" else kind)
-        torch._dynamo.reset()  # past the recompile limit dynamo would run the unfused form without a word
-        attend = flex_attention if run.dry else compiled(flex_attention)
-        blocks = None
-        if kind == "causal":
-            blocks = create_block_mask(lambda b, h, q, k: q >= k, None, None, shape["seqlen"], shape["seqlen"], device=run.device)
+        facts = {"op": "attention", "peer": "flex compiled", "variant": "" if kind == "none" else kind, "shape": shape}
+        with run.guarded(**facts):
+            torch._dynamo.reset()  # past the recompile limit dynamo would run the unfused form without a word
+            attend = flex_attention if run.dry else compiled(flex_attention)
+            _flex_rows(run, attend, create_block_mask, kind, facts)
 
-        def forward(query, key, value, bias=None, attend=attend, blocks=blocks, full=kind == "bias [B,H,L,L]"):
-            if bias is None:
-                return attend(query, key, value, block_mask=blocks)
 
-            def add_bias(score, b, h, q, k):
-                return score + (bias[b, h, q, k] if full else bias[0, h, q, k])
-            return attend(query, key, value, score_mod=add_bias)
+def _flex_rows(run, attend, create_block_mask, kind, facts):
+    shape, causal, full = facts["shape"], kind == "causal", kind == "bias [B,H,L,L]"
+    bias = _bias(run, shape, "none" if causal else kind)
+    tensors = _qkv(run, shape) + ([] if bias is None else [bias])
+    blocks = None
+    if causal:
+        length = shape["seqlen"]
+        blocks = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=run.device)
 
-        inputs = tensors if bias is None else [*tensors, bias]
-        _directions(run, forward, inputs, exact=lambda output: _rms_error(output, *tensors, bias, kind == "causal"),
-                    flops=lambda direction: _flops(shape, kind == "causal", direction), op="attention", peer="flex compiled",
-                    variant="" if kind == "none" else kind, shape=shape)
+    def forward(query, key, value, bias=None):
+        if bias is None:
+            return attend(query, key, value, block_mask=blocks)
+
+        def add_bias(score, b, h, q, k):
+            return score + (bias[b, h, q, k] if full else bias[0, h, q, k])
+
+        return attend(query, key, value, score_mod=add_bias)
+
+    def exact(output):
+        return _rms_error(output, *tensors[:3], bias, causal)
+
+    _directions(run, forward, tensors, exact=exact, flops=_flops(shape, causal), **facts)
 
 
 def _add_layer_norm(input, residual, weight, bias):
@@ -237,10 +282,19 @@ def _row_rows(run, op, peer, rows, columns):
         with torch.no_grad():
             return call(*tensors)
 
-    prepare = {"forward": lambda: forward, "backward": lambda: gradients_of(call, tensors, torch.randn_like(tensors[0]))}
-    for direction, moved in zip(("forward", "backward"), moves):
-        run.measure(prepare[direction], moved=moved * rows * columns * 2, op=op, peer=peer, direction=direction,
-                    shape={"rows": rows, "columns": columns})
+    prepare = {
+        "forward": lambda: forward,
+        "backward": lambda: gradients_of(call, tensors, torch.randn_like(tensors[0])),
+    }
+    for direction, moved in zip(("forward", "backward"), moves, strict=True):
+        run.measure(
+            prepare[direction],
+            moved=moved * rows * columns * 2,
+            op=op,
+            peer=peer,
+            direction=direction,
+            shape={"rows": rows, "columns": columns},
+        )
 
 
 def models(run):
@@ -250,7 +304,17 @@ def models(run):
     except ImportError as error:
         run.add(op="bert_base", peer="transformers sdpa", status="refused", reason=str(error))
         return
-    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 100} if run.dry else {}
+    sizes = (
+        {
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "vocab_size": 100,
+        }
+        if run.dry
+        else {}
+    )
     model = BertModel(BertConfig(**sizes), add_pooling_layer=False).to(run.device, torch.bfloat16).eval()
     for batch, seqlen in ((128, 128), (32, 512)):
         batch, seqlen = (2, 8) if run.dry else (batch, seqlen)
@@ -262,5 +326,11 @@ def models(run):
             with torch.no_grad():
                 return model(input_ids=tokens, attention_mask=keep).last_hidden_state
 
-        run.measure(lambda: forward, op="bert_base", peer="transformers sdpa", direction="forward",
-                    variant=f"fill {keep.float().mean().item():.2f}", shape={"batch": batch, "seqlen": seqlen})
+        run.measure(
+            lambda: forward,
+            op="bert_base",
+            peer="transformers sdpa",
+            direction="forward",
+            variant=f"fill {keep.float().mean().item():.2f}",
+            shape={"batch": batch, "seqlen": seqlen},
+        )

@@ -1,4 +1,4 @@
-"""The frame of `make gpu`: a time budget with section deadlines, rows that are checked, and a timer for a GPU's queue."""
+"""The frame of `make gpu`: a time budget with deadlines, rows that are checked, and a timer for a GPU's queue."""
 
 import datetime
 import math
@@ -17,10 +17,25 @@ from transfuse.bench.machine import git_commit, gpu_facts
 
 # Rows that a reader can rely on: key -> type; None stands for "not measured" where the type allows it.
 ROW = {
-    "section": str, "op": str, "peer": str, "variant": str, "shape": dict, "dtype": str, "direction": str, "status": str,
-    "median_us": (float, type(None)), "p10_us": (float, type(None)), "p90_us": (float, type(None)), "repetitions": int,
-    "tflops": (float, type(None)), "gbps": (float, type(None)), "rms_error": (float, type(None)), "reason": str,
-    "device": str, "date": str, "commit": str,
+    "section": str,
+    "op": str,
+    "peer": str,
+    "variant": str,
+    "shape": dict,
+    "dtype": str,
+    "direction": str,
+    "status": str,
+    "median_us": (float, type(None)),
+    "p10_us": (float, type(None)),
+    "p90_us": (float, type(None)),
+    "repetitions": int,
+    "tflops": (float, type(None)),
+    "gbps": (float, type(None)),
+    "rms_error": (float, type(None)),
+    "reason": str,
+    "device": str,
+    "date": str,
+    "commit": str,
 }
 STATUSES = ("ok", "failed", "refused", "error", "skipped")
 FLUSH_BYTES = 1 << 30  # written before each timed call: empties L2, and its 0.3 ms hide the launch of what follows
@@ -41,7 +56,9 @@ def check_row(row):
         if not isinstance(row[key], kind):
             raise ValueError(f"gpu: row {row['op']} {row['peer']} has {key} {row[key]!r}, expected {kind}")
     if row["status"] not in STATUSES:
-        raise ValueError(f"gpu: row {row['op']} {row['peer']} has status {row['status']!r}, expected one of {', '.join(STATUSES)}")
+        raise ValueError(
+            f"gpu: row {row['op']} {row['peer']} has status {row['status']!r}, expected one of {', '.join(STATUSES)}"
+        )
     if row["status"] == "ok" and row["section"] != "parity" and not row["median_us"]:
         raise ValueError(f"gpu: row {row['op']} {row['peer']} is ok and has no median_us")
     if row["status"] != "ok" and not row["reason"]:
@@ -92,12 +109,40 @@ class Run:
         except Exception as error:  # a section that breaks must not take the others with it
             self.add(op=section, peer="-", status="error", reason=_one_line(error))
         self.save()
-        print(f"   {time.monotonic() - start:.1f} s, {sum(row['section'] == section for row in self.rows)} rows", flush=True)
+        print(
+            f"   {time.monotonic() - start:.1f} s, {sum(row['section'] == section for row in self.rows)} rows",
+            flush=True,
+        )
+
+    @contextmanager
+    def guarded(self, **facts):
+        """What goes wrong while a case is set up becomes its row, and the next case goes on."""
+        try:
+            yield
+        except Exception as error:
+            self.add(**facts, **self._refusal(error, ()))
 
     def add(self, **facts):
-        row = {"section": self.section, "variant": "", "shape": {}, "dtype": "bfloat16", "direction": "", "status": "ok",
-               "median_us": None, "p10_us": None, "p90_us": None, "repetitions": 0, "tflops": None, "gbps": None,
-               "rms_error": None, "reason": "", "device": self.name, "date": self.date, "commit": self.commit, **facts}
+        row = {
+            "section": self.section,
+            "variant": "",
+            "shape": {},
+            "dtype": "bfloat16",
+            "direction": "",
+            "status": "ok",
+            "median_us": None,
+            "p10_us": None,
+            "p90_us": None,
+            "repetitions": 0,
+            "tflops": None,
+            "gbps": None,
+            "rms_error": None,
+            "reason": "",
+            "device": self.name,
+            "date": self.date,
+            "commit": self.commit,
+            **facts,
+        }
         check_row(row)
         self.rows.append(row)
         return row
@@ -124,8 +169,13 @@ class Run:
                 del call
                 return self.add(**facts, **self._refusal(error, said))
         seconds = figures["median_us"] / 1e6
-        return self.add(**facts, **figures, rms_error=rms_error, tflops=flops / seconds / 1e12 if flops else None,
-                        gbps=moved / seconds / 1e9 if moved else None)
+        return self.add(
+            **facts,
+            **figures,
+            rms_error=rms_error,
+            tflops=flops / seconds / 1e12 if flops else None,
+            gbps=moved / seconds / 1e9 if moved else None,
+        )
 
     def _refusal(self, error, said):
         if not self.dry:
@@ -161,13 +211,17 @@ class Run:
             after.record()
         torch.cuda.synchronize()
         times = sorted(before.elapsed_time(after) * 1e3 for before, after in events)
-        return {"median_us": statistics.median(times), "p10_us": times[count // 10], "p90_us": times[-1 - count // 10],
-                "repetitions": count}
+        return {
+            "median_us": statistics.median(times),
+            "p10_us": times[count // 10],
+            "p90_us": times[-1 - count // 10],
+            "repetitions": count,
+        }
 
 
 @contextmanager
 def alarm(seconds):
-    """Raises GaveUp in the main thread when the body takes longer; does nothing in other threads, where no alarm can be."""
+    """Raises GaveUp when the body takes longer; does nothing outside the main thread, where no alarm can be."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -187,4 +241,6 @@ def alarm(seconds):
 def _one_line(error):
     text = " ".join(str(error).split())
     text = text.split(" (Triggered internally")[0]
-    return (f"{type(error).__name__}: " if isinstance(error, Exception) and not isinstance(error, (Warning, GaveUp)) else "") + text[:300]
+    return (
+        f"{type(error).__name__}: " if isinstance(error, Exception) and not isinstance(error, (Warning, GaveUp)) else ""
+    ) + text[:300]

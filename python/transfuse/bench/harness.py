@@ -1,7 +1,7 @@
 """Interleaved timing of two ways to compute the same thing, and an honest interval around their ratio.
 
-A machine's speed drifts (clocks, other programs), so A and B are never timed one after the other: each round times both,
-in alternating order, and yields one ratio. The interval is taken over the rounds' ratios:
+A machine's speed drifts (clocks, other programs), so A is never timed as a whole before B: each round times both, in
+alternating order, and yields one ratio. The interval is taken over the rounds' ratios:
 
 - 6 rounds or more: the median, and the exact distribution-free interval of a median from order statistics (binomial
   tails). One disturbed round moves it by one rank at most.
@@ -49,7 +49,7 @@ class Comparison:
 
     @property
     def ratios(self):
-        return tuple(theirs / ours for ours, theirs in zip(self.ours_s, self.theirs_s))
+        return tuple(theirs / ours for ours, theirs in zip(self.ours_s, self.theirs_s, strict=True))
 
     @property
     def ours_median_s(self):
@@ -66,7 +66,7 @@ class Comparison:
 def median_ranks(count, confidence=CONFIDENCE):
     """The 0-based ranks (low, high) of sorted values between which the median lies with at least `confidence`.
 
-    The number of values below the median is binomial(count, 1/2); ranks move inwards while both tails stay small enough.
+    The number of values below the median is binomial(count, 1/2): ranks move inwards while the tails allow it.
     """
     tail, allowed, rank = 0.0, (1 - confidence) / 2, 0
     while rank < count // 2:
@@ -95,8 +95,18 @@ def ratio_interval(ratios):
     return math.exp(centre), math.exp(centre - half), high, "geometric mean, Student's t on logarithms"
 
 
-def compare(ours, theirs, *, rounds=11, warmup=1, calls=None, fresh=False, timer=time.perf_counter, synchronize=None,
-            on_round=None):
+def compare(
+    ours,
+    theirs,
+    *,
+    rounds=11,
+    warmup=1,
+    calls=None,
+    fresh=False,
+    timer=time.perf_counter,
+    synchronize=None,
+    on_round=None,
+):
     """Times two callables in alternating order, `rounds` times each.
 
     Args:
@@ -144,7 +154,7 @@ def compare(ours, theirs, *, rounds=11, warmup=1, calls=None, fresh=False, timer
             ours_s.append(block(ours, calls))
         if on_round:
             on_round(index, ours_s[-1], theirs_s[-1])
-    centre, low, high, method = ratio_interval([b / a for a, b in zip(ours_s, theirs_s)])
+    centre, low, high, method = ratio_interval([b / a for a, b in zip(ours_s, theirs_s, strict=True)])
     return Comparison(centre, low, high, method, tuple(ours_s), tuple(theirs_s))
 
 
@@ -165,8 +175,17 @@ def gradients_of(call, inputs, grad_output):
     return lambda: torch.autograd.grad(output, wanted, grad_output, retain_graph=True)
 
 
-def measure(case, *, dtype=torch.float32, device="cpu", direction="forward", peer="torch", rounds=11, fresh=False,
-            timer=time.perf_counter):
+def measure(
+    case,
+    *,
+    dtype=torch.float32,
+    device="cpu",
+    direction="forward",
+    peer="torch",
+    rounds=11,
+    fresh=False,
+    timer=time.perf_counter,
+):
     """One row: `case` against one peer, in one direction, after its parity was asserted on the very same inputs.
 
     Args:
@@ -187,22 +206,50 @@ def measure(case, *, dtype=torch.float32, device="cpu", direction="forward", pee
         theirs = compiled(case.torch)
     if direction == "forward":
         with torch.no_grad():
-            result = compare(lambda: case.ours(*inputs), lambda: theirs(*inputs), rounds=rounds, fresh=fresh, timer=timer,
-                             synchronize=synchronizer(device))
+            result = compare(
+                lambda: case.ours(*inputs),
+                lambda: theirs(*inputs),
+                rounds=rounds,
+                fresh=fresh,
+                timer=timer,
+                synchronize=synchronizer(device),
+            )
     else:
         grad_output = case.grad_output(inputs)
-        result = compare(gradients_of(case.ours, inputs, grad_output), gradients_of(theirs, inputs, grad_output),
-                         rounds=rounds, fresh=fresh, timer=timer, synchronize=synchronizer(device))
+        result = compare(
+            gradients_of(case.ours, inputs, grad_output),
+            gradients_of(theirs, inputs, grad_output),
+            rounds=rounds,
+            fresh=fresh,
+            timer=timer,
+            synchronize=synchronizer(device),
+        )
     # The backward of a product is two products; of a row kernel, one more read and one more write than the forward.
     flops, moved = case.flops * (2.5 if direction == "backward" else 1), case.bytes(dtype, direction)
     return {
-        "op": case.op, "case": case.name, "shape": case.shape, "dtype": str(dtype).removeprefix("torch."),
-        "device": device, "direction": direction, "peer": peer, "backend": backend_of(case, inputs),
-        "output": "fresh" if fresh else "reused", "ours_us": result.ours_median_s * 1e6,
-        "peer_us": result.theirs_median_s * 1e6, "speedup": result.ratio, "speedup_low": result.low,
-        "speedup_high": result.high, "interval": result.method, "rounds": rounds, "max_error": error.largest,
-        "error_budget": error.budget, "bytes": moved, "flops": flops, "gbps": moved / result.ours_median_s / 1e9,
-        "gflops": flops / result.ours_median_s / 1e9, **environment(),
+        "op": case.op,
+        "case": case.name,
+        "shape": case.shape,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device,
+        "direction": direction,
+        "peer": peer,
+        "backend": backend_of(case, inputs),
+        "output": "fresh" if fresh else "reused",
+        "ours_us": result.ours_median_s * 1e6,
+        "peer_us": result.theirs_median_s * 1e6,
+        "speedup": result.ratio,
+        "speedup_low": result.low,
+        "speedup_high": result.high,
+        "interval": result.method,
+        "rounds": rounds,
+        "max_error": error.largest,
+        "error_budget": error.budget,
+        "bytes": moved,
+        "flops": flops,
+        "gbps": moved / result.ours_median_s / 1e9,
+        "gflops": flops / result.ours_median_s / 1e9,
+        **environment(),
     }
 
 

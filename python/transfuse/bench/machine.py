@@ -1,4 +1,4 @@
-"""What a figure depends on: commit, processor, GPU, versions. Read from files and libraries; nothing is started for it."""
+"""What a figure depends on: commit, processor, GPU, versions. Read from files and libraries; starts nothing."""
 
 import datetime
 import os
@@ -83,18 +83,28 @@ def nvidia_driver():
 
 def gpu_facts():
     """GPUs, driver, CUDA and compilers as a dict that JSON takes; asks torch only where torch was built with CUDA."""
-    facts = {"torch_cuda": torch.version.cuda, "driver": nvidia_driver(), "nvcc": shutil.which("nvcc"),
-             "triton": installed("triton"), "devices": []}
+    facts = {
+        "torch_cuda": torch.version.cuda,
+        "driver": nvidia_driver(),
+        "nvcc": shutil.which("nvcc"),
+        "triton": installed("triton"),
+        "devices": [],
+    }
     if not torch.cuda.is_available():
         facts["reason"] = "torch is built without CUDA" if torch.version.cuda is None else "torch sees no GPU"
         return facts
     facts["cudnn"] = torch.backends.cudnn.version()
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
-        facts["devices"].append({
-            "name": found.name, "compute_capability": f"{found.major}.{found.minor}", "memory_bytes": found.total_memory,
-            "multiprocessors": found.multi_processor_count, "l2_bytes": getattr(found, "L2_cache_size", None),
-        })
+        facts["devices"].append(
+            {
+                "name": found.name,
+                "compute_capability": f"{found.major}.{found.minor}",
+                "memory_bytes": found.total_memory,
+                "multiprocessors": found.multi_processor_count,
+                "l2_bytes": getattr(found, "L2_cache_size", None),
+            }
+        )
     return facts
 
 

@@ -1,7 +1,7 @@
 """Writes the README's measured table from bench/results/**/*.json, so that no figure is typed by hand.
 
-    python -m transfuse.bench.readme [--check]
-    transfuse demo --json bench/results/cpu/demo.json;  transfuse bench --json bench/results/cpu/ops.json
+python -m transfuse.bench.readme [--check]
+transfuse demo --json bench/results/cpu/demo.json;  transfuse bench --json bench/results/cpu/ops.json
 """
 
 import argparse
@@ -17,7 +17,7 @@ NOT_MEASURED = "not measured"
 
 
 def tables(documents):
-    """Markdown from the documents that demo, bench and make gpu wrote. Raises ValueError for a document of another schema."""
+    """Markdown from what demo, bench and make gpu wrote. Raises ValueError for a document of another schema."""
     demos, ops, gpus = [], [], []
     for document in documents:
         if document.get("schema") != 1 or "command" not in document:
@@ -27,30 +27,47 @@ def tables(documents):
         else:
             {"demo": demos, "bench": ops}.get(document["command"], []).extend(document["rows"])
     ours_on_gpu = [row for row in gpus if row["peer"].startswith("transfuse") and row["median_us"]]
-    lines = ["| model | text | fill | speed-up | 95 % interval | largest difference | machine, date |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| model | text | fill | speed-up | 95 % interval | largest difference | machine, date |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in demos:
         where = f"{row['machine']}, {row['threads']} threads, {row['cpu_isa']}, {row['date']}"
         difference = f"{row['parity']['max_abs_difference']:.0e}"
-        lines.append(f"| {row['model']}, `encode()` | {row['passages']} passages, {row['tokens']} tokens | {row['fill']:.2f} | {row['speedup']:.2f}x | "
-                     f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f} | {difference} | {where} |")
+        lines.append(
+            f"| {row['model']}, `encode()` | {row['passages']} passages, {row['tokens']} tokens "
+            f"| {row['fill']:.2f} | {row['speedup']:.2f}x | "
+            f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f} | {difference} | {where} |"
+        )
         unsorted = row["arrival"]
         if unsorted:
-            lines.append(f"| the same, unsorted batches of 32 | {unsorted['passages']} passages, {unsorted['tokens']} tokens | {unsorted['fill']:.2f} | "
-                         f"{unsorted['speedup']:.2f}x | {unsorted['speedup_low']:.2f} to {unsorted['speedup_high']:.2f} | {difference} | {where} |")
+            lines.append(
+                f"| the same, unsorted batches of 32 | {unsorted['passages']} passages, {unsorted['tokens']} tokens "
+                f"| {unsorted['fill']:.2f} | {unsorted['speedup']:.2f}x | "
+                f"{unsorted['speedup_low']:.2f} to {unsorted['speedup_high']:.2f} | {difference} | {where} |"
+            )
     if not demos:
         lines.append(f"| all-MiniLM-L6-v2 on the CPU | | | {NOT_MEASURED} | | | |")
     if not ours_on_gpu:
         lines.append(f"| any model on a GPU (CUDA, Triton) | | | {NOT_MEASURED} | | | |")
     shown = [row for row in ops if row["dtype"] == SHOWN_DTYPE and row["peer"] == "torch"]
     if shown:
-        lines += ["", f"One op against torch ({SHOWN_DTYPE}, {shown[0]['machine']}, {shown[0]['threads']} threads, {shown[0]['date']}), 95 % interval:", "",
-                  "| op | shape | forward | backward |", "|---|---|---|---|"]
+        where = f"{SHOWN_DTYPE}, {shown[0]['machine']}, {shown[0]['threads']} threads, {shown[0]['date']}"
+        lines += [
+            "",
+            f"One op against torch ({where}), with 95 % intervals:",
+            "",
+            "| op | shape | forward | backward |",
+            "|---|---|---|---|",
+        ]
         by_case = {}
         for row in shown:
             figure = f"{row['speedup']:.2f}x ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
             by_case.setdefault((row["op"], row["shape"]), {})[row["direction"]] = figure
         for (op, shape), found in by_case.items():
-            lines.append(f"| {op} | {shape} | {found.get('forward', NOT_MEASURED)} | {found.get('backward', NOT_MEASURED)} |")
+            lines.append(
+                f"| {op} | {shape} | {found.get('forward', NOT_MEASURED)} | {found.get('backward', NOT_MEASURED)} |"
+            )
     return "\n".join(lines)
 
 
@@ -64,10 +81,14 @@ def rewritten(readme, block):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m transfuse.bench.readme", description="Writes README.md's measured table.")
+    parser = argparse.ArgumentParser(
+        prog="python -m transfuse.bench.readme", description="Writes README.md's measured table."
+    )
     parser.add_argument("--results", type=Path, default=Path("bench/results"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the README is not the generated one")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 when the README is not the generated one"
+    )
     options = parser.parse_args(argv)
     documents = [json.loads(path.read_text()) for path in sorted(options.results.rglob("*.json"))]
     text = options.readme.read_text()

@@ -6,7 +6,7 @@ import torch
 
 from transfuse.testing import MODEL_TOLERANCE, NEIGHBOUR_MARGIN
 
-# One swap of two adjacent pairs among 100 000 moves Spearman's correlation by about 1e-15, so this allows noise, no more.
+# Swapping two adjacent ones of 100 000 pairs moves Spearman's correlation by about 1e-14: this allows noise, no more.
 LEAST_SPEARMAN = 0.99999
 
 
@@ -30,7 +30,11 @@ class Similarity:
     @property
     def ok(self):
         """True where every figure keeps its promise; a NaN keeps none."""
-        return self.max_abs_difference <= MODEL_TOLERANCE and self.neighbours_changed == 0 and self.spearman >= LEAST_SPEARMAN
+        return (
+            self.max_abs_difference <= MODEL_TOLERANCE
+            and self.neighbours_changed == 0
+            and self.spearman >= LEAST_SPEARMAN
+        )
 
     def to_dict(self):
         return {**asdict(self), "ok": self.ok}
@@ -39,7 +43,9 @@ class Similarity:
 def compare_embeddings(stock, other):
     """Compares two float32 tensors [texts, channels] of unit length. Returns: Similarity."""
     if stock.shape != other.shape:
-        raise ValueError(f"compare_embeddings: other has shape {tuple(other.shape)}, expected {tuple(stock.shape)} (stock's)")
+        raise ValueError(
+            f"compare_embeddings: other has shape {tuple(other.shape)}, expected {tuple(stock.shape)} (stock's)"
+        )
     difference = (stock.double() - other.double()).abs().max().item()
     scores, other_scores = (pair_scores(embeddings) for embeddings in (stock, other))
     off_diagonal = scores.masked_fill(torch.eye(len(scores), dtype=torch.bool), -torch.inf)
@@ -48,8 +54,13 @@ def compare_embeddings(stock, other):
     other_nearest = other_scores.masked_fill(torch.eye(len(scores), dtype=torch.bool), -torch.inf).argmax(1)
     changed = (off_diagonal.argmax(1) != other_nearest) & checked
     upper = torch.triu_indices(len(scores), len(scores), offset=1)
-    return Similarity(len(stock), difference, int(checked.sum()), int(changed.sum()),
-                      spearman(scores[upper[0], upper[1]], other_scores[upper[0], upper[1]]))
+    return Similarity(
+        len(stock),
+        difference,
+        int(checked.sum()),
+        int(changed.sum()),
+        spearman(scores[upper[0], upper[1]], other_scores[upper[0], upper[1]]),
+    )
 
 
 def pair_scores(embeddings):

@@ -27,7 +27,9 @@ def passages(count=None):
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise RuntimeError("text: pydoc_data is not there; install the standard library's documentation topics") from None
+        raise RuntimeError(
+            "text: pydoc_data is not there; install the standard library's documentation topics"
+        ) from None
     found = {}
     for name in sorted(topics):
         for paragraph in re.split(r"\n\s*\n", topics[name]):
@@ -38,7 +40,9 @@ def passages(count=None):
     if count is None:
         return everything
     if not 1 <= count <= len(everything):
-        raise ValueError(f"text: count is {count}, expected 1 to {len(everything)} (what this Python's documentation holds)")
+        raise ValueError(
+            f"text: count is {count}, expected 1 to {len(everything)} (what this Python's documentation holds)"
+        )
     return [everything[index * len(everything) // count] for index in range(count)]
 
 

@@ -10,7 +10,7 @@ import sys
 
 COMMANDS = {
     "info": "versions, CPU level, GPUs, what is built, which backend each op takes and why",
-    "demo": "a real sentence-embedding model on real text, stock against accelerated: parity, speed, a search, a picture",
+    "demo": "a real sentence-embedding model on real text, stock against accelerated: parity, speed, search, picture",
     "report": "what accelerate() would replace in a model, and what not and why",
     "verify": "compare every op with its float64 reference on this machine",
     "bench": "time every op against torch, parity first",
@@ -42,7 +42,9 @@ def _page(command):
 
 def parser():
     """The argument parser; each command's page adds its own options."""
-    top = argparse.ArgumentParser(prog="transfuse", description="Faster PyTorch transformers, and proof that they compute the same.")
+    top = argparse.ArgumentParser(
+        prog="transfuse", description="Faster PyTorch transformers, and proof that they compute the same."
+    )
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, purpose in COMMANDS.items():
         sub = commands.add_parser(name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".")

@@ -36,23 +36,70 @@ def run(arguments):
     dtypes = [getattr(torch, arguments.dtype)] if arguments.dtype else DTYPES
     directions = [arguments.direction] if arguments.direction else DIRECTIONS
     cases = [case for case in selected(BENCH_CASES, arguments.op) if case.quick or not arguments.quick]
-    work = [(case, dtype, direction, peer) for case in cases for dtype in dtypes for direction in directions for peer in peers
-            if case.torch is not None or peer == "reference"]
+    work = [
+        (case, dtype, direction, peer)
+        for case in cases
+        for dtype in dtypes
+        for direction in directions
+        for peer in peers
+        if case.torch is not None or peer == "reference"
+    ]
 
     rows, failures = [], []
     with Progress(len(work), arguments.quiet) as progress:
         for case, dtype, direction, peer in work:
             progress.step(f"{case.op} {case.name} {direction} against {peer}")
             try:
-                rows.append(measure(case, dtype=dtype, device=arguments.device, direction=direction, peer=peer,
-                                    rounds=arguments.rounds, fresh=arguments.fresh))
+                rows.append(
+                    measure(
+                        case,
+                        dtype=dtype,
+                        device=arguments.device,
+                        direction=direction,
+                        peer=peer,
+                        rounds=arguments.rounds,
+                        fresh=arguments.fresh,
+                    )
+                )
             except ParityError as error:
                 failures.append(str(error))
-    print(table(
-        ["op", "case", "shape", "dtype", "direction", "backend", "against", "us", "peer us", "speedup", "95 % interval", "GB/s", "error"],
-        [(row["op"], row["case"], row["shape"], row["dtype"], row["direction"], row["backend"], row["peer"], f"{row['ours_us']:.1f}",
-          f"{row['peer_us']:.1f}", f"{row['speedup']:.2f}", f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f}",
-          f"{row['gbps']:.1f}", f"{row['max_error']:.1e}") for row in rows]))
+    print(
+        table(
+            [
+                "op",
+                "case",
+                "shape",
+                "dtype",
+                "direction",
+                "backend",
+                "against",
+                "us",
+                "peer us",
+                "speedup",
+                "95 % interval",
+                "GB/s",
+                "error",
+            ],
+            [
+                (
+                    row["op"],
+                    row["case"],
+                    row["shape"],
+                    row["dtype"],
+                    row["direction"],
+                    row["backend"],
+                    row["peer"],
+                    f"{row['ours_us']:.1f}",
+                    f"{row['peer_us']:.1f}",
+                    f"{row['speedup']:.2f}",
+                    f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f}",
+                    f"{row['gbps']:.1f}",
+                    f"{row['max_error']:.1e}",
+                )
+                for row in rows
+            ],
+        )
+    )
     for failure in failures:
         print(f"\nFAILED, so not timed: {failure}")
     if arguments.json:

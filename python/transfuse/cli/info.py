@@ -23,18 +23,39 @@ def facts():
         "transfuse": transfuse.__version__,
         "commit": git_commit(),
         "torch": torch.__version__,
-        "cpu": {"name": processor_name(), "threads": torch.get_num_threads(), "isa": cpu_isa(),
-                "isa_levels": list(extension._C.cpu_isa_levels()) if extension._C else []},
+        "cpu": {
+            "name": processor_name(),
+            "threads": torch.get_num_threads(),
+            "isa": cpu_isa(),
+            "isa_levels": list(extension._C.cpu_isa_levels()) if extension._C else [],
+        },
         "gpu": gpu_facts(),
-        "compiled": {"available": not compiled, "reason": compiled,
-                     "build": {key: list(value) if isinstance(value, tuple) else value
-                               for key, value in extension._C.build_info().items()} if extension._C else {}},
-        "backends": {name: {"available": state is True, "reason": "" if state is True else state}
-                     for name, state in transfuse.backends().items()},
+        "compiled": {
+            "available": not compiled,
+            "reason": compiled,
+            "build": {
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in extension._C.build_info().items()
+            }
+            if extension._C
+            else {},
+        },
+        "backends": {
+            name: {"available": state is True, "reason": "" if state is True else state}
+            for name, state in transfuse.backends().items()
+        },
         "ops": {op: _choices(op) for op in OPS},
         "packages": {name: installed(name) for name in EXTRAS},
-        "variables": [{"name": variable.name, "value": env.get(variable.name), "default": variable.default,
-                       "choices": list(variable.choices), "meaning": variable.meaning} for variable in env.VARIABLES],
+        "variables": [
+            {
+                "name": variable.name,
+                "value": env.get(variable.name),
+                "default": variable.default,
+                "choices": list(variable.choices),
+                "meaning": variable.meaning,
+            }
+            for variable in env.VARIABLES
+        ],
     }
 
 
@@ -45,7 +66,9 @@ def _choices(op):
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         explanation = case.explain(*case.inputs(dtype))
         found[str(dtype).removeprefix("torch.")] = {
-            "takes": explanation.chosen, "reasons": {name: list(reasons) for name, reasons, _ in explanation.rows if reasons}}
+            "takes": explanation.chosen,
+            "reasons": {name: list(reasons) for name, reasons, _ in explanation.rows if reasons},
+        }
     return found
 
 
@@ -56,14 +79,23 @@ def run(arguments):
         return 0
     print(f"transfuse {found['transfuse']} (commit {found['commit'][:12]}), torch {found['torch']}")
     cpu, gpu = found["cpu"], found["gpu"]
-    print(f"CPU       {cpu['name']}, {cpu['threads']} threads, runs {cpu['isa'] or 'no compiled kernel'}"
-          + (f" (can run {', '.join(cpu['isa_levels'])})" if cpu["isa_levels"] else ""))
+    print(
+        f"CPU       {cpu['name']}, {cpu['threads']} threads, runs {cpu['isa'] or 'no compiled kernel'}"
+        + (f" (can run {', '.join(cpu['isa_levels'])})" if cpu["isa_levels"] else "")
+    )
     for device in gpu["devices"]:
-        print(f"GPU       {device['name']}, {device['memory_bytes'] / 2**30:.0f} GiB, driver {gpu['driver']}, CUDA {gpu['torch_cuda']}")
+        print(
+            f"GPU       {device['name']}, {device['memory_bytes'] / 2**30:.0f} GiB, "
+            f"driver {gpu['driver']}, CUDA {gpu['torch_cuda']}"
+        )
     if not gpu["devices"]:
         print(f"GPU       none: {gpu['reason']}")
     compiled = found["compiled"]
-    print(f"compiled  {compiled['build'].get('compiler', 'yes')}" if compiled["available"] else f"compiled  no: {compiled['reason']}")
+    print(
+        f"compiled  {compiled['build'].get('compiler', 'yes')}"
+        if compiled["available"]
+        else f"compiled  no: {compiled['reason']}"
+    )
     print("\nBackends, in the order in which 'auto' looks:")
     for name, state in found["backends"].items():
         print(f"  {name:<10} {'available' if state['available'] else 'not available: ' + state['reason']}")

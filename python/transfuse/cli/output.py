@@ -10,11 +10,15 @@ def table(headers, rows):
     """Columns padded to their widest entry; numbers (already formatted) are set right, words left."""
     cells = [[str(value) for value in row] for row in rows]
     widths = [max(len(row[index]) for row in [headers, *cells]) for index in range(len(headers))]
-    numeric = [bool(cells) and all(row[index][:1].isdigit() or row[index] in ("", "-") for row in cells) for index in range(len(headers))]
+    numeric = [
+        bool(cells) and all(row[index][:1].isdigit() or row[index] in ("", "-") for row in cells)
+        for index in range(len(headers))
+    ]
     lines = []
     for row in [headers, *cells]:
-        lines.append("  ".join(value.rjust(width) if right else value.ljust(width)
-                               for value, width, right in zip(row, widths, numeric)).rstrip())
+        columns = zip(row, widths, numeric, strict=True)
+        set_out = [value.rjust(width) if right else value.ljust(width) for value, width, right in columns]
+        lines.append("  ".join(set_out).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
 

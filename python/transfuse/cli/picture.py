@@ -22,19 +22,43 @@ def draw(path, figures, lengths, stock, ours):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": FAINT, "axes.titleweight": "bold",
-             "axes.titlelocation": "left", "axes.titlesize": 11, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}
+    style = {
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": FAINT,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.titlesize": 11,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+    }
     with pyplot.rc_context(style):
         figure, (rounds, text, parity) = pyplot.subplots(1, 3, figsize=(14, 4.6), width_ratios=(1.1, 1, 1))
         _rounds(rounds, figures)
         _lengths(text, figures, lengths)
         _parity(parity, figures, stock, ours)
-        speed = f"{figures['speedup']:.2f}x {'faster' if figures['speedup_low'] > 1 else 'stock (not shown to be faster)'}"
+        speed = (
+            f"{figures['speedup']:.2f}x {'faster' if figures['speedup_low'] > 1 else 'stock (not shown to be faster)'}"
+        )
         same = "same embeddings" if figures["parity"]["ok"] else "embeddings DIFFER from stock's"
-        figure.suptitle(f"{figures['model']}, {figures['passages']} real passages: {speed}, {same}", x=0.02, ha="left", fontsize=14,
-                        fontweight="bold")
-        figure.text(0.02, 0.015, f"{figures['date']}  {figures['machine']}, {figures['threads']} threads, {figures['cpu_isa']}, float32, "
-                    f"torch {figures['torch']}, transfuse {figures['transfuse']}", fontsize=8, color=FAINT)
+        figure.suptitle(
+            f"{figures['model']}, {figures['passages']} real passages: {speed}, {same}",
+            x=0.02,
+            ha="left",
+            fontsize=14,
+            fontweight="bold",
+        )
+        figure.text(
+            0.02,
+            0.015,
+            f"{figures['date']}  {figures['machine']}, {figures['threads']} threads, {figures['cpu_isa']}, float32, "
+            f"torch {figures['torch']}, transfuse {figures['transfuse']}",
+            fontsize=8,
+            color=FAINT,
+        )
         figure.tight_layout(rect=(0, 0.04, 1, 0.96), w_pad=3)
         figure.savefig(path, dpi=130, facecolor="white")
         pyplot.close(figure)
@@ -51,10 +75,21 @@ def _rounds(axes, figures):
     top = max(figures["stock_s"])
     axes.bar([place - 0.2 for place in places], figures["stock_s"], 0.38, color=STOCK, label="stock")
     axes.bar([place + 0.2 for place in places], figures["accelerated_s"], 0.38, color=OURS, label="accelerated")
-    for place, stock_s, ours_s in zip(places, figures["stock_s"], figures["accelerated_s"]):
-        axes.text(place + 0.2, ours_s + 0.015 * top, f"{stock_s / ours_s:.2f}x", ha="center", fontsize=9, color=OURS, fontweight="bold")
-    _title(axes, "Time of encode(), both sides in turn",
-           f"95 % interval of the ratio {figures['speedup_low']:.2f} to {figures['speedup_high']:.2f}")
+    for place, stock_s, ours_s in zip(places, figures["stock_s"], figures["accelerated_s"], strict=True):
+        axes.text(
+            place + 0.2,
+            ours_s + 0.015 * top,
+            f"{stock_s / ours_s:.2f}x",
+            ha="center",
+            fontsize=9,
+            color=OURS,
+            fontweight="bold",
+        )
+    _title(
+        axes,
+        "Time of encode(), both sides in turn",
+        f"95 % interval of the ratio {figures['speedup_low']:.2f} to {figures['speedup_high']:.2f}",
+    )
     axes.set(xlabel="round", ylabel="seconds", xticks=list(places), ylim=(0, top * 1.22))
     axes.legend(frameon=False, ncols=2, loc="upper right")
 
@@ -78,9 +113,20 @@ def _parity(axes, figures, stock, ours):
     axes.scatter(scores, (other - scores) * 1e7, s=5, color=OURS, alpha=0.35, linewidths=0)
     axes.axhline(0, color=FAINT, linewidth=0.8)
     found = figures["parity"]
-    _title(axes, "Change of similarity scores", f"largest embedding change {found['max_abs_difference']:.1e}, allowed {MODEL_TOLERANCE:.0e}")
+    _title(
+        axes,
+        "Change of similarity scores",
+        f"largest embedding change {found['max_abs_difference']:.1e}, allowed {MODEL_TOLERANCE:.0e}",
+    )
     axes.set(xlabel=f"stock's cosine ({len(scores):,} pairs)", ylabel="accelerated minus stock, in 1e-7")
-    axes.text(0.98, 0.95, f"{found['neighbours_changed']} of {found['neighbours_checked']} nearest neighbours changed\n"
-              f"Spearman {found['spearman']:.9f}", transform=axes.transAxes, ha="right", va="top")
+    axes.text(
+        0.98,
+        0.95,
+        f"{found['neighbours_changed']} of {found['neighbours_checked']} nearest neighbours changed\n"
+        f"Spearman {found['spearman']:.9f}",
+        transform=axes.transAxes,
+        ha="right",
+        va="top",
+    )
     limit = max(abs(value) for value in axes.get_ylim()) * 1.5
     axes.set_ylim(-limit, limit)

@@ -9,7 +9,9 @@ BUNDLED = ("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2", "gt-all
 
 
 def add_arguments(parser):
-    parser.add_argument("model", metavar="MODEL", help=f"a folder, a model's name, or {BUNDLED[0]} (from the demo extra, offline)")
+    parser.add_argument(
+        "model", metavar="MODEL", help=f"a folder, a model's name, or {BUNDLED[0]} (from the demo extra, offline)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
@@ -23,7 +25,9 @@ def load_model(name):
     try:
         if (Path(name) / "modules.json").is_file():
             library = need("sentence_transformers", "demo")
-            return library.SentenceTransformer(name, device="cpu", trust_remote_code=False, local_files_only=True).eval()
+            return library.SentenceTransformer(
+                name, device="cpu", trust_remote_code=False, local_files_only=True
+            ).eval()
         library = need("transformers", "demo")
         return library.AutoModel.from_pretrained(name, trust_remote_code=False, use_safetensors=True).eval()
     except OSError as error:

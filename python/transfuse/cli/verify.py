@@ -24,11 +24,15 @@ def add_arguments(parser):
     parser.add_argument("--op", help="only this op")
     parser.add_argument("--case", help="only the case of this name")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="only this dtype")
-    parser.add_argument("--backend", default="auto", choices=env.BACKENDS, help="run this backend or fail; auto: what a call takes")
+    parser.add_argument(
+        "--backend", default="auto", choices=env.BACKENDS, help="run this backend or fail; auto: what a call takes"
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     depth = parser.add_mutually_exclusive_group()
     depth.add_argument("--quick", action="store_true", help="the parity cases (default)")
-    depth.add_argument("--full", action="store_true", help="adds exhaustive sweeps, fuzzing and mutants (not implemented yet)")
+    depth.add_argument(
+        "--full", action="store_true", help="adds exhaustive sweeps, fuzzing and mutants (not implemented yet)"
+    )
     parser.add_argument("--json", metavar="F", help="write the rows there")
     parser.add_argument("--junit", metavar="F", help="write JUnit XML there")
     parser.add_argument("--model", metavar="NAME", help="compare a model's outputs (not implemented yet)")
@@ -52,29 +56,50 @@ def _summary(rows):
         measured = [row for row in members if row["error"] is not None]
         worst = max(measured, key=lambda row: row["error"] / row["allowed"], default=None)
         bad = sum(row["status"] != "ok" for row in members)
-        yield (op, dtype, direction, "/".join(sorted({row["backend"] for row in members})), len(members),
-               f"{worst['error']:.1e}" if worst else "-", f"{worst['allowed']:.1e}" if worst else "-",
-               f"{worst['case']}: {worst['worst']}" if worst else "-", f"{bad} FAILED" if bad else "ok")
+        yield (
+            op,
+            dtype,
+            direction,
+            "/".join(sorted({row["backend"] for row in members})),
+            len(members),
+            f"{worst['error']:.1e}" if worst else "-",
+            f"{worst['allowed']:.1e}" if worst else "-",
+            f"{worst['case']}: {worst['worst']}" if worst else "-",
+            f"{bad} FAILED" if bad else "ok",
+        )
 
 
 def _write_junit(path, rows, seconds):
-    suite = ElementTree.Element("testsuite", name="transfuse verify", tests=str(len(rows)), time=f"{seconds:.3f}",
-                                failures=str(sum(row["status"] == "failed" for row in rows)),
-                                errors=str(sum(row["status"] == "error" for row in rows)))
+    suite = ElementTree.Element(
+        "testsuite",
+        name="transfuse verify",
+        tests=str(len(rows)),
+        time=f"{seconds:.3f}",
+        failures=str(sum(row["status"] == "failed" for row in rows)),
+        errors=str(sum(row["status"] == "error" for row in rows)),
+    )
     for row in rows:
-        entry = ElementTree.SubElement(suite, "testcase", classname=f"transfuse.{row['op']}",
-                                       name=f"{row['case']}-{row['dtype']}-{row['direction']}-{row['backend']}")
+        entry = ElementTree.SubElement(
+            suite,
+            "testcase",
+            classname=f"transfuse.{row['op']}",
+            name=f"{row['case']}-{row['dtype']}-{row['direction']}-{row['backend']}",
+        )
         if row["status"] != "ok":
             message = row["reason"] or f"{row['worst']} has error {row['error']:.3e}, allowed {row['allowed']:.3e}"
-            ElementTree.SubElement(entry, {"failed": "failure", "error": "error"}[row["status"]], message=message).text = row["repeat"]
+            ElementTree.SubElement(
+                entry, {"failed": "failure", "error": "error"}[row["status"]], message=message
+            ).text = row["repeat"]
     ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)
 
 
 def run(arguments):
     if arguments.model:
-        raise NotImplementedError("verify: --model is not implemented yet; transfuse.verify(model, batch) compares a model from Python")
+        raise NotImplementedError("verify: --model is not implemented yet; from Python: transfuse.verify(model, batch)")
     if arguments.full:
-        raise NotImplementedError("verify: --full is not implemented yet; it will add exhaustive GELU sweeps, fuzzing and mutants to --quick")
+        raise NotImplementedError(
+            "verify: --full is not implemented yet; it will add exhaustive sweeps, fuzzing and mutants"
+        )
     check_op("verify", arguments.op)
     check_device("verify", arguments.device)
     state = transfuse.backends().get(arguments.backend, True)
@@ -98,10 +123,18 @@ def run(arguments):
     seconds = time.perf_counter() - start
     bad = [row for row in rows if row["status"] != "ok"]
 
-    print(table(["op", "dtype", "direction", "backend", "cases", "error", "allowed", "nearest to its limit", "result"], list(_summary(rows))))
+    print(
+        table(
+            ["op", "dtype", "direction", "backend", "cases", "error", "allowed", "nearest to its limit", "result"],
+            list(_summary(rows)),
+        )
+    )
     for row in bad:
         figures = row["reason"] or f"{row['worst']} has relative error {row['error']:.3e}, allowed {row['allowed']:.3e}"
-        print(f"\nFAILED {row['op']} {row['case']} {row['dtype']} {row['direction']}: {figures}\n  repeat: {row['repeat']}")
+        print(
+            f"\nFAILED {row['op']} {row['case']} {row['dtype']} {row['direction']}: {figures}\n"
+            f"  repeat: {row['repeat']}"
+        )
     print(f"\n{len(rows) - len(bad)} of {len(rows)} comparisons with the float64 reference hold, in {seconds:.1f} s.")
     if arguments.json:
         write_json(arguments.json, rows, command="verify", environment=environment(), failed=len(bad))

@@ -12,8 +12,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     Args (of forward): as torch's. key_padding_mask and a boolean attn_mask keep torch's meaning here, True = ignore.
 
-    Numerics: those of scaled_dot_product_attention. A query whose keys are all ignored gives the output projection of 0,
-        where torch gives NaN. Dropout draws other random numbers than torch's.
+    Numerics: those of scaled_dot_product_attention. A query whose keys are all ignored gives the output projection of
+        0, where torch gives NaN. Dropout draws other random numbers than torch's.
 
     Runs torch's own forward: need_weights=True (torch's default: the weights are the result of another formula), and
     nested tensors.
@@ -36,7 +36,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         if is_causal and attn_mask is None:
-            raise RuntimeError("MultiheadAttention: attn_mask is None, expected one with is_causal=True (a hint about it)")
+            raise RuntimeError(
+                "MultiheadAttention: attn_mask is None, expected one with is_causal=True (a hint about it)"
+            )
         batched = query.dim() == 3
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if tensor.dim() not in (2, 3) or (tensor.dim() == 3) != batched:
@@ -98,13 +100,15 @@ def _masks(q: Tensor, len_k: int, added: int, key_padding_mask: Tensor | None, a
             expected = " or ".join(map(str, allowed))
             raise ValueError(f"MultiheadAttention: {name} has shape {tuple(given.shape)}, expected {expected}")
         if given.dtype != torch.bool and not given.is_floating_point():
-            raise TypeError(f"MultiheadAttention: {name} has dtype {str(given.dtype)[6:]}, expected bool or a float dtype")
+            dtype = str(given.dtype).removeprefix("torch.")
+            raise TypeError(f"MultiheadAttention: {name} has dtype {dtype}, expected bool or a float dtype")
         if name == "key_padding_mask":
             given = given.view(batch, 1, 1, len_k - added)
         else:
-            given = given.view(-1 if given.dim() == 2 else batch, 1 if given.dim() == 2 else heads, len_q, len_k - added)
+            given = given.view(*((1, 1) if given.dim() == 2 else (batch, heads)), len_q, len_k - added)
         if given.dtype == torch.bool:
-            keep = torch.nn.functional.pad(given.logical_not(), (0, added), value=True) if added else given.logical_not()
+            keep = given.logical_not()
+            keep = torch.nn.functional.pad(keep, (0, added), value=True) if added else keep
             mask = keep if mask is None else mask & keep
         else:
             given = torch.nn.functional.pad(given, (0, added)) if added else given

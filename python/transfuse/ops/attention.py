@@ -51,8 +51,8 @@ def scaled_dot_product_attention(
         enable_gqa: query head h uses key head h // (Hq // Hkv).
         attn_bias: additive like a float attn_mask, and may stand beside it or beside a boolean one. Both get gradients.
         seqlens_k: int32 or int64 [B], how many of the Lk keys are valid in each batch entry.
-        causal_alignment: "top_left" (torch, offset 0) or "bottom_right" (the last query meets the last valid key: offset
-            = Lk - Lq, or seqlens_k - Lq).
+        causal_alignment: "top_left" (torch, offset 0) or "bottom_right" (the last query meets the last valid key:
+            offset = Lk - Lq, or seqlens_k - Lq).
         window: (left, right), keys i + offset - left .. i + offset + right take part; None is unbounded on that side.
         softcap: c * tanh(score / c), before biases.
         alibi_slopes: [Hq] or [B, Hq]; adds -slope * abs(i + offset - j).
@@ -69,8 +69,8 @@ def scaled_dot_product_attention(
         depends neither on the other rows of the batch nor on the number of threads, bit for bit.
 
     Raises:
-        ValueError: shapes, values, options. TypeError: types and dtypes. RuntimeError: devices; a second derivative of the
-        compiled kernels (the reference backend has it); torch.func.vmap over a gradient.
+        ValueError: shapes, values, options. TypeError: types and dtypes. RuntimeError: devices; a second derivative of
+        the compiled kernels (the reference backend has it); torch.func.vmap over a gradient.
 
     Source: online softmax of Milakov and Gimelshein (2018), tiled as in FlashAttention (Dao et al., 2022).
     """
@@ -141,7 +141,8 @@ IMPLEMENTATIONS = (
 
 def _forward(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right):
     return torch.ops.transfuse.attention_forward.default(
-        query, key, value, _expand(bias, query, key), _expand(mask, query, key), seqlens_k, scale, is_causal, bottom_right
+        query, key, value, _expand(bias, query, key), _expand(mask, query, key), seqlens_k, scale, is_causal,
+        bottom_right,
     )
 
 
@@ -181,12 +182,14 @@ class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *arguments):
         raise RuntimeError(
-            "attention: torch.func.vmap over a gradient is not supported; give the mapped dimension as a leading dimension"
+            "attention: torch.func.vmap over a gradient is not supported; "
+            "give the mapped dimension as a leading dimension"
         )
 
 
 def _backward(
-    grad_output, grad_lse, query, key, value, output, lse, bias, mask, seqlens_k, scale, is_causal, bottom_right, need_bias
+    grad_output, grad_lse, query, key, value, output, lse, bias, mask, seqlens_k, scale, is_causal, bottom_right,
+    need_bias,
 ):
     return torch.ops.transfuse.attention_backward.default(
         grad_output, grad_lse, query, key, value, output, lse, _expand(bias, query, key), _expand(mask, query, key),
@@ -208,13 +211,14 @@ class AttentionBackwardFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(
-            "attention: the cpu backend has no second derivative; run under transfuse.use_backend('reference'), which has"
+            "attention: the cpu backend has no second derivative; "
+            "run under transfuse.use_backend('reference'), which has"
         )
 
 
 def _normalise(
-    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attn_bias, seqlens_k, causal_alignment, window,
-    softcap, alibi_slopes, sinks,
+    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attn_bias, seqlens_k, causal_alignment,
+    window, softcap, alibi_slopes, sinks,
 ):
     """Checks everything once and brings it to the form the implementations take.
 
@@ -294,7 +298,9 @@ def _match_heads(query, key, value, enable_gqa):
         query = query.expand(*query.shape[:-3], heads, *query.shape[-2:])
     for name, count in (("key", key_heads), ("value", value_heads)):
         if count not in (1, heads):
-            raise ValueError(f"{_OP}: {name} has {count} heads, expected {heads} (query's); enable_gqa=True groups query heads")
+            raise ValueError(
+                f"{_OP}: {name} has {count} heads, expected {heads} (query's); enable_gqa=True groups query heads"
+            )
     if key_heads != value_heads:
         key = key.expand(*key.shape[:-3], heads, *key.shape[-2:])
         value = value.expand(*value.shape[:-3], heads, *value.shape[-2:])
@@ -358,7 +364,8 @@ def _problem(arguments, features) -> AttentionProblem:
 
 def _explain_problem(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *, attn_bias=None,
-    seqlens_k=None, causal_alignment="top_left", window=None, softcap=None, alibi_slopes=None, sinks=None, return_lse=False,
+    seqlens_k=None, causal_alignment="top_left", window=None, softcap=None, alibi_slopes=None, sinks=None,
+    return_lse=False,
 ):
     arguments, features, _ = _normalise(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attn_bias, seqlens_k, causal_alignment,
@@ -380,8 +387,9 @@ if not extension.cpu_unavailable:
 
     @torch.library.register_fake("transfuse::attention_backward")
     def _attention_backward_fake(
-        grad_output, grad_lse, query, key, value, output, lse, bias, mask, seqlens_k, scale, causal, bottom_right, bias_shape,
-        need_bias_grad,
+        grad_output, grad_lse, query, key, value, output, lse, bias, mask, seqlens_k, scale, causal, bottom_right,
+        bias_shape, need_bias_grad,
     ):
         grads = [tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2) for tensor in (query, key, value)]
-        return *grads, query.new_empty(bias_shape if need_bias_grad else (0,), dtype=(query if bias is None else bias).dtype)
+        bias_dtype = query.dtype if bias is None else bias.dtype
+        return *grads, query.new_empty(bias_shape if need_bias_grad else (0,), dtype=bias_dtype)

@@ -17,7 +17,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def short(dtype: torch.dtype) -> str:
     """torch.float32 as float32."""
-    return str(dtype)[6:]
+    return str(dtype).removeprefix("torch.")
 
 
 def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,7 +223,7 @@ def check_length_values(op: str, name: str, lengths: Tensor, longest: int) -> No
 
 
 def check_offset_values(op: str, name: str, offsets: Tensor, tokens: int, owner: str, longest: int) -> None:
-    """From 0 to tokens, never falling, no sequence above `longest`, where values can be read; names the first bad entry."""
+    """From 0 to tokens, never falling, no sequence above `longest`, where values can be read; names the first bad."""
     if not may_read_values(offsets):
         return
     before = 0

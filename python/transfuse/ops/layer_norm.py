@@ -1,8 +1,8 @@
 """layer_norm and add_layer_norm: the public functions, what runs them, and their gradient.
 
-The page of an op has five parts, and this is the shortest one to learn them from: the functions with their contract; the
-checks; the Problem and IMPLEMENTATIONS, most wanted first; autograd, outside the raw op; and the fake kernels that let
-torch.compile and torch.export see through it. The arithmetic is kernels/cpu/layer_norm.cpp.
+The page of an op has five parts, and this is the shortest one to learn them from: the functions with their contract;
+the checks; the Problem and IMPLEMENTATIONS, most wanted first; autograd, outside the raw op; and the fake kernels that
+let torch.compile and torch.export see through it. The arithmetic is kernels/cpu/layer_norm.cpp.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from transfuse.reference.layer_norm import add_layer_norm_reference, layer_norm_
 
 
 def layer_norm(
-    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Tensor:
     """``(input - mean) / sqrt(variance + eps) * weight + bias``; mean and variance over the last dimensions.
 
@@ -35,10 +39,11 @@ def layer_norm(
     Returns:
         Contiguous tensor of input's shape and dtype. Differentiable once (the reference backend: any number of times).
     Numerics:
-        Statistics in float64, in the backward too. float32: within 2 ULP of max(|weight * xhat|, |bias|, 1) for mean/std
-        up to 1e6 and |input| from subnormals to 1e37; bfloat16: one rounding of a float32 result. A constant row gives
-        exactly ``bias`` (NaN with eps=0, as 0/0 is); a row with NaN or inf gives NaN. A row's bits do not depend on the
-        batch, on its position or on the number of threads; those of the gradients of weight and bias not on threads.
+        Statistics in float64, in the backward too. float32: within 2 ULP of max(|weight * xhat|, |bias|, 1) for
+        mean/std up to 1e6 and |input| from subnormals to 1e37; bfloat16: one rounding of a float32 result. A constant
+        row gives exactly ``bias`` (NaN with eps=0, as 0/0 is); a row with NaN or inf gives NaN. A row's bits do not
+        depend on the batch, on its position or on the number of threads; the gradients of weight and bias are sums
+        over rows in one fixed order, the same for every number of threads.
         Autocast runs it in float32 on a GPU and leaves it alone on the CPU, as it does with torch's.
     Raises:
         TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape. RuntimeError: weight or bias on
@@ -46,9 +51,10 @@ def layer_norm(
     Source:
         Ba, Kiros, Hinton: Layer Normalization, 2016, https://arxiv.org/abs/1607.06450
     """
-    ndim = _check("layer_norm", input, normalized_shape, weight, bias, eps)
+    op = "layer_norm"
+    ndim = _check(op, input, normalized_shape, weight, bias, eps)
     input, weight, bias = _autocast(input, weight, bias)
-    chosen = dispatch.select("layer_norm", IMPLEMENTATIONS, _key(input), lambda: _problem("layer_norm", input, weight, bias))
+    chosen = dispatch.select(op, IMPLEMENTATIONS, _key(input), lambda: _problem(op, input, weight, bias))
     return chosen.run(input, weight, bias, ndim, eps)
 
 
@@ -69,90 +75,93 @@ def add_layer_norm(
     Args:
         input, residual: [..., *normalized_shape], the same shape; of two dtypes the wider one, as ``+`` takes it.
         normalized_shape, weight, bias, eps: as in layer_norm.
-        dropout_p: probability of dropping an element of ``input``, always in effect, as in scaled_dot_product_attention.
-            Today torch's own dropout runs in front of the fused op.
+        dropout_p: probability of dropping an element of ``input``, in effect whenever it is not 0, as in
+            scaled_dot_product_attention. Today torch's own dropout runs in front of the fused op.
     Returns:
-        (output, sum), both differentiable. ``sum`` is rounded to the dtype, and it is the rounded sum that is normalised:
-        exactly the two steps ``sum = input + residual; output = layer_norm(sum)``.
+        (output, sum), both differentiable. ``sum`` is rounded to the dtype, and it is the rounded sum that is
+        normalised: exactly the two steps ``sum = input + residual; output = layer_norm(sum)``.
     Numerics, Raises, Source:
         As layer_norm. ValueError also for dropout_p outside 0..1.
     """
-    ndim = _check("add_layer_norm", input, normalized_shape, weight, bias, eps)
-    _check_residual(input, residual)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"add_layer_norm: dropout_p is {dropout_p}, expected a number between 0 and 1")
+    op = "add_layer_norm"
+    input, residual = _check_residual(op, input, residual, dropout_p)
+    ndim = _check(op, input, normalized_shape, weight, bias, eps)
     input, residual, weight, bias = _autocast(input, residual, weight, bias)
-    if input.dtype != residual.dtype:
-        dtype = torch.promote_types(input.dtype, residual.dtype)
-        input, residual = input.to(dtype), residual.to(dtype)
     if dropout_p > 0.0:
         input = torch.nn.functional.dropout(input, dropout_p)
-    make_problem = lambda: _problem("add_layer_norm", input, weight, bias, residual)  # noqa: E731  built on a miss only
-    chosen = dispatch.select("add_layer_norm", ADD_IMPLEMENTATIONS, _key(input), make_problem)
+    chosen = dispatch.select(op, ADD_IMPLEMENTATIONS, _key(input), lambda: _problem(op, input, weight, bias, residual))
     return chosen.run(input, residual, weight, bias, ndim, eps)
 
 
 # ---- checks: once, here; the raw ops check again only what could touch memory wrongly ----
 
+_16_BIT = (torch.bfloat16, torch.float16)
 
-def _check(op: str, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> int:
+
+def _check(op, input, normalized_shape, weight, bias, eps) -> int:
     """Refuses what is not valid, in words; returns the number of normalised dimensions."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"{op}: input is a {type(input).__name__}, expected a Tensor")
-    if not input.is_floating_point():
-        raise TypeError(f"{op}: input has dtype {_name(input.dtype)}, expected a floating dtype")
+    _check_floating(op, "input", input)
     if not isinstance(normalized_shape, (tuple, list)):
         raise TypeError(f"{op}: normalized_shape is a {type(normalized_shape).__name__}, expected a tuple of ints")
     if not isinstance(eps, (float, int)):
         raise TypeError(f"{op}: eps is a {type(eps).__name__}, expected a float")
-    ndim, expected = len(normalized_shape), tuple(normalized_shape)
+    ndim, sizes = len(normalized_shape), tuple(normalized_shape)
     if ndim == 0:
         raise ValueError(f"{op}: normalized_shape is (), expected at least one dimension")
-    if tuple(input.shape[-ndim:]) != expected:
-        raise ValueError(f"{op}: input has shape {tuple(input.shape)}, expected {_open_shape(expected)} (normalized_shape's)")
+    if input.shape[-ndim:] != sizes:
+        expected = f"(*, {', '.join(map(str, sizes))})"
+        raise ValueError(f"{op}: input has shape {tuple(input.shape)}, expected {expected} (normalized_shape's)")
     if weight is not None:
-        _check_parameter(op, "weight", weight, input, expected)
+        _check_parameter(op, "weight", weight, input, sizes)
     if bias is not None:
-        _check_parameter(op, "bias", bias, input, expected)
+        _check_parameter(op, "bias", bias, input, sizes)
         if weight is not None and bias.dtype != weight.dtype:
             raise TypeError(f"{op}: bias has dtype {_name(bias.dtype)}, expected {_name(weight.dtype)} (weight's)")
     return ndim
 
 
-def _check_parameter(op: str, argument: str, parameter: Tensor, input: Tensor, expected: tuple[int, ...]) -> None:
+def _check_floating(op: str, argument: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {argument} is a {type(tensor).__name__}, expected a Tensor")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{op}: {argument} has dtype {_name(tensor.dtype)}, expected a floating dtype")
+
+
+def _check_parameter(op: str, argument: str, parameter: Tensor, input: Tensor, sizes: tuple[int, ...]) -> None:
     if not isinstance(parameter, Tensor):
         raise TypeError(f"{op}: {argument} is a {type(parameter).__name__}, expected a Tensor or None")
-    if tuple(parameter.shape) != expected:
-        raise ValueError(f"{op}: {argument} has shape {tuple(parameter.shape)}, expected {expected} (normalized_shape)")
-    if parameter.dtype != input.dtype and not (parameter.dtype == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)):
+    if parameter.shape != sizes:
+        raise ValueError(f"{op}: {argument} has shape {tuple(parameter.shape)}, expected {sizes} (normalized_shape)")
+    if parameter.dtype != input.dtype and not (parameter.dtype == torch.float32 and input.dtype in _16_BIT):
         raise TypeError(f"{op}: {argument} has dtype {_name(parameter.dtype)}, expected {_name(input.dtype)} (input's)")
     if parameter.device != input.device:
         raise RuntimeError(f"{op}: {argument} is on {parameter.device}, expected {input.device} (input's)")
 
 
-def _check_residual(input: Tensor, residual: Tensor) -> None:
-    if not isinstance(residual, Tensor):
-        raise TypeError(f"add_layer_norm: residual is a {type(residual).__name__}, expected a Tensor")
-    if not residual.is_floating_point():
-        raise TypeError(f"add_layer_norm: residual has dtype {_name(residual.dtype)}, expected a floating dtype")
+def _check_residual(op: str, input: Tensor, residual: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
+    """Checks what add_layer_norm has more; returns both tensors in the wider of their dtypes."""
+    _check_floating(op, "input", input)
+    _check_floating(op, "residual", residual)
     if residual.shape != input.shape:
-        raise ValueError(f"add_layer_norm: residual has shape {tuple(residual.shape)}, expected {tuple(input.shape)} (input's)")
+        expected = tuple(input.shape)
+        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}, expected {expected} (input's)")
     if residual.device != input.device:
-        raise RuntimeError(f"add_layer_norm: residual is on {residual.device}, expected {input.device} (input's)")
+        raise RuntimeError(f"{op}: residual is on {residual.device}, expected {input.device} (input's)")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{op}: dropout_p is {dropout_p}, expected a number between 0 and 1")
+    if residual.dtype != input.dtype:
+        dtype = torch.promote_types(input.dtype, residual.dtype)
+        return input.to(dtype), residual.to(dtype)
+    return input, residual
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _open_shape(sizes: tuple[int, ...]) -> str:
-    return f"(*, {', '.join(map(str, sizes))})"
-
-
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """float32 where torch's autocast says so: layer_norm is on its list for GPUs and not on that for the CPU."""
-    device = tensors[0].device.type
-    if device == "cpu" or not torch.is_autocast_enabled(device):
+    if tensors[0].is_cpu or not torch.is_autocast_enabled(tensors[0].device.type):
         return tensors
     return tuple(None if t is None or t.dtype == torch.float64 else t.float() for t in tensors)
 
@@ -167,11 +176,11 @@ class LayerNormProblem(dispatch.Problem):
     parameter_dtype: torch.dtype | None
 
 
-def _problem(op: str, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None) -> LayerNormProblem:
+def _problem(op, input, weight, bias, residual=None) -> LayerNormProblem:
     parameter = weight if weight is not None else bias
-    return LayerNormProblem(
-        op, input.device.type, input.dtype, _wants_grad(input, residual, weight, bias), None if parameter is None else parameter.dtype
-    )
+    parameter_dtype = None if parameter is None else parameter.dtype
+    wants_grad = _wants_grad(input, residual, weight, bias)
+    return LayerNormProblem(op, input.device.type, input.dtype, wants_grad, parameter_dtype)
 
 
 def _key(input: Tensor) -> tuple:
@@ -192,7 +201,7 @@ def _run_cpu(input, weight, bias, ndim, eps):
         _refuse_tangents("layer_norm", input, weight, bias)
     if _wants_grad(input, weight, bias):
         return LayerNormFunction.apply(input, weight, bias, ndim, eps)
-    return torch.ops.transfuse.layer_norm_forward.default(input, weight, bias, ndim, eps)[0]
+    return _forward(input, weight, bias, ndim, eps)[0]
 
 
 def _run_torch(input, weight, bias, ndim, eps):
@@ -208,7 +217,7 @@ def _add_cpu(input, residual, weight, bias, ndim, eps):
         _refuse_tangents("add_layer_norm", input, residual, weight, bias)
     if _wants_grad(input, residual, weight, bias):
         return AddLayerNormFunction.apply(input, residual, weight, bias, ndim, eps)
-    return torch.ops.transfuse.add_layer_norm_forward.default(input, residual, weight, bias, ndim, eps)[:2]
+    return _add_forward(input, residual, weight, bias, ndim, eps)[:2]
 
 
 def _add_torch(input, residual, weight, bias, ndim, eps):
@@ -233,14 +242,16 @@ ADD_IMPLEMENTATIONS = (
 
 
 def _explain_layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
-    _check("layer_norm", input, normalized_shape, weight, bias, eps)
-    return "layer_norm", IMPLEMENTATIONS, _problem("layer_norm", *_autocast(input, weight, bias))
+    op = "layer_norm"
+    _check(op, input, normalized_shape, weight, bias, eps)
+    return op, IMPLEMENTATIONS, _problem(op, *_autocast(input, weight, bias))
 
 
 def _explain_add_layer_norm(input, residual, normalized_shape, weight=None, bias=None, eps=1e-5, *, dropout_p=0.0):
-    _check("add_layer_norm", input, normalized_shape, weight, bias, eps)
-    _check_residual(input, residual)
-    return "add_layer_norm", ADD_IMPLEMENTATIONS, _problem("add_layer_norm", *_autocast(input, weight, bias, residual))
+    op = "add_layer_norm"
+    input, residual = _check_residual(op, input, residual, dropout_p)
+    _check(op, input, normalized_shape, weight, bias, eps)
+    return op, ADD_IMPLEMENTATIONS, _problem(op, *_autocast(input, weight, bias, residual))
 
 
 layer_norm.explain_problem = _explain_layer_norm
@@ -251,13 +262,13 @@ add_layer_norm.explain_problem = _explain_add_layer_norm
 
 
 class LayerNormFunction(torch.autograd.Function):
-    """layer_norm with its gradient. Saves the input and takes the statistics anew: float32 ones would lose mean/std 1e6."""
+    """layer_norm with its gradient, which takes the statistics anew: saved in float32 they would lose mean/std 1e6."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(input, weight, bias, ndim, eps):
-        return torch.ops.transfuse.layer_norm_forward.default(input, weight, bias, ndim, eps)[0]
+        return _forward(input, weight, bias, ndim, eps)[0]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -267,17 +278,17 @@ class LayerNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         wanted = ctx.needs_input_grad[:3]
-        return (*_backward("layer_norm", ctx, grad_output, None, wanted), None, None)
+        return (*_gradients("layer_norm", ctx, grad_output, None, wanted), None, None)
 
 
 class AddLayerNormFunction(torch.autograd.Function):
-    """add_layer_norm with its gradient, which is that of the norm of ``sum`` plus what reaches ``sum`` past the norm."""
+    """add_layer_norm with its gradient: that of the norm of ``sum``, plus what reaches ``sum`` past the norm."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(input, residual, weight, bias, ndim, eps):
-        return torch.ops.transfuse.add_layer_norm_forward.default(input, residual, weight, bias, ndim, eps)[:2]
+        return _add_forward(input, residual, weight, bias, ndim, eps)[:2]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -291,7 +302,7 @@ class AddLayerNormFunction(torch.autograd.Function):
             return grad_sum, grad_sum, None, None, None, None
         needs_input, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         wanted = (needs_input or needs_residual, needs_weight, needs_bias)
-        grad, grad_weight, grad_bias = _backward("add_layer_norm", ctx, grad_output, grad_sum, wanted)
+        grad, grad_weight, grad_bias = _gradients("add_layer_norm", ctx, grad_output, grad_sum, wanted)
         return grad, grad, grad_weight, grad_bias, None, None
 
 
@@ -302,7 +313,7 @@ class LayerNormBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(op, *arguments):
-        return torch.ops.transfuse.layer_norm_backward.default(*arguments)
+        return _backward(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -313,14 +324,14 @@ class LayerNormBackwardFunction(torch.autograd.Function):
         raise RuntimeError(f"{ctx.op}: the cpu backend has no second derivative; {_REFERENCE_HAS}")
 
 
-def _backward(op, ctx, grad_output, grad_sum, wanted):
+def _gradients(op, ctx, grad_output, grad_sum, wanted):
     """Gradients of what was normalised, weight and bias; None where not wanted."""
     x, weight, bias = ctx.saved_tensors
     arguments = (grad_output, grad_sum, x, weight, bias, ctx.ndim, ctx.eps, *wanted)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         grads = LayerNormBackwardFunction.apply(op, *arguments)
     else:
-        grads = torch.ops.transfuse.layer_norm_backward.default(*arguments)
+        grads = _backward(*arguments)
     return tuple(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True))
 
 
@@ -334,16 +345,20 @@ def _refuse_tangents(op: str, *tensors: Tensor | None) -> None:
             raise RuntimeError(f"{op}: the cpu backend has no forward-mode derivative; {_REFERENCE_HAS}")
 
 
-# ---- fake kernels: shapes and dtypes without data ----
+# ---- the raw ops of csrc/layer_norm.cpp, and their fake kernels: shapes and dtypes without data ----
 
 if extension._C is not None:
+    _forward = torch.ops.transfuse.layer_norm_forward.default
+    _add_forward = torch.ops.transfuse.add_layer_norm_forward.default
+    _backward = torch.ops.transfuse.layer_norm_backward.default
 
     def _fake_statistics(input: Tensor, ndim: int) -> Tensor:
         return input.new_empty((*input.shape[: input.dim() - ndim], *(1 for _ in range(ndim))), dtype=torch.float32)
 
     @torch.library.register_fake("transfuse::layer_norm_forward")
     def _(input, weight, bias, normalized_ndim, eps):
-        return input.new_empty(input.shape), _fake_statistics(input, normalized_ndim), _fake_statistics(input, normalized_ndim)
+        statistics = (_fake_statistics(input, normalized_ndim) for _ in range(2))
+        return input.new_empty(input.shape), *statistics
 
     @torch.library.register_fake("transfuse::add_layer_norm_forward")
     def _(input, residual, weight, bias, normalized_ndim, eps):
@@ -355,5 +370,5 @@ if extension._C is not None:
         parameter = weight if weight is not None else bias
         dtype = torch.float32 if parameter is None else parameter.dtype
         shape = input.shape[input.dim() - normalized_ndim :]
-        grad_parameters = (input.new_empty(shape if needed else (0,), dtype=dtype) for needed in (need_weight, need_bias))
-        return input.new_empty(input.shape if need_input else (0,)), *grad_parameters
+        grads = (input.new_empty(shape if needed else (0,), dtype=dtype) for needed in (need_weight, need_bias))
+        return input.new_empty(input.shape if need_input else (0,)), *grads

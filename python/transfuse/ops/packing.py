@@ -17,7 +17,8 @@ class Packing:
 
     Args:
         indices: int64 [tokens], position of each kept token in the flattened [B * L] batch, ascending.
-        cu_seqlens: int32 [B + 1], sequence b owns tokens cu_seqlens[b] .. cu_seqlens[b + 1] - 1; an all-padding row owns none.
+        cu_seqlens: int32 [B + 1], sequence b owns tokens cu_seqlens[b] .. cu_seqlens[b + 1] - 1; an all-padding row
+            owns none.
         max_seqlen: the longest sequence, a Python int.
         shape: the padded shape, (B, L); any number of dimensions, the last one is the sequence.
     """
@@ -33,15 +34,15 @@ def pack(input: Tensor, attention_mask: "Tensor | Packing") -> tuple[Tensor, Pac
 
     Args:
         input: [*shape, ...], any dtype; shape is the mask's.
-        attention_mask: [B, L] (or any shape with the sequence last), bool or integer, nonzero = keep. Any pattern is packed
-            exactly: holes, left padding, a row with nothing kept. Or the Packing of an earlier call, to pack a further
-            tensor without counting again.
+        attention_mask: [B, L] (or any shape with the sequence last), bool or integer, nonzero = keep. Any pattern is
+            packed exactly: holes, left padding, a row with nothing kept. Or the Packing of an earlier call, to pack a
+            further tensor without counting again.
 
     Returns:
         packed [tokens, ...] and its Packing.
 
-    Numerics: a copy, bit for bit; the gradient goes back to the kept places, zero elsewhere. Differentiable any number of
-        times. One synchronisation on a GPU (the number of tokens decides the shape); none with a Packing.
+    Numerics: a copy, bit for bit; the gradient goes back to the kept places, zero elsewhere. Differentiable any number
+        of times. One synchronisation on a GPU (the number of tokens decides the shape); none with a Packing.
 
     Raises:
         TypeError: input is no tensor, or attention_mask is floating point (a score mask is not a keep mask).
@@ -52,7 +53,8 @@ def pack(input: Tensor, attention_mask: "Tensor | Packing") -> tuple[Tensor, Pac
     packing = attention_mask if isinstance(attention_mask, Packing) else _packing_of(attention_mask)
     dims = len(packing.shape)
     if tuple(input.shape[:dims]) != packing.shape:
-        raise ValueError(f"pack: input has shape {tuple(input.shape)}, expected {packing.shape} + any (attention_mask's)")
+        shape = tuple(input.shape)
+        raise ValueError(f"pack: input has shape {shape}, expected {packing.shape} + any (attention_mask's)")
     if input.device != packing.indices.device:
         raise RuntimeError(f"pack: input is on {input.device}, expected {packing.indices.device} (attention_mask's)")
     return input.flatten(0, dims - 1).index_select(0, packing.indices), packing
@@ -71,7 +73,8 @@ def unpack(packed: Tensor, packing: Packing) -> Tensor:
     Numerics: a copy, bit for bit; the gradient is that of the kept places. Differentiable any number of times.
 
     Raises:
-        TypeError: packed is no tensor, packing no Packing. ValueError: another number of tokens. RuntimeError: another device.
+        TypeError: packed is no tensor, packing no Packing. ValueError: another number of tokens. RuntimeError: another
+        device.
     """
     if not isinstance(packed, Tensor):
         raise TypeError(f"unpack: packed is a {type(packed).__name__}, expected a Tensor")
@@ -93,7 +96,8 @@ def _packing_of(mask: Tensor) -> Packing:
     if not isinstance(mask, Tensor):
         raise TypeError(f"pack: attention_mask is a {type(mask).__name__}, expected a Tensor or a Packing")
     if mask.is_floating_point() or mask.is_complex():
-        raise TypeError(f"pack: attention_mask has dtype {str(mask.dtype)[6:]}, expected bool or integer (nonzero = keep)")
+        dtype = str(mask.dtype).removeprefix("torch.")
+        raise TypeError(f"pack: attention_mask has dtype {dtype}, expected bool or integer (nonzero = keep)")
     if mask.dim() == 0:
         raise ValueError("pack: attention_mask has shape (), expected (B, L)")
     keep = mask != 0

@@ -41,7 +41,8 @@ def varlen_attention(
     """Each sequence attends to itself (or to its partner in key) and to nothing else.
 
     Args:
-        query, key, value: [tokens_q, Hq, D], [tokens_k, Hkv, D], [tokens_k, Hkv, Dv], any strides; Hq a multiple of Hkv.
+        query, key, value: [tokens_q, Hq, D], [tokens_k, Hkv, D], [tokens_k, Hkv, Dv], any strides; Hq a multiple
+            of Hkv.
         cu_seqlens_q: int32 or int64 [N + 1], from 0 to tokens_q, never falling; a zero-length sequence is legal. pack()
             makes it from a mask.
         cu_seqlens_k: the same over tokens_k; None is cu_seqlens_q.
@@ -53,8 +54,8 @@ def varlen_attention(
         return_lse: also return the log-sum-exp.
 
     Returns:
-        output [tokens_q, Hq, Dv] in query's dtype. With return_lse also lse [Hq, tokens_q], natural log, float32 (float64
-        for float64), differentiable.
+        output [tokens_q, Hq, Dv] in query's dtype. With return_lse also lse [Hq, tokens_q], natural log, float32
+        (float64 for float64), differentiable.
 
     Numerics: those of scaled_dot_product_attention, and equal to it bit for bit, sequence by sequence.
 
@@ -104,7 +105,9 @@ def _run_cpu(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bott
             key = key.view_as(key) if key is query else key
             value = value.view_as(value) if value is query or value is key else value
             cu_k = cu_k.view_as(cu_k) if cu_k is cu_q else cu_k
-        return VarlenAttentionFunction.apply(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right)
+        return VarlenAttentionFunction.apply(
+            query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right
+        )
     return _forward(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right)
 
 
@@ -156,7 +159,9 @@ class VarlenAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
-        raise RuntimeError("varlen_attention: torch.func.vmap is not supported; pack the mapped dimension as more sequences")
+        raise RuntimeError(
+            "varlen_attention: torch.func.vmap is not supported; pack the mapped dimension as more sequences"
+        )
 
 
 class VarlenAttentionBackwardFunction(torch.autograd.Function):
@@ -173,13 +178,14 @@ class VarlenAttentionBackwardFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(
-            "varlen_attention: the cpu backend has no second derivative; run under transfuse.use_backend('reference'), which has"
+            "varlen_attention: the cpu backend has no second derivative; "
+            "run under transfuse.use_backend('reference'), which has"
         )
 
 
 def _normalise(
-    query, key, value, cu_q, cu_k, max_q, max_k, attn_bias, dropout_p, is_causal, causal_alignment, scale, window, softcap,
-    alibi_slopes, sinks,
+    query, key, value, cu_q, cu_k, max_q, max_k, attn_bias, dropout_p, is_causal, causal_alignment, scale, window,
+    softcap, alibi_slopes, sinks,
 ):
     """Checks everything once; returns what the implementations take, and the options that only some of them have."""
     query, key, value = checks.autocast(query, key, value)
@@ -204,7 +210,8 @@ def _normalise(
     else:
         checks.check_offsets(_OP, "cu_seqlens_k", cu_k, query)
         if cu_k.shape != cu_q.shape:
-            raise ValueError(f"{_OP}: cu_seqlens_k has {cu_k.shape[0]} entries, expected {cu_q.shape[0]} (cu_seqlens_q's)")
+            entries = cu_k.shape[0]
+            raise ValueError(f"{_OP}: cu_seqlens_k has {entries} entries, expected {cu_q.shape[0]} (cu_seqlens_q's)")
     max_q = _longest("max_seqlen_q", max_q, cu_q)
     max_k = _longest("max_seqlen_k", max_k, cu_k)
 
@@ -213,7 +220,9 @@ def _normalise(
     bottom_right = causal_alignment != "top_left" and checks.check_alignment(_OP, causal_alignment)
     features, num_sequences = checks.NO_FEATURES, cu_q.shape[0] - 1
     if dropout_p != 0.0 or window is not None or softcap is not None or alibi_slopes is not None or sinks is not None:
-        features = checks.features_in_use(_OP, query, num_sequences, heads, dropout_p, window, softcap, alibi_slopes, sinks)
+        features = checks.features_in_use(
+            _OP, query, num_sequences, heads, dropout_p, window, softcap, alibi_slopes, sinks
+        )
     if attn_bias is not None:
         checks.check_additive(_OP, "attn_bias", attn_bias, query, allow_bool=False)
         checks.check_broadcast(_OP, "attn_bias", attn_bias.shape, (num_sequences, heads, max_q, max_k))
@@ -253,9 +262,9 @@ def _problem(arguments, features) -> VarlenAttentionProblem:
 
 
 def _explain_problem(
-    query, key, value, cu_seqlens_q, cu_seqlens_k=None, *, max_seqlen_q=None, max_seqlen_k=None, attn_bias=None, dropout_p=0.0,
-    is_causal=False, causal_alignment="bottom_right", scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None,
-    return_lse=False,
+    query, key, value, cu_seqlens_q, cu_seqlens_k=None, *, max_seqlen_q=None, max_seqlen_k=None, attn_bias=None,
+    dropout_p=0.0, is_causal=False, causal_alignment="bottom_right", scale=None, window=None, softcap=None,
+    alibi_slopes=None, sinks=None, return_lse=False,
 ):
     arguments, features = _normalise(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, attn_bias, dropout_p, is_causal,

@@ -52,7 +52,8 @@ def attention_reference(
         dropout_seed: int64 [2], (seed, offset) of Philox; needed when dropout_p > 0.
 
     Returns:
-        output [..., Hq, Lq, Dv] in query's dtype; with return_lse also lse [..., Hq, Lq], float32 (float64 for float64).
+        output [..., Hq, Lq, Dv] in query's dtype; with return_lse also lse [..., Hq, Lq], float32 (float64 for
+        float64).
 
     Numerics: float64 throughout, one rounding at the end. A row with no key: output 0, lse -inf, all gradients 0.
     """
@@ -119,8 +120,8 @@ def attention_reference(
 def dropout_keep_mask(seed: Tensor, dropout_p: float, shape: tuple[int, ...]) -> Tensor:
     """True where a weight of [..., H, Lq, Lk] survives: Philox4x32-10, one word per weight (CONTRACT 3).
 
-    The counter is (key // 4, query, batch * H + head, offset), the Philox key is the seed, and key % 4 picks the word; a
-    weight is kept if its word >= dropout_p * 2**32. `seed` is an int64 tensor (seed, offset), never read on the host.
+    The counter is (key // 4, query, batch * H + head, offset), the Philox key is the seed, and key % 4 picks the word;
+    a weight is kept if its word >= dropout_p * 2**32. `seed` is an int64 tensor (seed, offset), never read on the host.
     """
     *batch, len_q, len_k = shape
     device = seed.device
@@ -199,7 +200,7 @@ def _kept_sum(weights: Tensor, values: Tensor, keep: Tensor) -> Tensor:
 
 
 def _may_read(tensor: Tensor) -> bool:
-    """A plain tensor with values, outside of tracing: elsewhere the general formula below is used, with equal results."""
+    """A plain tensor with values, outside of tracing; elsewhere the general formula is used, with equal results."""
     return type(tensor) is Tensor and not tensor.is_meta and not torch.compiler.is_compiling()
 
 

@@ -9,7 +9,11 @@ from torch import Tensor
 
 
 def layer_norm_reference(
-    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Tensor:
     """``(input - mean) / sqrt(variance + eps) * weight + bias`` over the last ``len(normalized_shape)`` dimensions.
 
@@ -43,6 +47,6 @@ def add_layer_norm_reference(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """The norm of ``input + residual`` rounded to the storage dtype, and that sum. Arguments as in layer_norm_reference."""
+    """(norm of the sum, sum), sum = ``input + residual`` rounded to its dtype. Arguments as in layer_norm_reference."""
     total = input + residual
     return layer_norm_reference(total, normalized_shape, weight, bias, eps), total
