@@ -1,4 +1,4 @@
-"""BERT and the families that share its code: the accelerated model is stock's at every kept position, in every way of calling it.
+"""BERT and the families that share its code: the accelerated model is stock's at kept positions, however it is called.
 
 Models are small, with every parameter drawn large (biases and norms too), so that a wrong scale, a dropped mask or a
 forgotten bias shows: test_wrong_attention_shows proves that it does.
@@ -314,12 +314,31 @@ def test_bfloat16_and_autocast():
     assert_same(expected.bfloat16(), actual.bfloat16(), mask)
 
 
-def test_compiled_model_takes_the_padded_path():
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_traced_models_take_the_padded_path():
+    """torch.compile without a graph break, torch.export and torch.jit.trace."""
     stock, ours = pair()
     batch = batch_of(mask_of("right"))
-    compiled = torch.compile(ours, backend="eager")
     with torch.no_grad():
-        assert_same(stock(**batch).last_hidden_state, compiled(**batch).last_hidden_state)
+        expected = stock(**batch).last_hidden_state
+        compiled = torch.compile(ours, backend="eager", fullgraph=True)
+        assert_same(expected, compiled(**batch).last_hidden_state)
+        exported = torch.export.export(ours, (), batch).module()
+        assert_same(expected, exported(**batch).last_hidden_state)
+        traced = torch.jit.trace(ours, example_kwarg_inputs={**batch}, strict=False, check_trace=False)
+        assert_same(expected, traced(**batch)["last_hidden_state"])
+    assert swap.PACKED not in how(ours)
+
+
+@pytest.mark.filterwarnings("ignore::transfuse.TransfuseWarning")
+def test_float64_after_accelerate_is_right():
+    stock, ours = pair()
+    mask = mask_of("holes")
+    batch = batch_of(mask)
+    with torch.no_grad():
+        expected, actual = stock.double()(**batch).last_hidden_state, ours.double()(**batch).last_hidden_state
+    assert actual.dtype == torch.float64
+    assert_close(actual[mask.bool()], expected[mask.bool()], VOCAB)
 
 
 def test_hooks_on_inner_modules_still_fire():

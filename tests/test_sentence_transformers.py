@@ -61,8 +61,9 @@ def test_embeddings_are_those_of_stock(ours, texts, expected):
                                      {"output_value": "token_embeddings"}, {"truncate_dim": 64}])
 def test_every_way_to_encode(stock, ours, texts, options):
     some = texts[:10]
-    for e, a in zip(stock.encode(some, **options), ours.encode(some, **options), strict=True):
-        assert np.abs(np.asarray(e) - np.asarray(a)).max() <= MODEL_TOLERANCE * max(1.0, float(np.abs(np.asarray(e)).max()))
+    for pair in zip(stock.encode(some, **options), ours.encode(some, **options), strict=True):
+        e, a = map(np.asarray, pair)
+        assert np.abs(e - a).max() <= MODEL_TOLERANCE * max(1.0, float(np.abs(e).max()))
     assert isinstance(ours.encode("one text"), np.ndarray)
 
 
@@ -76,7 +77,8 @@ def test_poolings(texts, mode):
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     transformer = Transformer(PATH)
-    stock = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode=mode)], device="cpu")
+    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode=mode)
+    stock = SentenceTransformer(modules=[transformer, pooling], device="cpu")
     ours = transfuse.accelerate(copy.deepcopy(stock))
     some = [text for text in texts[:8] if text]
     expected = stock.encode(some)
@@ -138,5 +140,6 @@ def test_cross_encoder(texts):
     ours = transfuse.accelerate(copy.deepcopy(stock))
     assert np.abs(ours.predict(pairs) - expected).max() <= MODEL_TOLERANCE
     assert transfuse.verify(ours, pairs) and set(swap.calls(ours)) == {swap.PACKED}
-    assert [hit["corpus_id"] for hit in ours.rank(texts[0], texts[1:6])] == [hit["corpus_id"] for hit in stock.rank(texts[0], texts[1:6])]
+    ours_rank, stock_rank = (m.rank(texts[0], texts[1:6]) for m in (ours, stock))
+    assert [hit["corpus_id"] for hit in ours_rank] == [hit["corpus_id"] for hit in stock_rank]
     assert np.array_equal(transfuse.restore(ours).predict(pairs), expected)

@@ -13,7 +13,7 @@ transformers; ``report()`` counts such calls with their reasons.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from transfuse.ops.varlen_attention import varlen_attention
 
 # Implementations whose mask format is known: "sdpa" gives a boolean keep-mask, "eager" a float mask of finfo.min.
 _KNOWN_ATTENTION = ("sdpa", "eager")
+_Maybe: TypeAlias = torch.Tensor | None
 # Keyword arguments of a call that do not change what the encoder computes.
 _HARMLESS = frozenset({"return_dict", "num_items_in_batch"})
 
@@ -117,7 +118,7 @@ class PackedModel(Swapped):
         return_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def default_positions(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
+    def default_positions(self, input_ids: _Maybe, inputs_embeds: _Maybe, shape: torch.Size) -> torch.Tensor:
         """The positions stock gives to every place of the padded batch, [1 or B, S]."""
         return self.embeddings.position_ids[:, : shape[1]]
 
@@ -167,7 +168,7 @@ class PackedModel(Swapped):
 class PositionsFromIds(PackedModel):
     """The RoBERTa families: positions count the ids that are not padding, whatever the mask says."""
 
-    def default_positions(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
+    def default_positions(self, input_ids: _Maybe, inputs_embeds: _Maybe, shape: torch.Size) -> torch.Tensor:
         embeddings = self.embeddings
         if input_ids is not None:
             return embeddings.create_position_ids_from_input_ids(input_ids, embeddings.padding_idx)
@@ -212,7 +213,9 @@ class SelfAttention(Swapped):
             return f"its attention implementation is {module.config._attn_implementation!r}"
         return ""
 
-    def fused(self, hidden_states: torch.Tensor, attention_mask: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
+    def fused(
+        self, hidden_states: torch.Tensor, attention_mask: Any = None, past_key_values: Any = None, **kwargs: Any
+    ) -> Any:
         packed = isinstance(attention_mask, Packing)
         if not packed:
             reason = self._why_stock(past_key_values, kwargs)
@@ -265,7 +268,9 @@ class Intermediate(Swapped):
         act = module.intermediate_act_fn
         fused = replacement_of(stock_class(act)) if isinstance(act, nn.Module) else None
         known = fused is not None and hasattr(fused, "approximate") or isinstance(act, nn.GELU)
-        return "" if known and not fused.why_not(act) else f"its activation {type(act).__name__} is not a GELU that transfuse knows"
+        if known and not fused.why_not(act):
+            return ""
+        return f"its activation {type(act).__name__} is not a GELU that transfuse knows"
 
     def fused(self, hidden_states: torch.Tensor) -> torch.Tensor:
         dense, act = self.dense, self.intermediate_act_fn
@@ -338,5 +343,11 @@ class BertOutput(ResidualNorm, modeling.BertOutput):
 
 
 REPLACEMENTS = replacements(
-    BertModel, BertEncoder, BertLayer, BertSelfAttention, BertSelfOutput, BertIntermediate, BertOutput
+    BertModel,
+    BertEncoder,
+    BertLayer,
+    BertSelfAttention,
+    BertSelfOutput,
+    BertIntermediate,
+    BertOutput,
 )

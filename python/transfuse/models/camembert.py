@@ -42,5 +42,11 @@ class CamembertOutput(ResidualNorm, modeling.CamembertOutput):
 
 
 REPLACEMENTS = replacements(
-    CamembertModel, CamembertEncoder, CamembertLayer, CamembertSelfAttention, CamembertSelfOutput, CamembertIntermediate, CamembertOutput
+    CamembertModel,
+    CamembertEncoder,
+    CamembertLayer,
+    CamembertSelfAttention,
+    CamembertSelfOutput,
+    CamembertIntermediate,
+    CamembertOutput,
 )

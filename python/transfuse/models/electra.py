@@ -36,5 +36,11 @@ class ElectraOutput(ResidualNorm, modeling.ElectraOutput):
 
 
 REPLACEMENTS = replacements(
-    ElectraModel, ElectraEncoder, ElectraLayer, ElectraSelfAttention, ElectraSelfOutput, ElectraIntermediate, ElectraOutput
+    ElectraModel,
+    ElectraEncoder,
+    ElectraLayer,
+    ElectraSelfAttention,
+    ElectraSelfOutput,
+    ElectraIntermediate,
+    ElectraOutput,
 )

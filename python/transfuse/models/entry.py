@@ -58,7 +58,7 @@ def accelerate(
     wanted = [step for step in steps if step.fused is not None]
     reason = _why_nothing(model, wanted, backend, sample, force)
     if reason:
-        warnings.warn(f"accelerate: nothing changed in {type(model).__name__}: {reason}", dispatch.TransfuseWarning, stacklevel=2)
+        _warn_unchanged(model, reason)
         return model
     for step in wanted:
         swap.put(step.module, step.fused, backend)
@@ -66,11 +66,7 @@ def accelerate(
         speed = measure_speed(model, sample)
         if speed.ratio <= 1:
             restore(model)
-            warnings.warn(
-                f"accelerate: nothing changed in {type(model).__name__}: on the sample it would run at {speed.ratio:.2f} of stock's speed",
-                dispatch.TransfuseWarning,
-                stacklevel=2,
-            )
+            _warn_unchanged(model, f"on the sample it would run at {speed.ratio:.2f} of stock's speed")
     return model
 
 
@@ -87,7 +83,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def repack(model: nn.Module) -> nn.Module:
-    """To be called after weights were edited behind autograd's back (``.data``). No weights are packed yet: nothing to do.
+    """To be called after weights were edited behind autograd's back (``.data``). Nothing is packed yet: nothing to do.
 
     Raises:
         TypeError: ``model`` is not an nn.Module.
@@ -102,7 +98,14 @@ def check_model(op: str, model: object) -> None:
         raise TypeError(f"{op}: model is a {type(model).__name__}, expected a torch.nn.Module")
 
 
-def _check_arguments(model: object, backend: object, padding_free: object, dtype: object, sample: object, force: object) -> None:
+def _warn_unchanged(model: nn.Module, reason: str) -> None:
+    text = f"accelerate: nothing changed in {type(model).__name__}: {reason}"
+    warnings.warn(text, dispatch.TransfuseWarning, stacklevel=3)
+
+
+def _check_arguments(
+    model: object, backend: object, padding_free: object, dtype: object, sample: object, force: object
+) -> None:
     check_model("accelerate", model)
     dispatch.check_backend("accelerate", "backend", backend)
     for name, value in (("padding_free", padding_free), ("force", force)):
@@ -111,7 +114,7 @@ def _check_arguments(model: object, backend: object, padding_free: object, dtype
     if dtype is not None:
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"accelerate: dtype is a {type(dtype).__name__}, expected torch.dtype or None")
-        raise NotImplementedError(f"accelerate: dtype={dtype} is not implemented yet; expected None (the model's own dtype)")
+        raise NotImplementedError(f"accelerate: dtype={dtype} is not implemented yet, expected None (the model's own)")
     if sample is not None:
         check_sample("accelerate", sample)
 

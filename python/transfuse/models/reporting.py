@@ -1,4 +1,4 @@
-"""report(): five answers about a model. What was replaced, what was not and why, is it right, how much faster, how to undo."""
+"""report(): what was replaced, what was not and why, whether it is right, how much faster it is, how to undo it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import nn
 from transfuse import dispatch, extension
 from transfuse.models import swap
 from transfuse.models.verdict import Sample, Speed, Verdict, check_sample, measure_speed, verify
+
+_NOT_MEASURED = "not measured: pass sample= (a tokenizer's output, or texts for sentence-transformers)"
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,18 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"transfuse report on {self.model}{'' if self.accelerated else ' (preview: not accelerated yet)'}"]
-        lines += _section("1. Replaced" if self.accelerated else "1. Would be replaced", _counted(self.replaced) or ["nothing"])
+        first = "1. Replaced" if self.accelerated else "1. Would be replaced"
+        lines += _section(first, _counted(self.replaced) or ["nothing"])
         lines += _section("2. Not replaced, and why", [*_counted(self.not_replaced), *self.notes])
         if self.calls:
             lines += _section("   Calls so far", _counted(self.calls))
         if self.fallbacks:
             lines += _section("   Calls that ran the slow reference (whole process)", _counted(self.fallbacks))
-        not_measured = "not measured: pass sample= (a tokenizer's output, or texts for sentence-transformers)"
-        lines += _section("3. Is it right?", str(self.verdict or not_measured).splitlines() if self.verdict is None else str(self.verdict).splitlines())
-        lines += _section("4. How much faster?", [str(self.speed) if self.speed else not_measured])
-        lines += _section("5. Undo", ["transfuse.restore(model)" if self.accelerated else "nothing to undo; apply with transfuse.accelerate(model)"])
+        verdict = _NOT_MEASURED if self.verdict is None else str(self.verdict)
+        lines += _section("3. Is it right?", verdict.splitlines())
+        lines += _section("4. How much faster?", [_NOT_MEASURED if self.speed is None else str(self.speed)])
+        undo = "transfuse.restore(model)" if self.accelerated else "nothing to undo; apply: transfuse.accelerate(model)"
+        lines += _section("5. Undo", [undo])
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,21 +77,21 @@ def report(model: nn.Module, sample: Sample | None = None) -> Report:
     steps = swap.plan(model)
     swapped = [module for _, module in swap.swapped_modules(model)]
     accelerated = bool(swapped)
-    replaced = Counter(module.stock.__name__ for module in swapped) if accelerated else Counter(s.stock.__name__ for s in steps if s.fused)
+    stock = [module.stock for module in swapped] if accelerated else [step.stock for step in steps if step.fused]
     not_replaced: Counter[str] = Counter()
     for step in steps:
         if step.fused is None:
             not_replaced[f"{step.stock.__name__}: {step.reason}"] += 1
         elif accelerated and not isinstance(step.module, swap.Swapped):
-            not_replaced[f"{step.stock.__name__}: {'padding_free=False' if step.fused.needs_packing else 'added after accelerate()'}"] += 1
-    counted = {how: count for how, count in swap.calls(model).items()}
+            reason = "padding_free=False" if step.fused.needs_packing else "added after accelerate()"
+            not_replaced[f"{step.stock.__name__}: {reason}"] += 1
     return Report(
         model=type(model).__name__,
         accelerated=accelerated,
-        replaced=dict(replaced),
+        replaced=dict(Counter(cls.__name__ for cls in stock)),
         not_replaced=dict(not_replaced),
-        calls=counted,
-        fallbacks={f"{op}: {' '.join(reason.split())}": count for (op, reason), count in dispatch.fallback_counts().items()},
+        calls=dict(swap.calls(model)),
+        fallbacks={f"{op}: {' '.join(why.split())}": count for (op, why), count in dispatch.fallback_counts().items()},
         notes=tuple(_notes(model, steps, accelerated)),
         verdict=verify(model, sample) if sample is not None else None,
         speed=measure_speed(model, sample) if sample is not None else None,
@@ -97,11 +101,11 @@ def report(model: nn.Module, sample: Sample | None = None) -> Report:
 def _notes(model: nn.Module, steps: list[swap.Step], accelerated: bool) -> list[str]:
     """What holds for every call of this model and cannot be read from its calls so far."""
     notes = ["Linear and Embedding layers: torch's own matrix products and look-ups stay"]
-    packs = [s for s in steps if s.fused is not None and s.fused.needs_packing and (not accelerated or isinstance(s.module, s.fused))]
-    if packs:
+    packs = [step for step in steps if step.fused is not None and step.fused.needs_packing]
+    if any(not accelerated or isinstance(step.module, step.fused) for step in packs):
         notes.append(
-            "padded path, by design: 4-D or float masks, output_attentions, tracing (torch.compile, export), decoder use, "
-            "attention dropout while training"
+            "padded path, by design: 4-D or float masks, output_attentions, tracing (torch.compile, export), "
+            "decoder use, attention dropout while training"
         )
         notes.append("padding-free: padded positions of the outputs are 0, in every hidden_states entry too")
     if extension.cpu_unavailable:

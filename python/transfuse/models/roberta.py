@@ -42,5 +42,11 @@ class RobertaOutput(ResidualNorm, modeling.RobertaOutput):
 
 
 REPLACEMENTS = replacements(
-    RobertaModel, RobertaEncoder, RobertaLayer, RobertaSelfAttention, RobertaSelfOutput, RobertaIntermediate, RobertaOutput
+    RobertaModel,
+    RobertaEncoder,
+    RobertaLayer,
+    RobertaSelfAttention,
+    RobertaSelfOutput,
+    RobertaIntermediate,
+    RobertaOutput,
 )

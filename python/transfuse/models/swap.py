@@ -77,7 +77,7 @@ class Step:
 
 
 def plan(model: nn.Module, padding_free: bool = True) -> list[Step]:
-    """What accelerate() does to every module it knows, without doing it. Accelerated modules are planned as their stock class."""
+    """What accelerate() does to every module it knows, without doing it; accelerated ones are planned as stock."""
     steps = []
     default_dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for name, module in model.named_modules():
@@ -128,7 +128,8 @@ def swapped_modules(model: nn.Module) -> Iterator[tuple[str, Swapped]]:
 
 def unhooked(module: nn.Module) -> bool:
     """True where nobody listens to this module, so that a fused op may do its work without calling it."""
-    return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return not (forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _slow_dtype(module: nn.Module, default: torch.dtype) -> str:
@@ -147,10 +148,11 @@ def _known_but_not_done(stock: type[nn.Module]) -> str:
             return f"it is a subclass of {parent.__name__}, whose forward may differ"
     if stock.__module__.startswith("torch.nn.modules.") and stock.__name__ in _TORCH_NOT_DONE:
         return _TORCH_NOT_DONE[stock.__name__]
-    if any(parent.__module__ == "transformers.modeling_utils" and parent.__name__ == "PreTrainedModel" for parent in stock.__mro__):
-        family = stock.__module__.split(".")[-2] if stock.__module__.startswith("transformers.models.") else stock.__module__
-        if stock.__module__ not in FAMILIES:
-            return f"the attention of the family {family!r} is not accelerated yet"
+    parents = {(parent.__module__, parent.__name__) for parent in stock.__mro__}
+    if ("transformers.modeling_utils", "PreTrainedModel") in parents and stock.__module__ not in FAMILIES:
+        home = stock.__module__.split(".")
+        family = home[-2] if home[:2] == ["transformers", "models"] else stock.__module__
+        return f"the attention of the family {family!r} is not accelerated yet"
     return ""
 
 

@@ -64,7 +64,9 @@ class Verdict:
         if self.padded_tokens:
             lines[0] += f" at {self.tokens} kept of {self.padded_tokens} positions"
         for kind, rows in (("output", self.outputs), ("layer", self.layers)):
-            lines += [f"  {kind} {d.name}: {d.max_abs:.1e} (allowed {d.allowed:.1e}){'' if d.ok else '  <-- above'}" for d in rows]
+            for d in rows:
+                mark = "" if d.ok else "  <-- above"
+                lines.append(f"  {kind} {d.name}: {d.max_abs:.1e} (allowed {d.allowed:.1e}){mark}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,7 +112,8 @@ def verify(model: nn.Module, batch: Sample) -> Verdict:
         actual = run_model(fused, batch)
     keep = _keep_mask(batch)
     outputs = tuple(_difference(name, value, actual.get(name), keep) for name, value in expected.items())
-    layers = tuple(_layer_difference(name, stock_layers[name], fused_layers[name], keep) for name in watched if stock_layers[name])
+    called = [name for name in watched if stock_layers[name]]
+    layers = tuple(_layer_difference(name, stock_layers[name], fused_layers[name], keep) for name in called)
     total = 0 if keep is None else keep.numel()
     return Verdict(all(d.ok for d in outputs), outputs, layers, 0 if keep is None else int(keep.sum()), total)
 
@@ -139,7 +142,8 @@ def measure_speed(model: nn.Module, sample: Sample, rounds: int = _ROUNDS) -> Sp
 def check_sample(op: str, sample: object) -> None:
     """TypeError or ValueError unless ``sample`` has one of the forms of ``Sample``."""
     if not isinstance(sample, (Mapping, torch.Tensor, tuple, list)) and not hasattr(sample, "items"):
-        raise TypeError(f"{op}: the sample is a {type(sample).__name__}, expected a mapping, a tensor, a tuple or a list of texts")
+        kind = type(sample).__name__
+        raise TypeError(f"{op}: the sample is a {kind}, expected a mapping, a tensor, a tuple or a list of texts")
     if not isinstance(sample, torch.Tensor) and len(sample) == 0:
         raise ValueError(f"{op}: the sample is empty")
 
@@ -174,7 +178,9 @@ def _run_texts(model: nn.Module, texts: list[Any]) -> torch.Tensor:
     for method in ("encode", "predict"):
         if hasattr(model, method):
             return getattr(model, method)(texts, convert_to_tensor=True, show_progress_bar=False)
-    raise TypeError(f"verify: a list is texts for a SentenceTransformer or CrossEncoder; {type(model).__name__} takes a mapping or tensors")
+    name = type(model).__name__
+    needs = f"{name} takes a mapping or tensors"
+    raise TypeError(f"verify: a list is texts for a SentenceTransformer or CrossEncoder; {needs}")
 
 
 def _float_tensors(value: Any, name: str) -> dict[str, torch.Tensor]:
@@ -203,7 +209,8 @@ def _watched(model: nn.Module) -> list[str]:
         if isinstance(module, nn.ModuleList)
         for child, _ in module.named_children()
     ]
-    return [block for block in blocks if any(name.startswith(f"{block}.") for name in swapped)] or [name for name in swapped if name]
+    layers = [block for block in blocks if any(name == block or name.startswith(f"{block}.") for name in swapped)]
+    return layers or [name for name in swapped if name]
 
 
 @contextmanager
@@ -232,7 +239,9 @@ def _keep_mask(batch: Sample) -> torch.Tensor | None:
     return mask.bool() if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
 
-def _difference(name: str, expected: torch.Tensor, actual: torch.Tensor | None, keep: torch.Tensor | None) -> Difference:
+def _difference(
+    name: str, expected: torch.Tensor, actual: torch.Tensor | None, keep: torch.Tensor | None
+) -> Difference:
     if actual is None or actual.shape != expected.shape:
         return Difference(name, float("nan"), model_tolerance(expected.dtype))
     if keep is not None and expected.shape[:2] == keep.shape:

@@ -42,5 +42,11 @@ class XLMRobertaOutput(ResidualNorm, modeling.XLMRobertaOutput):
 
 
 REPLACEMENTS = replacements(
-    XLMRobertaModel, XLMRobertaEncoder, XLMRobertaLayer, XLMRobertaSelfAttention, XLMRobertaSelfOutput, XLMRobertaIntermediate, XLMRobertaOutput
+    XLMRobertaModel,
+    XLMRobertaEncoder,
+    XLMRobertaLayer,
+    XLMRobertaSelfAttention,
+    XLMRobertaSelfOutput,
+    XLMRobertaIntermediate,
+    XLMRobertaOutput,
 )
