@@ -210,13 +210,27 @@ def test_func_grad(call):
 
 
 @needs_kernels
-def test_vmap_says_what_to_do_instead():
-    query = draw(3, 2, 4, 5, 8)
-    with pytest.raises(RuntimeError, match="attention: torch.func.vmap over a gradient is not supported; give the mapped dimension"):
-        torch.func.vmap(torch.func.grad(lambda q: scaled_dot_product_attention(q, q, q).sum()))(query)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_over_a_gradient():
+    query, bias = draw(3, 2, 4, 5, 8), draw(4, 5, 5, seed=1)
+
+    def slopes(q, b):
+        return torch.func.grad(lambda q, b: scaled_dot_product_attention(q, q, q, attn_bias=b).square().sum(), (0, 1))(q, b)
+
+    mapped = torch.func.vmap(slopes, (0, None))(query, bias)
+    for index in range(3):
+        assert all(torch.equal(m[index], e) for m, e in zip(mapped, slopes(query[index], bias)))
 
 
 @needs_kernels
+def test_forward_mode_is_refused_in_words():
+    query = draw(2, 4, 5, 8)
+    with pytest.raises(RuntimeError, match="attention: the cpu backend has no forward-mode derivative; run under"):
+        torch.func.jvp(lambda q: scaled_dot_product_attention(q, q, q), (query,), (query,))
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap_without_gradients_is_right():
     query = draw(3, 2, 4, 5, 8)
     mapped = torch.func.vmap(lambda q: scaled_dot_product_attention(q, q, q))(query)

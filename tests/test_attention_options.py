@@ -96,7 +96,7 @@ RAW_REFUSALS = (
     ("attention: query has 4 heads, expected a multiple of 3 (key's)", (Q, K[:, :3], V[:, :3])),
     ("attention: bias has shape (3, 5), expected (2, 4, 3, 5)", (Q, K, V, torch.zeros(3, 5))),
     ("attention: mask has dtype float32, expected bool", (Q, K, V, None, torch.zeros(2, 4, 3, 5))),
-    ("attention: seqlens_k has shape (3,), expected (2)", (Q, K, V, None, None, torch.tensor([1, 2, 3]))),
+    ("attention: seqlens_k has shape (3,), expected (2,)", (Q, K, V, None, None, torch.tensor([1, 2, 3]))),
 )
 
 

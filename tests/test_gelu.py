@@ -249,8 +249,11 @@ def test_functional_transforms():
     slope = torch.func.grad(lambda v: gelu(v).sum())
     rows = torch.stack([slope(row) for row in x])
     assert torch.equal(torch.func.vmap(slope)(x), rows)
-    with pytest.raises(RuntimeError, match="gelu: torch.func.vmap over bias is not supported; add the bias before calling gelu"):
-        torch.func.vmap(torch.func.grad(lambda v, b: gelu(v, bias=b).sum()))(x, draw(3, 5, seed=1))
+    by_bias = torch.func.grad(lambda v, b: gelu(v, bias=b).sum(), argnums=1)
+    biases = draw(3, 5, seed=1)
+    assert torch.equal(torch.func.vmap(by_bias)(x, biases), torch.stack([by_bias(*row) for row in zip(x, biases, strict=True)]))
+    with pytest.raises(RuntimeError, match="gelu: the cpu backend has no forward-mode derivative; run under"):
+        torch.func.jvp(gelu, (x,), (x,))
     x.requires_grad_()
     (grad,) = torch.autograd.grad(gelu(x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"gelu: the cpu backend has no second derivative; run under transfuse.use_backend\('reference'\)"):

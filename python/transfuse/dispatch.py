@@ -121,7 +121,7 @@ def cpu_reasons(problem: Problem, dtypes: Sequence[torch.dtype] = (torch.float32
     if problem.device != "cpu":
         reasons.append(f"device is {problem.device}, the kernel takes cpu")
     if problem.dtype not in dtypes:
-        reasons.append(f"dtype is {_short(problem.dtype)}, the kernel takes {', '.join(map(_short, dtypes))}")
+        reasons.append(f"dtype is {dtype_name(problem.dtype)}, the kernel takes {', '.join(map(dtype_name, dtypes))}")
     return tuple(reasons)
 
 
@@ -202,7 +202,7 @@ class Explanation:
         return next((name for name, _, is_chosen in self.rows if is_chosen), None)
 
     def __str__(self) -> str:
-        facts = ", ".join(f"{field.name}={_short(getattr(self.problem, field.name))}" for field in fields(self.problem)[1:])
+        facts = ", ".join(f"{field.name}={dtype_name(getattr(self.problem, field.name))}" for field in fields(self.problem)[1:])
         lines = [f"{self.problem.op}({facts})"]
         for name, reasons, is_chosen in self.rows:
             lines.append(f"  {'->' if is_chosen else '  '} {name:<10} {'; '.join(reasons) or ('runs' if is_chosen else 'could run')}")
@@ -235,5 +235,6 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> Explanation:
     return Explanation(problem, tuple(rows))
 
 
-def _short(value: object) -> str:
+def dtype_name(value: object) -> str:
+    """torch.float32 as float32; anything else as it prints."""
     return str(value).removeprefix("torch.")

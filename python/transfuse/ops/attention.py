@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from transfuse import dispatch, extension
+from transfuse.autograd import first_derivative, refuse_tangents, wants_grad
 from transfuse.ops import attention_checks as checks
 from transfuse.reference.attention import attention_reference
 
@@ -70,7 +71,7 @@ def scaled_dot_product_attention(
 
     Raises:
         ValueError: shapes, values, options. TypeError: types and dtypes. RuntimeError: devices; a second derivative of
-        the compiled kernels (the reference backend has it); torch.func.vmap over a gradient.
+        the compiled kernels (the reference backend has it).
 
     Source: online softmax of Milakov and Gimelshein (2018), tiled as in FlashAttention (Dao et al., 2022).
     """
@@ -113,9 +114,8 @@ def _cpu_unsupported(problem: AttentionProblem) -> tuple[str, ...]:
 
 
 def _run_cpu(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right, features):
-    if torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    refuse_tangents(_OP, query, key, value, bias)
+    if wants_grad(query, key, value, bias):
         if torch.compiler.is_compiling():  # Dynamo takes no tensor twice
             key = key.view_as(key) if key is query else key
             value = value.view_as(value) if value is query or value is key else value
@@ -154,6 +154,8 @@ def _expand(tensor: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
 class AttentionFunction(torch.autograd.Function):
     """The raw op with its gradient. Outside the op, and entered only when a gradient is wanted: 3 us instead of 10."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right):
         return _forward(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right)
@@ -173,18 +175,9 @@ class AttentionFunction(torch.autograd.Function):
             grad_output, grad_lse, query, key, value, output, lse, bias, mask, seqlens_k, ctx.scale, ctx.is_causal,
             ctx.bottom_right, bias is not None and ctx.needs_input_grad[3],
         )
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = AttentionBackwardFunction.apply(*arguments)
-        else:
-            grads = _backward(*arguments)
+        grads = first_derivative(_OP, _backward, *arguments)
         return (*grads[:3], grads[3] if ctx.needs_input_grad[3] else None, None, None, None, None, None)
 
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        raise RuntimeError(
-            "attention: torch.func.vmap over a gradient is not supported; "
-            "give the mapped dimension as a leading dimension"
-        )
 
 
 def _backward(
@@ -195,25 +188,6 @@ def _backward(
         grad_output, grad_lse, query, key, value, output, lse, _expand(bias, query, key), _expand(mask, query, key),
         seqlens_k, scale, is_causal, bottom_right, [1, 1, 1, 1] if bias is None else list(bias.shape), need_bias,
     )
-
-
-class AttentionBackwardFunction(torch.autograd.Function):
-    """The gradient under create_graph=True: the same numbers, and a worded error for whoever differentiates them."""
-
-    @staticmethod
-    def forward(*arguments):
-        return _backward(*arguments)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "attention: the cpu backend has no second derivative; "
-            "run under transfuse.use_backend('reference'), which has"
-        )
 
 
 def _normalise(
@@ -354,7 +328,7 @@ def _problem(arguments, features) -> AttentionProblem:
         query_shape=tuple(query.shape),
         key_shape=tuple(key.shape),
         value_shape=tuple(value.shape),
-        bias=None if bias is None else checks.short(bias.dtype),
+        bias=None if bias is None else dispatch.dtype_name(bias.dtype),
         mask=mask is not None,
         seqlens_k=seqlens_k is not None,
         is_causal=is_causal,

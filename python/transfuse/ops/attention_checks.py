@@ -8,16 +8,13 @@ import math
 import torch
 from torch import Tensor
 
+from transfuse.dispatch import dtype_name
+
 ALIGNMENTS = ("top_left", "bottom_right")
 MAX_HEAD_DIM = 512
 NO_FEATURES: dict = {}  # shared by every call without such options; never written
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def short(dtype: torch.dtype) -> str:
-    """torch.float32 as float32."""
-    return str(dtype).removeprefix("torch.")
 
 
 def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,10 +81,10 @@ def check_tensors(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} is a {type(tensor).__name__}, expected a Tensor")
     if query.dtype not in _FLOATS:
-        raise TypeError(f"{op}: query has dtype {short(query.dtype)}, expected {', '.join(map(short, _FLOATS))}")
+        raise TypeError(f"{op}: query has dtype {dtype_name(query.dtype)}, expected {', '.join(map(dtype_name, _FLOATS))}")
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dtype != query.dtype:
-            raise TypeError(f"{op}: {name} has dtype {short(tensor.dtype)}, expected {short(query.dtype)} (query's)")
+            raise TypeError(f"{op}: {name} has dtype {dtype_name(tensor.dtype)}, expected {dtype_name(query.dtype)} (query's)")
         if tensor.device != query.device:
             raise RuntimeError(f"{op}: {name} is on {tensor.device}, expected {query.device} (query's)")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -162,7 +159,7 @@ def check_per_head(op: str, name: str, tensor: Tensor, query: Tensor, shapes: tu
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} is a {type(tensor).__name__}, expected a Tensor or None")
     if tensor.dtype not in _FLOATS:
-        raise TypeError(f"{op}: {name} has dtype {short(tensor.dtype)}, expected a float dtype")
+        raise TypeError(f"{op}: {name} has dtype {dtype_name(tensor.dtype)}, expected a float dtype")
     if tuple(tensor.shape) not in shapes:
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {' or '.join(map(str, shapes))}")
     check_device(op, name, tensor, query)
@@ -174,8 +171,8 @@ def check_additive(op: str, name: str, tensor: Tensor, query: Tensor, allow_bool
         raise TypeError(f"{op}: {name} is a {type(tensor).__name__}, expected a Tensor or None")
     dtype = tensor.dtype
     if not (dtype == query.dtype or dtype == torch.float32 or allow_bool and dtype == torch.bool):
-        expected = ("bool, " if allow_bool else "") + " or ".join(dict.fromkeys((short(query.dtype), "float32")))
-        raise TypeError(f"{op}: {name} has dtype {short(dtype)}, expected {expected}")
+        expected = ("bool, " if allow_bool else "") + " or ".join(dict.fromkeys((dtype_name(query.dtype), "float32")))
+        raise TypeError(f"{op}: {name} has dtype {dtype_name(dtype)}, expected {expected}")
     check_device(op, name, tensor, query)
 
 
@@ -191,7 +188,7 @@ def check_lengths(op: str, name: str, lengths: Tensor, query: Tensor, count: int
     if not isinstance(lengths, Tensor):
         raise TypeError(f"{op}: {name} is a {type(lengths).__name__}, expected a Tensor or None")
     if lengths.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: {name} has dtype {short(lengths.dtype)}, expected int32 or int64")
+        raise TypeError(f"{op}: {name} has dtype {dtype_name(lengths.dtype)}, expected int32 or int64")
     if tuple(lengths.shape) != (count,):
         raise ValueError(f"{op}: {name} has shape {tuple(lengths.shape)}, expected ({count},) (the batch)")
     check_device(op, name, lengths, query)
@@ -202,7 +199,7 @@ def check_offsets(op: str, name: str, offsets: Tensor, query: Tensor) -> None:
     if not isinstance(offsets, Tensor):
         raise TypeError(f"{op}: {name} is a {type(offsets).__name__}, expected a Tensor")
     if offsets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: {name} has dtype {short(offsets.dtype)}, expected int32 or int64")
+        raise TypeError(f"{op}: {name} has dtype {dtype_name(offsets.dtype)}, expected int32 or int64")
     if offsets.dim() != 1 or offsets.shape[0] == 0:
         raise ValueError(f"{op}: {name} has shape {tuple(offsets.shape)}, expected (num_sequences + 1,)")
     check_device(op, name, offsets, query)

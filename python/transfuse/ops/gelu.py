@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from transfuse import dispatch, extension
-from transfuse.dispatch import Implementation, cpu_reasons, supports_all
+from transfuse.autograd import first_derivative, refuse_tangents, wants_grad
+from transfuse.dispatch import Implementation, cpu_reasons, dtype_name, supports_all
 from transfuse.reference.gelu import gelu_reference
 
 
@@ -32,7 +33,7 @@ def gelu(input: Tensor, approximate: str = "none", *, bias: Tensor | None = None
         is summed in float64 in an order that depends on the number of rows alone.
     Raises:
         TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape, another ``approximate``. RuntimeError:
-        bias on another device; a second derivative of a compiled kernel; torch.func.vmap over bias.
+        bias on another device; a second or forward-mode derivative of a compiled kernel.
     Source:
         Hendrycks, Gimpel: Gaussian Error Linear Units, 2016, https://arxiv.org/abs/1606.08415
     """
@@ -45,7 +46,7 @@ def _check(input: Tensor, approximate: str, bias: Tensor | None) -> None:
     if not isinstance(input, Tensor):
         raise TypeError(f"gelu: input is a {type(input).__name__}, expected a Tensor")
     if not input.is_floating_point():
-        raise TypeError(f"gelu: input has dtype {_name(input.dtype)}, expected a floating dtype")
+        raise TypeError(f"gelu: input has dtype {dtype_name(input.dtype)}, expected a floating dtype")
     if approximate not in ("none", "tanh"):
         raise ValueError(f"gelu: approximate is {approximate!r}, expected 'none' or 'tanh'")
     if bias is None:
@@ -57,13 +58,9 @@ def _check(input: Tensor, approximate: str, bias: Tensor | None) -> None:
     if tuple(bias.shape) != (input.shape[-1],):
         raise ValueError(f"gelu: bias has shape {tuple(bias.shape)}, expected ({input.shape[-1]},) (input's last dimension)")
     if bias.dtype != input.dtype and not (bias.dtype == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)):
-        raise TypeError(f"gelu: bias has dtype {_name(bias.dtype)}, expected {_name(input.dtype)} (input's)")
+        raise TypeError(f"gelu: bias has dtype {dtype_name(bias.dtype)}, expected {dtype_name(input.dtype)} (input's)")
     if bias.device != input.device:
         raise RuntimeError(f"gelu: bias is on {bias.device}, expected {input.device} (input's)")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # ---- what runs it ----
@@ -77,19 +74,16 @@ class GeluProblem(dispatch.Problem):
 
 
 def _problem(input: Tensor, bias: Tensor | None) -> GeluProblem:
-    return GeluProblem("gelu", input.device.type, input.dtype, _wants_grad(input, bias), None if bias is None else bias.dtype)
+    return GeluProblem("gelu", input.device.type, input.dtype, wants_grad(input, bias), None if bias is None else bias.dtype)
 
 
 def _key(input: Tensor) -> tuple:
     return input.device.type, input.dtype
 
 
-def _wants_grad(input: Tensor, bias: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (input.requires_grad or bias is not None and bias.requires_grad)
-
-
 def _run_cpu(input, bias, tanh):
-    if _wants_grad(input, bias):
+    refuse_tangents("gelu", input, bias)
+    if wants_grad(input, bias):
         return GeluFunction.apply(input, bias, tanh)
     return torch.ops.transfuse.gelu_forward.default(input, bias, tanh)
 
@@ -124,6 +118,8 @@ gelu.explain_problem = _explain
 class GeluFunction(torch.autograd.Function):
     """gelu with its gradient. Saves the input and the bias; nothing of the forward is worth keeping."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(input, bias, tanh):
         return torch.ops.transfuse.gelu_forward.default(input, bias, tanh)
@@ -138,41 +134,9 @@ class GeluFunction(torch.autograd.Function):
         input, bias = ctx.saved_tensors
         needs_input, needs_bias = ctx.needs_input_grad[:2]
         arguments = (grad_output, input, bias, ctx.tanh, needs_bias)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grad_input, grad_bias = GeluBackwardFunction.apply(*arguments)
-        else:
-            grad_input, grad_bias = torch.ops.transfuse.gelu_backward.default(*arguments)
+        grad_input, grad_bias = first_derivative("gelu", torch.ops.transfuse.gelu_backward.default, *arguments)
         return grad_input if needs_input else None, grad_bias if needs_bias else None, None
 
-    @staticmethod
-    def vmap(info, in_dims, input, bias, tanh):
-        if in_dims[0] is None or in_dims[1] is not None:
-            raise RuntimeError("gelu: torch.func.vmap over bias is not supported; add the bias before calling gelu")
-        return GeluFunction.apply(input.movedim(in_dims[0], 0), bias, tanh), 0
-
-
-class GeluBackwardFunction(torch.autograd.Function):
-    """The gradient under create_graph=True: the same numbers, and a worded error for whoever differentiates them."""
-
-    @staticmethod
-    def forward(*arguments):
-        return torch.ops.transfuse.gelu_backward.default(*arguments)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError("gelu: the cpu backend has no second derivative; run under transfuse.use_backend('reference'), which has")
-
-    @staticmethod
-    def vmap(info, in_dims, grad_output, input, bias, tanh, needs_bias):
-        if needs_bias or in_dims[2] is not None:
-            raise RuntimeError("gelu: torch.func.vmap over bias is not supported; add the bias before calling gelu")
-        rows = (t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
-                for t, d in zip((grad_output, input), in_dims, strict=False))
-        return GeluBackwardFunction.apply(*rows, bias, tanh, needs_bias), (0, None)
 
 
 # ---- fake kernels: shapes and dtypes without data ----

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from transfuse import dispatch, extension
-from transfuse.dispatch import Implementation, cpu_reasons, supports_all
+from transfuse.autograd import first_derivative, refuse_tangents, wants_grad
+from transfuse.dispatch import Implementation, cpu_reasons, dtype_name, supports_all
 from transfuse.reference.layer_norm import add_layer_norm_reference, layer_norm_reference
 
 
@@ -116,7 +116,7 @@ def _check(op, input, normalized_shape, weight, bias, eps) -> int:
     if bias is not None:
         _check_parameter(op, "bias", bias, input, sizes)
         if weight is not None and bias.dtype != weight.dtype:
-            raise TypeError(f"{op}: bias has dtype {_name(bias.dtype)}, expected {_name(weight.dtype)} (weight's)")
+            raise TypeError(f"{op}: bias has dtype {dtype_name(bias.dtype)}, expected {dtype_name(weight.dtype)} (weight's)")
     return ndim
 
 
@@ -124,7 +124,7 @@ def _check_floating(op: str, argument: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {argument} is a {type(tensor).__name__}, expected a Tensor")
     if not tensor.is_floating_point():
-        raise TypeError(f"{op}: {argument} has dtype {_name(tensor.dtype)}, expected a floating dtype")
+        raise TypeError(f"{op}: {argument} has dtype {dtype_name(tensor.dtype)}, expected a floating dtype")
 
 
 def _check_parameter(op: str, argument: str, parameter: Tensor, input: Tensor, sizes: tuple[int, ...]) -> None:
@@ -133,7 +133,7 @@ def _check_parameter(op: str, argument: str, parameter: Tensor, input: Tensor, s
     if parameter.shape != sizes:
         raise ValueError(f"{op}: {argument} has shape {tuple(parameter.shape)}, expected {sizes} (normalized_shape)")
     if parameter.dtype != input.dtype and not (parameter.dtype == torch.float32 and input.dtype in _16_BIT):
-        raise TypeError(f"{op}: {argument} has dtype {_name(parameter.dtype)}, expected {_name(input.dtype)} (input's)")
+        raise TypeError(f"{op}: {argument} has dtype {dtype_name(parameter.dtype)}, expected {dtype_name(input.dtype)} (input's)")
     if parameter.device != input.device:
         raise RuntimeError(f"{op}: {argument} is on {parameter.device}, expected {input.device} (input's)")
 
@@ -153,10 +153,6 @@ def _check_residual(op: str, input: Tensor, residual: Tensor, dropout_p: float) 
         dtype = torch.promote_types(input.dtype, residual.dtype)
         return input.to(dtype), residual.to(dtype)
     return input, residual
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -179,27 +175,17 @@ class LayerNormProblem(dispatch.Problem):
 def _problem(op, input, weight, bias, residual=None) -> LayerNormProblem:
     parameter = weight if weight is not None else bias
     parameter_dtype = None if parameter is None else parameter.dtype
-    wants_grad = _wants_grad(input, residual, weight, bias)
-    return LayerNormProblem(op, input.device.type, input.dtype, wants_grad, parameter_dtype)
+    requires_grad = wants_grad(input, residual, weight, bias)
+    return LayerNormProblem(op, input.device.type, input.dtype, requires_grad, parameter_dtype)
 
 
 def _key(input: Tensor) -> tuple:
     return input.device.type, input.dtype
 
 
-def _wants_grad(*tensors: Tensor | None) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    for tensor in tensors:
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return torch._C._are_functorch_transforms_active()  # a tensor under vmap does not tell
-
-
 def _run_cpu(input, weight, bias, ndim, eps):
-    if forward_ad._current_level >= 0:
-        _refuse_tangents("layer_norm", input, weight, bias)
-    if _wants_grad(input, weight, bias):
+    refuse_tangents("layer_norm", input, weight, bias)
+    if wants_grad(input, weight, bias):
         return LayerNormFunction.apply(input, weight, bias, ndim, eps)
     return _forward(input, weight, bias, ndim, eps)[0]
 
@@ -213,9 +199,8 @@ def _run_reference(input, weight, bias, ndim, eps):
 
 
 def _add_cpu(input, residual, weight, bias, ndim, eps):
-    if forward_ad._current_level >= 0:
-        _refuse_tangents("add_layer_norm", input, residual, weight, bias)
-    if _wants_grad(input, residual, weight, bias):
+    refuse_tangents("add_layer_norm", input, residual, weight, bias)
+    if wants_grad(input, residual, weight, bias):
         return AddLayerNormFunction.apply(input, residual, weight, bias, ndim, eps)
     return _add_forward(input, residual, weight, bias, ndim, eps)[:2]
 
@@ -306,43 +291,12 @@ class AddLayerNormFunction(torch.autograd.Function):
         return grad, grad, grad_weight, grad_bias, None, None
 
 
-class LayerNormBackwardFunction(torch.autograd.Function):
-    """The gradient under create_graph=True: the same numbers, and a worded error for whoever differentiates them."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(op, *arguments):
-        return _backward(*arguments)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.op = inputs[0]
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(f"{ctx.op}: the cpu backend has no second derivative; {_REFERENCE_HAS}")
-
-
 def _gradients(op, ctx, grad_output, grad_sum, wanted):
     """Gradients of what was normalised, weight and bias; None where not wanted."""
     x, weight, bias = ctx.saved_tensors
     arguments = (grad_output, grad_sum, x, weight, bias, ctx.ndim, ctx.eps, *wanted)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        grads = LayerNormBackwardFunction.apply(op, *arguments)
-    else:
-        grads = _backward(*arguments)
+    grads = first_derivative(op, _backward, *arguments)
     return tuple(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True))
-
-
-_REFERENCE_HAS = "run under transfuse.use_backend('reference'), which has"
-
-
-def _refuse_tangents(op: str, *tensors: Tensor | None) -> None:
-    """Forward mode (jvp): the raw op would let it pass with tangents of 0."""
-    for tensor in tensors:
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(f"{op}: the cpu backend has no forward-mode derivative; {_REFERENCE_HAS}")
 
 
 # ---- the raw ops of csrc/layer_norm.cpp, and their fake kernels: shapes and dtypes without data ----

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from transfuse import dispatch, extension
-from transfuse.dispatch import Implementation, cpu_reasons, supports_all
+from transfuse.autograd import first_derivative, refuse_tangents, wants_grad
+from transfuse.dispatch import Implementation, cpu_reasons, dtype_name, supports_all
 from transfuse.reference.masked_softmax import masked_softmax_reference
 
 _ALIGNMENTS = ("top_left", "bottom_right")
@@ -46,7 +47,7 @@ def masked_softmax(
         float64 in a fixed order. On a GPU autocast runs it in float32, on the CPU in input's dtype, as torch does.
     Raises:
         TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape, dim, scale or alignment. RuntimeError:
-        mask on another device; a second derivative of a compiled kernel; torch.func.vmap over a gradient.
+        mask on another device; a second or forward-mode derivative of a compiled kernel.
     """
     _check(input, mask, scale, is_causal, causal_alignment, dim)
     input, mask = _autocast(input, mask)
@@ -60,7 +61,7 @@ def _check(input, mask, scale, is_causal, causal_alignment, dim) -> None:
     if not isinstance(input, Tensor):
         raise TypeError(f"masked_softmax: input is a {type(input).__name__}, expected a Tensor")
     if not input.is_floating_point():
-        raise TypeError(f"masked_softmax: input has dtype {_name(input.dtype)}, expected a floating dtype")
+        raise TypeError(f"masked_softmax: input has dtype {dtype_name(input.dtype)}, expected a floating dtype")
     if input.dim() == 0:
         raise ValueError("masked_softmax: input has shape (), expected at least one dimension")
     if not isinstance(dim, int):
@@ -85,17 +86,13 @@ def _check_mask(input: Tensor, mask: Tensor) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"masked_softmax: mask is a {type(mask).__name__}, expected a Tensor or None")
     if mask.dtype not in (torch.bool, input.dtype, torch.float32):
-        raise TypeError(f"masked_softmax: mask has dtype {_name(mask.dtype)}, expected bool or {_name(input.dtype)} (input's)")
+        raise TypeError(f"masked_softmax: mask has dtype {dtype_name(mask.dtype)}, expected bool or {dtype_name(input.dtype)} (input's)")
     extra = input.dim() - mask.dim()
     if extra < 0 or any(m not in (1, n) for m, n in zip(mask.shape, input.shape[extra:], strict=True)):
         raise ValueError(f"masked_softmax: mask has shape {tuple(mask.shape)}, expected one that broadcasts to "
                          f"{tuple(input.shape)} (input's)")
     if mask.device != input.device:
         raise RuntimeError(f"masked_softmax: mask is on {mask.device}, expected {input.device} (input's)")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _autocast(input: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -128,19 +125,16 @@ class MaskedSoftmaxProblem(dispatch.Problem):
 
 def _problem(input: Tensor, mask: Tensor | None, is_causal: bool) -> MaskedSoftmaxProblem:
     mask_dtype = None if mask is None else mask.dtype
-    return MaskedSoftmaxProblem("masked_softmax", input.device.type, input.dtype, _wants_grad(input, mask), mask_dtype, bool(is_causal))
+    return MaskedSoftmaxProblem("masked_softmax", input.device.type, input.dtype, wants_grad(input, mask), mask_dtype, bool(is_causal))
 
 
 def _key(input: Tensor, mask: Tensor | None) -> tuple:
     return input.device.type, input.dtype, None if mask is None else mask.dtype
 
 
-def _wants_grad(input: Tensor, mask: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (input.requires_grad or mask is not None and mask.requires_grad)
-
-
 def _run_cpu(input, mask, scale, causal, bottom_right):
-    if _wants_grad(input, mask):
+    refuse_tangents("masked_softmax", input, mask)
+    if wants_grad(input, mask):
         return MaskedSoftmaxFunction.apply(input, mask, scale, causal, bottom_right)
     return _forward(input, mask, scale, causal, bottom_right)
 
@@ -188,6 +182,8 @@ masked_softmax.explain_problem = _explain
 class MaskedSoftmaxFunction(torch.autograd.Function):
     """masked_softmax with its gradient, which needs the output alone, and the mask's shape for the mask's own."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(input, mask, scale, causal, bottom_right):
         return _forward(input, mask, scale, causal, bottom_right)
@@ -200,36 +196,9 @@ class MaskedSoftmaxFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         output, mask = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grad_input, grad_mask = MaskedSoftmaxBackwardFunction.apply(grad_output, output, mask, ctx.scale, ctx.needs_input_grad[0])
-        else:
-            grad_input, grad_mask = _backward(grad_output, output, mask, ctx.scale, ctx.needs_input_grad[0])
-        return grad_input, grad_mask, None, None, None
+        arguments = (grad_output, output, mask, ctx.scale, ctx.needs_input_grad[0])
+        return *first_derivative("masked_softmax", _backward, *arguments), None, None, None
 
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        raise _no_vmap()
-
-
-class MaskedSoftmaxBackwardFunction(torch.autograd.Function):
-    """The gradient under create_graph=True: the same numbers, and a worded error for whoever differentiates them."""
-
-    @staticmethod
-    def forward(*arguments):
-        return _backward(*arguments)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError("masked_softmax: the cpu backend has no second derivative; run under "
-                           "transfuse.use_backend('reference'), which has")
-
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        raise _no_vmap()
 
 
 def _backward(grad_output, output, mask, scale, needs_input):
@@ -240,11 +209,6 @@ def _backward(grad_output, output, mask, scale, needs_input):
     if mask is not None:
         grad_mask = torch.ops.transfuse.masked_softmax_mask_backward.default(grad_output, output, mask).to(mask.dtype)
     return grad_input, grad_mask
-
-
-def _no_vmap() -> RuntimeError:
-    return RuntimeError("masked_softmax: torch.func.vmap over a gradient is not supported; "
-                        "give the mapped dimension as a leading dimension")
 
 
 # ---- fake kernels: shapes and dtypes without data ----

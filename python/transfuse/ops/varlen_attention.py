@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from transfuse import dispatch, extension
+from transfuse.autograd import first_derivative, refuse_tangents, wants_grad
 from transfuse.ops import attention_checks as checks
 from transfuse.reference.varlen_attention import varlen_attention_reference
 
@@ -61,7 +62,7 @@ def varlen_attention(
 
     Raises:
         ValueError: shapes, options, and offsets that are not monotone from 0 to tokens (the first bad entry is named).
-        TypeError: types and dtypes. RuntimeError: devices; a second derivative of the compiled kernels; vmap.
+        TypeError: types and dtypes. RuntimeError: devices; a second derivative of the compiled kernels.
     """
     arguments, features = _normalise(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, attn_bias, dropout_p, is_causal,
@@ -100,7 +101,8 @@ def _cpu_unsupported(problem: VarlenAttentionProblem) -> tuple[str, ...]:
 
 
 def _run_cpu(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right, features):
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+    refuse_tangents(_OP, query, key, value)
+    if wants_grad(query, key, value):
         if torch.compiler.is_compiling():  # Dynamo takes no tensor twice
             key = key.view_as(key) if key is query else key
             value = value.view_as(value) if value is query or value is key else value
@@ -138,6 +140,8 @@ def _backward(*arguments):
 class VarlenAttentionFunction(torch.autograd.Function):
     """The raw op with its gradient, entered only when a gradient is wanted."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right):
         return _forward(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right)
@@ -153,34 +157,9 @@ class VarlenAttentionFunction(torch.autograd.Function):
         saved = ctx.saved_tensors
         if grad_output is None:
             grad_output = torch.zeros_like(saved[3])
-        create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        backward = VarlenAttentionBackwardFunction.apply if create_graph else _backward
-        return *backward(grad_output, grad_lse, *saved, *ctx.options), None, None, None, None, None, None, None
+        grads = first_derivative(_OP, _backward, grad_output, grad_lse, *saved, *ctx.options)
+        return *grads, None, None, None, None, None, None, None
 
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        raise RuntimeError(
-            "varlen_attention: torch.func.vmap is not supported; pack the mapped dimension as more sequences"
-        )
-
-
-class VarlenAttentionBackwardFunction(torch.autograd.Function):
-    """The gradient under create_graph=True: the same numbers, and a worded error for whoever differentiates them."""
-
-    @staticmethod
-    def forward(*arguments):
-        return _backward(*arguments)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "varlen_attention: the cpu backend has no second derivative; "
-            "run under transfuse.use_backend('reference'), which has"
-        )
 
 
 def _normalise(

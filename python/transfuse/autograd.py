@@ -1,0 +1,57 @@
+"""What the ops' gradients share: whether one is wanted, and refusals in words of what the kernels cannot derive.
+
+An op's Function (ops/<op>.py) stands outside its raw op and is entered only when ``wants_grad``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_REFERENCE_HAS = "run under transfuse.use_backend('reference'), which has"
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether a gradient may be asked of a result of these tensors."""
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return torch._C._are_functorch_transforms_active()  # a tensor under vmap does not tell
+
+
+def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
+    """RuntimeError under forward mode (jvp): a raw op would let it pass with tangents of 0."""
+    if forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(f"{op}: the cpu backend has no forward-mode derivative; {_REFERENCE_HAS}")
+
+
+def first_derivative(op: str, backward: Callable[..., Any], *arguments: Any) -> Any:
+    """``backward(*arguments)``; under create_graph=True the same numbers, and a worded error for whoever derives them."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _FirstDerivative.apply(op, backward, *arguments)
+    return backward(*arguments)
+
+
+class _FirstDerivative(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op, backward, *arguments):
+        return backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(f"{ctx.op}: the cpu backend has no second derivative; {_REFERENCE_HAS}")
