@@ -37,6 +37,7 @@ bench: build
 
 # On a GPU machine: the python3 that holds torch, no .venv, nothing downloaded.
 gpu:
+	@$(PYTHON) -c "import torch" 2>/dev/null || { echo "make gpu: $(PYTHON) has no torch; name one that has: make gpu PYTHON=... OUT=dir"; exit 2; }
 	PYTHONPATH=python $(PYTHON) -m transfuse.bench.gpu --out $(OUT)
 
 lint: $(VENV)/ready
