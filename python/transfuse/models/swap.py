@@ -62,7 +62,7 @@ class Swapped:
 
     def stock_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the class that was exchanged."""
-        return super().forward(*args, **kwargs)
+        return self.stock.forward(self, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,12 @@ def plan(model: nn.Module, padding_free: bool = True) -> list[Step]:
 
 def stock_class(module: nn.Module) -> type[nn.Module]:
     """The module's own class, or the one that accelerate() exchanged."""
-    return type(module).stock if isinstance(module, Swapped) else type(module)
+    return type(module).stock if is_exchanged(module) else type(module)
+
+
+def is_exchanged(module: object) -> bool:
+    """True where accelerate() gave the module its class, and nobody (parametrizations, FSDP) subclassed it since."""
+    return isinstance(module, Swapped) and "stock" in type(module).__dict__
 
 
 def replacement_of(stock: type[nn.Module]) -> type[Swapped] | None:
@@ -127,8 +132,8 @@ def swapped_modules(model: nn.Module) -> Iterator[tuple[str, Swapped]]:
 
 
 def unhooked(module: nn.Module) -> bool:
-    """True where nobody listens to this module, so that a fused op may do its work without calling it."""
-    forward = module._forward_hooks or module._forward_pre_hooks
+    """True where nobody listens to this module or replaced its forward (offloading does): its call may be left out."""
+    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
     return not (forward or module._backward_hooks or module._backward_pre_hooks)
 
 
