@@ -142,7 +142,34 @@ def test_torch_transformer_layers_keep_working():
             assert (layer(x) - ours(x)).abs().max() <= MODEL_TOLERANCE
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_torchs(layout):
+    stock = nn.Sequential(nn.LayerNorm(8), nn.GELU("tanh"), GELUActivation())
+    ours = transfuse.accelerate(copy.deepcopy(stock))
+    batch = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=layout)
+    for expected, actual in zip(stock(batch).unbind(), ours(batch).unbind(), strict=True):
+        assert torch.equal(expected, actual)
+
+
 # --- it survives what people do to models ---
+
+
+def test_a_class_changed_after_accelerate_is_left_alone():
+    parametrize = nn.utils.parametrize
+    model = transfuse.accelerate(Block())
+    parametrize.register_parametrization(model.norm, "weight", nn.Identity())
+    changed, x = type(model.norm), torch.randn(3, 2, 8)
+    expected = model(x)
+    reason = "ParametrizedLayerNorm: its class was changed after accelerate(): undo that, then restore() reaches it"
+    for change in (transfuse.accelerate, lambda model: transfuse.accelerate(model, backend="reference"),
+                   transfuse.restore):
+        change(model)
+        assert type(model.norm) is changed and transfuse.report(model).not_replaced[reason] == 1
+        assert (model(x) - expected).abs().max() <= MODEL_TOLERANCE
+    assert type(model.act) is nn.GELU and transfuse.verify(model, x)
+    parametrize.remove_parametrizations(model.norm, "weight")
+    assert type(transfuse.restore(model).norm) is nn.LayerNorm
 
 
 def test_deepcopy_pickle_and_torch_save():

@@ -73,6 +73,8 @@ def accelerate(
 def restore(model: nn.Module) -> nn.Module:
     """Gives every module that accelerate() exchanged its own class again; the outputs are stock's, bit for bit.
 
+    A module whose class was changed again since (parametrizations, FSDP2) is left alone; report() names it.
+
     Raises:
         TypeError: ``model`` is not an nn.Module.
     """

@@ -120,15 +120,15 @@ def put(module: nn.Module, fused: type[Swapped], backend: str) -> None:
 
 
 def put_back(module: nn.Module) -> None:
-    """Gives one module its stock class again."""
-    if isinstance(module, Swapped):
+    """Gives one module its stock class again; a class that was changed since is not ours to take away."""
+    if is_exchanged(module):
         module.__dict__.pop("pinned_backend", None)
         module.__class__ = type(module).stock
 
 
 def swapped_modules(model: nn.Module) -> Iterator[tuple[str, Swapped]]:
     """The modules of ``model`` that accelerate() exchanged."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, Swapped))
+    return ((name, module) for name, module in model.named_modules() if is_exchanged(module))
 
 
 def unhooked(module: nn.Module) -> bool:
@@ -146,6 +146,8 @@ def _slow_dtype(module: nn.Module, default: torch.dtype) -> str:
 
 def _known_but_not_done(stock: type[nn.Module]) -> str:
     """A reason for modules a person would expect to be accelerated; empty for all others."""
+    if issubclass(stock, Swapped):
+        return "its class was changed after accelerate(): undo that, then restore() reaches it"
     if stock.__module__.startswith("transfuse."):
         return ""
     for parent in stock.__mro__[1:]:
