@@ -363,6 +363,18 @@ def test_backend_of_the_model():
     assert "pinned_backend" not in vars(model.bert)
 
 
+def test_a_backend_that_could_never_run_is_refused(monkeypatch):
+    model = make_bert()
+    with pytest.raises(ValueError, match="backend is 'torch', expected one of auto, cpu, reference for BertSelfAttent"):
+        transfuse.accelerate(model, backend="torch")
+    monkeypatch.setattr(transfuse.dispatch, "backends", lambda: {"triton": "no GPU here"})
+    with pytest.raises(ValueError, match="accelerate: backend is 'triton', which is not available: no GPU here"):
+        transfuse.accelerate(Block(), backend="triton")
+    assert not transfuse.report(model).accelerated
+    block, x = Block(), torch.randn(3, 2, 8)
+    assert (transfuse.accelerate(copy.deepcopy(block), backend="torch")(x) - block(x)).abs().max() <= MODEL_TOLERANCE
+
+
 def test_report_answers_five_questions():
     model = make_bert()
     preview = transfuse.report(model)
@@ -406,6 +418,23 @@ def test_verify_changes_nothing_and_sees_a_wrong_layer(monkeypatch):
     nan = float("nan")
     monkeypatch.setattr(transfuse.models.bert.ResidualNorm, "fused", lambda self, x, y: right(self, x, y) * nan)
     assert not transfuse.verify(model, batch())
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("cls", [BertModel, BertForSequenceClassification])
+def test_verify_finds_the_mask_of_a_positional_batch(cls, padding, monkeypatch):
+    ids, mask = batch()["input_ids"], batch()["attention_mask"]
+    if padding == "left":
+        ids, mask = ids.flip(1), mask.flip(1)
+    model = transfuse.accelerate(make_bert(cls))
+    for sample in ((ids, mask), {"input_ids": ids, "attention_mask": mask},
+                   {"input_ids": ids, "attention_mask": mask, "return_dict": False}):
+        verdict = transfuse.verify(model, sample)
+        assert verdict, str(verdict)
+        assert verdict.tokens == 8 and verdict.padded_tokens == 10
+    right = transfuse.models.bert.ResidualNorm.fused
+    monkeypatch.setattr(transfuse.models.bert.ResidualNorm, "fused", lambda self, x, y: right(self, x, y) * 1.01)
+    assert not transfuse.verify(model, (ids, mask))
 
 
 def test_verify_takes_tensors_and_tuples():

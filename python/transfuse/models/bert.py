@@ -32,7 +32,7 @@ from transfuse.models.swap import (
     stock_class,
     unhooked,
 )
-from transfuse.ops.attention import scaled_dot_product_attention
+from transfuse.ops.attention import IMPLEMENTATIONS, scaled_dot_product_attention
 from transfuse.ops.gelu import gelu
 from transfuse.ops.layer_norm import add_layer_norm
 from transfuse.ops.packing import Packing, pack, unpack
@@ -220,6 +220,8 @@ class Layer(Swapped):
 
 class SelfAttention(Swapped):
     """Fused attention: varlen on packed tokens, else with the mask of transformers."""
+
+    backends = ("auto", *(implementation.name for implementation in IMPLEMENTATIONS))
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str:

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from transfuse import dispatch
+from transfuse import dispatch, env
 
 # Module that defines the stock classes -> page that declares their replacements.
 FAMILIES = {
@@ -46,6 +46,7 @@ class Swapped:
 
     stock: type[nn.Module]  # the class that restore() puts back
     needs_packing = False  # only used where padding_free=True
+    backends = env.BACKENDS  # those that its ops have
     pinned_backend: str | None = None  # accelerate(backend=...): an instance attribute where it is not "auto"
 
     @classmethod
