@@ -142,7 +142,7 @@ def _slow_dtype(module: nn.Module, default: torch.dtype) -> str:
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), default)
     if dtype in FAST_DTYPES:
         return ""
-    return f"its dtype is {str(dtype).removeprefix('torch.')}, the kernels take float32 and bfloat16"
+    return f"its dtype is {dispatch.dtype_name(dtype)}, the kernels take float32 and bfloat16"
 
 
 def _known_but_not_done(stock: type[nn.Module]) -> str:
