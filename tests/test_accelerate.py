@@ -142,7 +142,46 @@ def test_torch_transformer_layers_keep_working():
             assert (layer(x) - ours(x)).abs().max() <= MODEL_TOLERANCE
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_torchs(layout):
+    stock = nn.Sequential(nn.LayerNorm(8), nn.GELU("tanh"), GELUActivation())
+    ours = transfuse.accelerate(copy.deepcopy(stock))
+    batch = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=layout)
+    for expected, actual in zip(stock(batch).unbind(), ours(batch).unbind(), strict=True):
+        assert torch.equal(expected, actual)
+
+
 # --- it survives what people do to models ---
+
+
+def test_a_class_changed_after_accelerate_is_left_alone():
+    parametrize = nn.utils.parametrize
+    model = transfuse.accelerate(Block())
+    parametrize.register_parametrization(model.norm, "weight", nn.Identity())
+    changed, x = type(model.norm), torch.randn(3, 2, 8)
+    expected = model(x)
+    reason = "ParametrizedLayerNorm: its class was changed after accelerate(): undo that, then restore() reaches it"
+    for change in (transfuse.accelerate, lambda model: transfuse.accelerate(model, backend="reference"),
+                   transfuse.restore):
+        change(model)
+        assert type(model.norm) is changed and transfuse.report(model).not_replaced[reason] == 1
+        assert (model(x) - expected).abs().max() <= MODEL_TOLERANCE
+    assert type(model.act) is nn.GELU and transfuse.verify(model, x)
+    parametrize.remove_parametrizations(model.norm, "weight")
+    assert type(transfuse.restore(model).norm) is nn.LayerNorm
+
+
+def test_a_layer_wrapped_as_fsdp2_does_it():
+    """fully_shard() gives a module a subclass of its class and FSDPModule."""
+    model = transfuse.accelerate(make_bert())
+    for layer in model.bert.encoder.layer:
+        layer.__class__ = type("FSDPBertLayer", (type("FSDPModule", (), {}), type(layer)), {})
+    expected = outputs(make_bert())
+    for change in (lambda model: model, transfuse.accelerate, transfuse.restore):
+        change(model)
+        assert (outputs(model) - expected).abs().max() <= MODEL_TOLERANCE * 10
+        assert any(reason.startswith("FSDPBertLayer: its class") for reason in transfuse.report(model).not_replaced)
 
 
 def test_deepcopy_pickle_and_torch_save():
@@ -336,6 +375,18 @@ def test_backend_of_the_model():
     assert "pinned_backend" not in vars(model.bert)
 
 
+def test_a_backend_that_could_never_run_is_refused(monkeypatch):
+    model = make_bert()
+    with pytest.raises(ValueError, match="backend is 'torch', expected one of auto, cpu, reference for BertSelfAttent"):
+        transfuse.accelerate(model, backend="torch")
+    monkeypatch.setattr(transfuse.dispatch, "backends", lambda: {"triton": "no GPU here"})
+    with pytest.raises(ValueError, match="accelerate: backend is 'triton', which is not available: no GPU here"):
+        transfuse.accelerate(Block(), backend="triton")
+    assert not transfuse.report(model).accelerated
+    block, x = Block(), torch.randn(3, 2, 8)
+    assert (transfuse.accelerate(copy.deepcopy(block), backend="torch")(x) - block(x)).abs().max() <= MODEL_TOLERANCE
+
+
 def test_report_answers_five_questions():
     model = make_bert()
     preview = transfuse.report(model)
@@ -379,6 +430,23 @@ def test_verify_changes_nothing_and_sees_a_wrong_layer(monkeypatch):
     nan = float("nan")
     monkeypatch.setattr(transfuse.models.bert.ResidualNorm, "fused", lambda self, x, y: right(self, x, y) * nan)
     assert not transfuse.verify(model, batch())
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("cls", [BertModel, BertForSequenceClassification])
+def test_verify_finds_the_mask_of_a_positional_batch(cls, padding, monkeypatch):
+    ids, mask = batch()["input_ids"], batch()["attention_mask"]
+    if padding == "left":
+        ids, mask = ids.flip(1), mask.flip(1)
+    model = transfuse.accelerate(make_bert(cls))
+    for sample in ((ids, mask), {"input_ids": ids, "attention_mask": mask},
+                   {"input_ids": ids, "attention_mask": mask, "return_dict": False}):
+        verdict = transfuse.verify(model, sample)
+        assert verdict, str(verdict)
+        assert verdict.tokens == 8 and verdict.padded_tokens == 10
+    right = transfuse.models.bert.ResidualNorm.fused
+    monkeypatch.setattr(transfuse.models.bert.ResidualNorm, "fused", lambda self, x, y: right(self, x, y) * 1.01)
+    assert not transfuse.verify(model, (ids, mask))
 
 
 def test_verify_takes_tensors_and_tuples():

@@ -175,6 +175,14 @@ REFUSALS = (
      {"key_padding_mask": torch.zeros(6, 3).bool()}),
     (TypeError, "MultiheadAttention: attn_mask has dtype int64, expected bool or a float dtype", (Q, Q, Q),
      {"attn_mask": torch.zeros(6, 6).long()}),
+    (TypeError, "MultiheadAttention: query is a NoneType, expected a Tensor", (None, Q, Q), {}),
+    (TypeError, "MultiheadAttention: attn_mask is a list, expected a Tensor or None", (Q, Q, Q), {"attn_mask": [[0]]}),
+    (ValueError, "MultiheadAttention: query has 5 features, expected 24", (Q[..., :5], Q, Q), {}),
+    (ValueError, "MultiheadAttention: value has 5 features, expected 24", (Q, Q, Q[..., :5]), {}),
+    (ValueError, "MultiheadAttention: key has batch size 1, expected 3 (query's)", (Q, Q[:, :1], Q[:, :1]), {}),
+    (ValueError, "MultiheadAttention: value has batch size 2, expected 3 (query's)", (Q, Q, Q[:, :2]), {}),
+    (ValueError, "MultiheadAttention: key has batch size 3, expected 1 (query's)", (Q[:, :1], Q, Q), {}),
+    (ValueError, "MultiheadAttention: value has 4 positions, expected 6 (key's)", (Q, Q, Q[:4]), {}),
 )
 
 

@@ -370,6 +370,74 @@ def test_a_layer_changed_after_accelerate_is_respected():
     assert how(ours) == {"a layer's attention is not accelerated"}
 
 
+class DoublingNorm(torch.nn.LayerNorm):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class HalvingGELU(torch.nn.GELU):
+    def forward(self, input):
+        return super().forward(input) / 2
+
+
+class Cube(torch.nn.Module):
+    approximate = "none"  # as nn.GELU has; says nothing about what forward computes
+
+    def forward(self, input):
+        return input**3
+
+
+def doubled(module):
+    """The forward of one instance replaced, as offloading hooks do it."""
+    before = module.forward
+    module.forward = lambda *args, **kwargs: 2 * before(*args, **kwargs)
+
+
+def own_norm(model):
+    model.encoder.layer[0].output.LayerNorm = DoublingNorm(48, eps=0.3)
+
+
+def own_act(model, act=HalvingGELU):
+    model.encoder.layer[0].intermediate.intermediate_act_fn = act()
+
+
+def own_attention(model):
+    attention = model.encoder.layer[1].attention.self
+    before = attention.forward
+    attention.forward = lambda *args, **kwargs: (2 * before(*args, **kwargs)[0], None)
+
+
+OVERRIDES = {
+    "subclass of LayerNorm": own_norm,
+    "subclass of GELU": own_act,
+    "another activation": lambda model: own_act(model, Cube),
+    "norm": lambda model: doubled(model.encoder.layer[0].attention.output.LayerNorm),
+    "dense": lambda model: doubled(model.encoder.layer[0].intermediate.dense),
+    "act": lambda model: doubled(model.encoder.layer[0].intermediate.intermediate_act_fn),
+    "attention": own_attention,
+    "layer": lambda model: doubled(model.encoder.layer[1]),
+    "embeddings": lambda model: doubled(model.embeddings),
+}
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("override", OVERRIDES)
+def test_what_a_child_computes_of_its_own_is_kept(override, before):
+    stock, ours = make(), make()
+    OVERRIDES[override](stock)
+    if before:
+        OVERRIDES[override](ours)
+    transfuse.accelerate(ours)
+    if not before:
+        OVERRIDES[override](ours)
+    mask = mask_of("right")
+    with torch.no_grad():
+        expected, actual = stock(**batch_of(mask)), ours(**batch_of(mask))
+        assert_same(expected.last_hidden_state, actual.last_hidden_state, mask)
+        assert (make()(**batch_of(mask)).last_hidden_state - expected.last_hidden_state).abs().max() > 0.1
+    transfuse.report(ours)
+
+
 def test_errors_are_those_of_stock():
     stock, ours = pair()
     for arguments in ({}, {"input_ids": torch.zeros(2, 3, dtype=torch.long), "inputs_embeds": torch.zeros(2, 3, 48)},

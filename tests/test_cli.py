@@ -29,7 +29,8 @@ OPS = "attention, varlen_attention, masked_softmax, layer_norm, add_layer_norm, 
             ["verify", "--backend", "cuda"],
             "transfuse verify: --backend is 'cuda', which is not available: the CUDA kernels are not built yet",
         ),
-        (["verify", "--device", "tpu"], "transfuse verify: --device is 'tpu', expected cpu or cuda"),
+        (["verify", "--device", "tpu"], "transfuse verify: --device is 'tpu', expected cpu, cuda or cuda:<index>"),
+        (["bench", "--device", "cpu:9"], "transfuse bench: --device is 'cpu:9', expected cpu, cuda or cuda:<index>"),
         (
             ["verify", "--full"],
             "transfuse verify: --full is not implemented yet; it will add exhaustive sweeps, fuzzing and mutants",
@@ -40,13 +41,14 @@ OPS = "attention, varlen_attention, masked_softmax, layer_norm, add_layer_norm, 
         ),
         (["bench", "--op", "norm"], f"transfuse bench: --op is 'norm', expected one of {OPS}"),
         (["bench", "--vs", "torch,jax"], "transfuse bench: --vs is 'jax', expected one of torch, compile, reference"),
-        (["bench", "--rounds", "0"], "transfuse bench: --rounds is 0, expected at least 1"),
+        (["bench", "--rounds", "1"], "transfuse bench: --rounds is 1, expected at least 2"),
         (
             ["bench", "--model", "x"],
             "transfuse bench: --model is not implemented yet; transfuse demo times a whole model",
         ),
         (["demo", "--rounds", "1"], "transfuse demo: --rounds is 1, expected at least 2"),
-        (["report", "/no/such/model"], "transfuse report: model is '/no/such/model', which cannot be loaded: "),
+        (["demo", "--out", "no/such/x.png"], "transfuse demo: --out is 'no/such/x.png', expected a file in a folder"),
+        (["report", "/no/such/model"], "transfuse report: model is '/no/such/model', expected a folder or a model in"),
     ],
 )
 def test_refusals_are_worded_and_exit_2(argv, message, capsys):
@@ -60,6 +62,13 @@ def test_a_gpu_that_is_not_there(capsys, monkeypatch):
     for command in ("verify", "bench"):
         assert main([command, "--device", "cuda"]) == 2
         assert capsys.readouterr().err == f"transfuse {command}: --device is 'cuda', and torch sees no GPU here\n"
+
+
+def test_a_gpu_number_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert main(["verify", "--device", "cuda:1"]) == 2
+    assert capsys.readouterr().err == "transfuse verify: --device is 'cuda:1', and torch sees 1 GPU(s) here\n"
 
 
 def test_demo_wants_a_possible_number_of_passages(capsys):

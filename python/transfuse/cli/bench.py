@@ -31,8 +31,8 @@ def run(arguments):
     for peer in peers:
         if peer not in PEERS:
             raise ValueError(f"bench: --vs is {peer!r}, expected one of {', '.join(PEERS)}")
-    if arguments.rounds < 1:
-        raise ValueError(f"bench: --rounds is {arguments.rounds}, expected at least 1")
+    if arguments.rounds < 2:  # one ratio has no interval
+        raise ValueError(f"bench: --rounds is {arguments.rounds}, expected at least 2")
     dtypes = [getattr(torch, arguments.dtype)] if arguments.dtype else DTYPES
     directions = [arguments.direction] if arguments.direction else DIRECTIONS
     cases = [case for case in selected(BENCH_CASES, arguments.op) if case.quick or not arguments.quick]

@@ -2,12 +2,13 @@
 
 all-MiniLM-L6-v2 embeds passages of Python's own documentation through `SentenceTransformer.encode`, as a person would
 call it: tokenizing, sorting by length, batches of 32, all of it timed. Both sides take turns for five rounds. The exit
-code is 1 when the embeddings are not stock's or when the ratio's 95 % interval does not lie above 1.
+code is 1 when the embeddings are not stock's or when the ratio's 95 % interval does not lie above 1.30 (BAR).
 """
 
 import copy
 import time
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -32,6 +33,7 @@ QUESTIONS = (
     "What does the finally clause do?",
 )
 BEST = 2
+BAR = 1.30  # the whole interval of the ratio must lie above it
 
 
 def add_arguments(parser):
@@ -102,6 +104,9 @@ def _check(arguments):
         raise ValueError(f"demo: --passages is {arguments.passages}, expected 4 to {available}")
     if arguments.rounds < 2:
         raise ValueError(f"demo: --rounds is {arguments.rounds}, expected at least 2")
+    folder = Path(arguments.out).parent  # looked at now: the picture is drawn after a minute of work
+    if not folder.is_dir():
+        raise ValueError(f"demo: --out is {arguments.out!r}, expected a file in a folder that exists")
 
 
 def run(arguments):
@@ -247,9 +252,10 @@ def _verdict(figures, same, restored):
     failures = []
     if not same.ok:
         failures.append(f"the embeddings are not stock's: {same}")
-    if not figures["speedup_low"] > 1.0:
+    if not figures["speedup_low"] > BAR:
         failures.append(
-            f"not shown to be faster: the 95 % interval begins at {figures['speedup_low']:.2f}, expected above 1.00"
+            f"not shown to be {BAR:.2f} times as fast: the 95 % interval begins at {figures['speedup_low']:.2f}, "
+            f"expected above {BAR:.2f}"
         )
     if not restored:
         failures.append("restore() did not give stock's embeddings back")

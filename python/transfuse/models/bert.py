@@ -22,8 +22,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from transformers.models.bert import modeling_bert as modeling
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from transfuse.models.swap import PACKED, Swapped, count_call, replacement_of, stock_class, unhooked
-from transfuse.ops.attention import scaled_dot_product_attention
+from transfuse.models.swap import (
+    FAMILIES,
+    PACKED,
+    Swapped,
+    count_call,
+    is_exchanged,
+    replacement_of,
+    stock_class,
+    unhooked,
+)
+from transfuse.ops.attention import IMPLEMENTATIONS, scaled_dot_product_attention
 from transfuse.ops.gelu import gelu
 from transfuse.ops.layer_norm import add_layer_norm
 from transfuse.ops.packing import Packing, pack, unpack
@@ -154,15 +163,22 @@ class PackedModel(Swapped):
             return f"the attention implementation is {self.config._attn_implementation!r}"
         if given.shape[1] > self.embeddings.position_ids.shape[-1]:
             return "the input is longer than the position table"
+        # Whatever a Packing passes through on its way to the attention must take it for a mask.
+        if not isinstance(self.encoder, Encoder) or "forward" in self.encoder.__dict__:
+            return "the encoder is not accelerated"
         for layer in self.encoder.layer:
-            attention = layer.attention.self
-            if not isinstance(attention, SelfAttention):
+            if not isinstance(layer, Layer) or "forward" in layer.__dict__:
+                return "a layer is not accelerated"
+            attention = getattr(layer.attention, "self", None)
+            if not isinstance(attention, SelfAttention) or type(layer.attention).__module__ not in FAMILIES:
+                return "a layer's attention is not accelerated"
+            if any("forward" in part.__dict__ for part in (layer.attention, attention)):
                 return "a layer's attention is not accelerated"
             if attention.training and attention.dropout.p > 0:
                 return "attention dropout while training"
             if layer.chunk_size_feed_forward:
                 return "chunk_size_feed_forward is set"
-        return "" if isinstance(self.encoder, Encoder) else "the encoder is not accelerated"
+        return ""
 
 
 class PositionsFromIds(PackedModel):
@@ -204,6 +220,8 @@ class Layer(Swapped):
 
 class SelfAttention(Swapped):
     """Fused attention: varlen on packed tokens, else with the mask of transformers."""
+
+    backends = ("auto", *(implementation.name for implementation in IMPLEMENTATIONS))
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str:
@@ -254,7 +272,7 @@ class ResidualNorm(Swapped):
 
     def fused(self, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
         norm = self.LayerNorm
-        if not (isinstance(norm, nn.LayerNorm) and unhooked(norm)):
+        if stock_class(norm) is not nn.LayerNorm or not unhooked(norm):  # a subclass has a forward of its own
             return self.stock_forward(hidden_states, input_tensor)
         hidden_states = self.dropout(self.dense(hidden_states))
         return add_layer_norm(hidden_states, input_tensor, norm.normalized_shape, norm.weight, norm.bias, norm.eps)[0]
@@ -267,8 +285,7 @@ class Intermediate(Swapped):
     def why_not(cls, module: nn.Module) -> str:
         act = module.intermediate_act_fn
         fused = replacement_of(stock_class(act)) if isinstance(act, nn.Module) else None
-        known = fused is not None and hasattr(fused, "approximate") or isinstance(act, nn.GELU)
-        if known and not fused.why_not(act):
+        if fused is not None and (hasattr(fused, "approximate") or fused.stock is nn.GELU) and not fused.why_not(act):
             return ""
         return f"its activation {type(act).__name__} is not a GELU that transfuse knows"
 
@@ -281,8 +298,8 @@ class Intermediate(Swapped):
 
 
 def _gelu_form(act: Any) -> str:
-    """"none" or "tanh" for an activation whose form is known, else empty."""
-    return getattr(act, "approximate", "") if isinstance(act, nn.Module) else ""
+    """"none" or "tanh" for an activation that accelerate() exchanged, else empty: any class may have the attribute."""
+    return getattr(act, "approximate", "") if is_exchanged(act) else ""
 
 
 def _pack(padded: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, Packing]:

@@ -46,16 +46,18 @@ def accelerate(
     Warns:
         TransfuseWarning: nothing was exchanged, with the reason.
     Raises:
-        TypeError, ValueError: a bad argument. NotImplementedError: dtype is given.
+        TypeError, ValueError: a bad argument, or a backend that this machine or one of the model's ops has not.
+        NotImplementedError: dtype is given.
     """
     _check_arguments(model, backend, padding_free, dtype, sample, force)
     if env.get("TRANSFUSE_DISABLE"):
         return model
     steps = swap.plan(model, padding_free)
+    wanted = [step for step in steps if step.fused is not None]
+    _check_available(wanted, backend)
     for step in steps:
         if step.fused is None:
             swap.put_back(step.module)
-    wanted = [step for step in steps if step.fused is not None]
     reason = _why_nothing(model, wanted, backend, sample, force)
     if reason:
         _warn_unchanged(model, reason)
@@ -72,6 +74,8 @@ def accelerate(
 
 def restore(model: nn.Module) -> nn.Module:
     """Gives every module that accelerate() exchanged its own class again; the outputs are stock's, bit for bit.
+
+    A module whose class was changed again since (parametrizations, FSDP2) is left alone; report() names it.
 
     Raises:
         TypeError: ``model`` is not an nn.Module.
@@ -117,6 +121,17 @@ def _check_arguments(
         raise NotImplementedError(f"accelerate: dtype={dtype} is not implemented yet, expected None (the model's own)")
     if sample is not None:
         check_sample("accelerate", sample)
+
+
+def _check_available(wanted: list[swap.Step], backend: str) -> None:
+    """ValueError where every forward under this backend would be refused. A missing cpu backend is only warned of."""
+    state = dispatch.backends().get(backend, True)
+    if state is not True and backend != "cpu":
+        raise ValueError(f"accelerate: backend is {backend!r}, which is not available: {state}")
+    for step in wanted:
+        if backend not in step.fused.backends:
+            allowed = ", ".join(step.fused.backends)
+            raise ValueError(f"accelerate: backend is {backend!r}, expected one of {allowed} for {step.stock.__name__}")
 
 
 def _device(model: nn.Module) -> str:

@@ -82,7 +82,7 @@ def report(model: nn.Module, sample: Sample | None = None) -> Report:
     for step in steps:
         if step.fused is None:
             not_replaced[f"{step.stock.__name__}: {step.reason}"] += 1
-        elif accelerated and not isinstance(step.module, swap.Swapped):
+        elif accelerated and not swap.is_exchanged(step.module):
             reason = "padding_free=False" if step.fused.needs_packing else "added after accelerate()"
             not_replaced[f"{step.stock.__name__}: {reason}"] += 1
     return Report(

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from transfuse import dispatch
+from transfuse import dispatch, env
 
 # Module that defines the stock classes -> page that declares their replacements.
 FAMILIES = {
@@ -46,6 +46,7 @@ class Swapped:
 
     stock: type[nn.Module]  # the class that restore() puts back
     needs_packing = False  # only used where padding_free=True
+    backends = env.BACKENDS  # those that its ops have
     pinned_backend: str | None = None  # accelerate(backend=...): an instance attribute where it is not "auto"
 
     @classmethod
@@ -62,7 +63,7 @@ class Swapped:
 
     def stock_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the class that was exchanged."""
-        return super().forward(*args, **kwargs)
+        return self.stock.forward(self, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,12 @@ def plan(model: nn.Module, padding_free: bool = True) -> list[Step]:
 
 def stock_class(module: nn.Module) -> type[nn.Module]:
     """The module's own class, or the one that accelerate() exchanged."""
-    return type(module).stock if isinstance(module, Swapped) else type(module)
+    return type(module).stock if is_exchanged(module) else type(module)
+
+
+def is_exchanged(module: object) -> bool:
+    """True where accelerate() gave the module its class, and nobody (parametrizations, FSDP) subclassed it since."""
+    return isinstance(module, Swapped) and "stock" in type(module).__dict__
 
 
 def replacement_of(stock: type[nn.Module]) -> type[Swapped] | None:
@@ -115,20 +121,20 @@ def put(module: nn.Module, fused: type[Swapped], backend: str) -> None:
 
 
 def put_back(module: nn.Module) -> None:
-    """Gives one module its stock class again."""
-    if isinstance(module, Swapped):
+    """Gives one module its stock class again; a class that was changed since is not ours to take away."""
+    if is_exchanged(module):
         module.__dict__.pop("pinned_backend", None)
         module.__class__ = type(module).stock
 
 
 def swapped_modules(model: nn.Module) -> Iterator[tuple[str, Swapped]]:
     """The modules of ``model`` that accelerate() exchanged."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, Swapped))
+    return ((name, module) for name, module in model.named_modules() if is_exchanged(module))
 
 
 def unhooked(module: nn.Module) -> bool:
-    """True where nobody listens to this module, so that a fused op may do its work without calling it."""
-    forward = module._forward_hooks or module._forward_pre_hooks
+    """True where nobody listens to this module or replaced its forward (offloading does): its call may be left out."""
+    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
     return not (forward or module._backward_hooks or module._backward_pre_hooks)
 
 
@@ -136,11 +142,13 @@ def _slow_dtype(module: nn.Module, default: torch.dtype) -> str:
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), default)
     if dtype in FAST_DTYPES:
         return ""
-    return f"its dtype is {str(dtype).removeprefix('torch.')}, the kernels take float32 and bfloat16"
+    return f"its dtype is {dispatch.dtype_name(dtype)}, the kernels take float32 and bfloat16"
 
 
 def _known_but_not_done(stock: type[nn.Module]) -> str:
     """A reason for modules a person would expect to be accelerated; empty for all others."""
+    if issubclass(stock, Swapped):
+        return "its class was changed after accelerate(): undo that, then restore() reaches it"
     if stock.__module__.startswith("transfuse."):
         return ""
     for parent in stock.__mro__[1:]:

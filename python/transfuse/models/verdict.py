@@ -7,6 +7,7 @@ accelerated. So nothing is changed, and no weights are held twice.
 from __future__ import annotations
 
 import copy
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,7 +98,8 @@ def verify(model: nn.Module, batch: Sample) -> Verdict:
         batch: keyword arguments of its forward as a mapping (a tokenizer's output), a tensor or tuple of positional
             arguments, or, for sentence-transformers, a list of texts (pairs of texts for a CrossEncoder).
     Returns:
-        A Verdict. Positions that the batch's ``attention_mask`` excludes are not compared.
+        A Verdict. Positions that the batch's ``attention_mask`` excludes are not compared, nor what a head makes of a
+        first position that is padding (``pooler_output`` and ``logits`` of that row).
     Raises:
         TypeError, ValueError: the model or the batch is not of that form.
     """
@@ -110,7 +112,7 @@ def verify(model: nn.Module, batch: Sample) -> Verdict:
         expected = run_model(stock, batch)
     with _recorded(fused, watched) as fused_layers:
         actual = run_model(fused, batch)
-    keep = _keep_mask(batch)
+    keep = _keep_mask(model, batch)
     outputs = tuple(_difference(name, value, actual.get(name), keep) for name, value in expected.items())
     called = [name for name in watched if stock_layers[name]]
     layers = tuple(_layer_difference(name, stock_layers[name], fused_layers[name], keep) for name in called)
@@ -234,7 +236,13 @@ def _recorded(model: nn.Module, names: list[str]) -> Iterator[dict[str, list[tup
             handle.remove()
 
 
-def _keep_mask(batch: Sample) -> torch.Tensor | None:
+def _keep_mask(model: nn.Module, batch: Sample) -> torch.Tensor | None:
+    """The batch's attention mask, by whatever way it is given; None where there is none to go by."""
+    if isinstance(batch, tuple):
+        try:
+            batch = inspect.signature(model.forward).bind_partial(*batch).arguments
+        except (TypeError, ValueError):  # the call itself said what is wrong with it, or forward has no signature
+            return None
     mask = batch.get("attention_mask") if hasattr(batch, "get") else None
     return mask.bool() if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
@@ -246,10 +254,17 @@ def _difference(
         return Difference(name, float("nan"), model_tolerance(expected.dtype))
     if keep is not None and expected.shape[:2] == keep.shape:
         expected, actual = expected[keep], actual[keep]
+    elif keep is not None and expected.shape[:1] == keep.shape[:1] and _is_of_first_position(name):
+        expected, actual = expected[keep[:, 0]], actual[keep[:, 0]]
     if expected.numel() == 0:
         return Difference(name, 0.0, model_tolerance(expected.dtype))
     max_abs = float((expected.double() - actual.double()).abs().max())
     return Difference(name, max_abs, model_tolerance(expected.dtype, float(expected.abs().max())))
+
+
+def _is_of_first_position(name: str) -> bool:
+    """Per-row outputs that BERT-like models make of position 0; in a tuple they have no name of their own."""
+    return name in ("pooler_output", "logits") or name.startswith("output[")
 
 
 def _layer_difference(name: str, expected: list, actual: list, keep: torch.Tensor | None) -> Difference:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from transfuse.dispatch import dtype_name
 from transfuse.ops.attention import scaled_dot_product_attention
 
 
@@ -31,6 +32,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """(output, None); with need_weights (output, weights), by torch."""
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"MultiheadAttention: {name} is a {type(tensor).__name__}, expected a Tensor")
         if need_weights or query.is_nested or key.is_nested or value.is_nested:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -44,6 +48,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             if tensor.dim() not in (2, 3) or (tensor.dim() == 3) != batched:
                 expected = "(batch, length, embed_dim) in the module's order" if batched else "(length, embed_dim)"
                 raise ValueError(f"MultiheadAttention: {name} has shape {tuple(tensor.shape)}, expected {expected}")
+        self._check_sizes(query, key, value)
         same = query is key, key is value
         if not batched:
             query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
@@ -68,6 +73,20 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if not batched:
             return output.squeeze(0), None
         return (output if self.batch_first else output.transpose(0, 1)), None
+
+    def _check_sizes(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """As torch: features are the module's, and key and value have query's batch; 1 does not broadcast."""
+        batch_dim = 0 if self.batch_first else 1
+        sizes = (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim))
+        for name, tensor, features in sizes:
+            if tensor.shape[-1] != features:
+                raise ValueError(f"MultiheadAttention: {name} has {tensor.shape[-1]} features, expected {features}")
+            if tensor.dim() == 3 and tensor.shape[batch_dim] != query.shape[batch_dim]:
+                found, expected = tensor.shape[batch_dim], query.shape[batch_dim]
+                raise ValueError(f"MultiheadAttention: {name} has batch size {found}, expected {expected} (query's)")
+        if key.shape[:-1] != value.shape[:-1]:
+            found, expected = (t.shape[-2 if self.batch_first or t.dim() == 2 else 0] for t in (value, key))
+            raise ValueError(f"MultiheadAttention: value has {found} positions, expected {expected} (key's)")
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, is_self: bool) -> tuple[Tensor, Tensor, Tensor]:
         """The three input projections, [B, L, embed_dim] each."""
@@ -95,12 +114,14 @@ def _masks(q: Tensor, len_k: int, added: int, key_padding_mask: Tensor | None, a
     for name, given in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
         if given is None:
             continue
+        if not isinstance(given, Tensor):
+            raise TypeError(f"MultiheadAttention: {name} is a {type(given).__name__}, expected a Tensor or None")
         allowed = [shape for shape in shapes[name] if shape is not None]
         if tuple(given.shape) not in allowed:
             expected = " or ".join(map(str, allowed))
             raise ValueError(f"MultiheadAttention: {name} has shape {tuple(given.shape)}, expected {expected}")
         if given.dtype != torch.bool and not given.is_floating_point():
-            dtype = str(given.dtype).removeprefix("torch.")
+            dtype = dtype_name(given.dtype)
             raise TypeError(f"MultiheadAttention: {name} has dtype {dtype}, expected bool or a float dtype")
         if name == "key_padding_mask":
             given = given.view(batch, 1, 1, len_k - added)
