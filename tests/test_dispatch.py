@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 
 import pytest
@@ -74,6 +75,55 @@ def test_use_backend_nests_and_restores():
             assert _chosen(x) == "torch"
         assert _chosen(x) == "reference"
     assert _chosen(x) == "cpu"
+
+
+def test_a_pin_stays_in_its_thread():
+    """Models with a backend of their own, called by eight threads at once, while another thread has none."""
+    before, interval, stop, seen = dispatch.setting(), sys.getswitchinterval(), threading.Event(), set()
+    pinned = set()
+
+    def watch():
+        while not stop.is_set():
+            seen.add(dispatch.setting())
+
+    def call():
+        for _ in range(500):
+            with dispatch.prefer_backend("reference"):
+                pinned.add(dispatch.setting())
+
+    watcher, callers = threading.Thread(target=watch), [threading.Thread(target=call) for _ in range(8)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in (watcher, *callers):
+            thread.start()
+        for thread in callers:
+            thread.join()
+    finally:
+        stop.set()
+        watcher.join()
+        sys.setswitchinterval(interval)
+    assert pinned == {"reference"} and seen <= {before} and dispatch.setting() == before
+
+
+def test_use_backend_goes_before_a_pin():
+    x = torch.ones(2)
+    with dispatch.prefer_backend("torch"):
+        assert _chosen(x) == "torch"
+        with transfuse.use_backend("reference"):
+            assert _chosen(x) == "reference"
+        with transfuse.use_backend("auto"), dispatch.prefer_backend("reference"):
+            assert _chosen(x) == "cpu"
+        assert _chosen(x) == "torch"
+    assert _chosen(x) == "cpu"
+
+
+def test_compile_traces_a_pin():
+    def pinned(x):
+        with dispatch.prefer_backend("torch"):
+            return double(x), dispatch.setting()
+
+    output, name = torch.compile(pinned, fullgraph=True, backend="eager")(torch.ones(3))
+    assert name == "torch" and torch.equal(output, torch.full((3,), 2.0)) and dispatch.setting() == "auto"
 
 
 @pytest.mark.parametrize(("name", "kind", "text"), [
