@@ -166,8 +166,9 @@ def test_compile_follows_the_setting():
         compiled(x.half())
 
 
-def _python(code, **env):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env})
+def _python(code, timeout=None, **env):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, **env})
 
 
 def test_environment_is_checked_and_obeyed():
@@ -197,3 +198,50 @@ print("light")
 """
     run = _python(code)
     assert run.stdout == "light\n", run.stderr
+
+
+def test_a_forked_child_computes():
+    """The OpenMP runtime does not survive fork(): a child of a process that used its threads must not wait for them."""
+    run = _python("""
+import os, torch, transfuse
+torch.set_num_threads(4)
+x = torch.randn(512, 512)
+def compute():
+    q = x.view(2, 4, -1, 32)
+    results = (transfuse.gelu(x), transfuse.layer_norm(x, (512,)), transfuse.masked_softmax(x),
+               transfuse.scaled_dot_product_attention(q, q, q)[0, 0])
+    return [result[0].tolist() for result in results]  # torch's own parallel loops would hang: take one row
+expected = compute()
+child = os.fork()
+if child == 0:
+    os._exit(0 if compute() == expected else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+""", timeout=120, OMP_NUM_THREADS="4")
+    assert run.stdout == "0\n", run.stderr
+
+
+@pytest.mark.parametrize(("call", "text"), [
+    (lambda x: transfuse.gelu(x), "gelu: could not allocate 2199023255552 bytes"),
+    (lambda x: transfuse.layer_norm(x, (8,)), "layer_norm: could not allocate 2199023255552 bytes"),
+    (lambda x: transfuse.masked_softmax(x), "masked_softmax: could not allocate 2199023255552 bytes"),
+    (lambda x: transfuse.scaled_dot_product_attention(x, x[:1], x[:1]), "attention: could not allocate 2199023255552 bytes"),
+], ids=["gelu", "layer_norm", "masked_softmax", "attention"])
+def test_an_allocation_that_fails_names_op_and_bytes(call, text):
+    with pytest.raises(RuntimeError) as error:
+        call(torch.zeros(1, 8).expand(2**36, 8))
+    assert str(error.value) == text
+
+
+@pytest.mark.parametrize(("call", "shape"), [
+    (lambda x: transfuse.add_layer_norm(x, x, (8,))[0].square(), (8,)),
+    (lambda x: transfuse.layer_norm(x, (8,), x, x).square(), (8,)),
+    (lambda x: transfuse.gelu(x, bias=x), (8,)),
+    (lambda x: transfuse.masked_softmax(x, x).square(), (4, 8)),
+    (lambda x: transfuse.scaled_dot_product_attention(x, x, x, attn_mask=x), (2, 3, 8, 8)),
+    (lambda x: transfuse.varlen_attention(x, x, x, torch.tensor([0, 3, 5]), max_seqlen_q=3), (5, 2, 8)),
+], ids=["add_layer_norm", "layer_norm", "gelu", "masked_softmax", "attention", "varlen_attention"])
+def test_compile_takes_one_tensor_twice(call, shape):
+    x = torch.randn(*shape, requires_grad=True)
+    (expected,) = torch.autograd.grad(call(x).sum(), x)
+    (found,) = torch.autograd.grad(torch.compile(lambda x: call(x).sum(), fullgraph=True, backend="aot_eager")(x), x)
+    torch.testing.assert_close(found, expected)

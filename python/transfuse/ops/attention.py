@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from transfuse import dispatch, extension
-from transfuse.autograd import first_derivative, refuse_tangents, wants_grad
+from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
 from transfuse.ops import attention_checks as checks
 from transfuse.reference.attention import attention_reference
 
@@ -116,10 +116,8 @@ def _cpu_unsupported(problem: AttentionProblem) -> tuple[str, ...]:
 def _run_cpu(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right, features):
     refuse_tangents(_OP, query, key, value, bias)
     if wants_grad(query, key, value, bias):
-        if torch.compiler.is_compiling():  # Dynamo takes no tensor twice
-            key = key.view_as(key) if key is query else key
-            value = value.view_as(value) if value is query or value is key else value
-        return AttentionFunction.apply(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right)
+        tensors = distinct(query, key, value, bias, mask, seqlens_k)
+        return AttentionFunction.apply(*tensors, scale, is_causal, bottom_right)
     return _forward(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right)
 
 

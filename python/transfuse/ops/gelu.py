@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from transfuse import dispatch, extension
-from transfuse.autograd import first_derivative, refuse_tangents, wants_grad
+from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
 from transfuse.dispatch import Implementation, cpu_reasons, dtype_name, supports_all
 from transfuse.reference.gelu import gelu_reference
 
@@ -84,7 +84,7 @@ def _key(input: Tensor) -> tuple:
 def _run_cpu(input, bias, tanh):
     refuse_tangents("gelu", input, bias)
     if wants_grad(input, bias):
-        return GeluFunction.apply(input, bias, tanh)
+        return GeluFunction.apply(*distinct(input, bias), tanh)
     return torch.ops.transfuse.gelu_forward.default(input, bias, tanh)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from transfuse import dispatch, extension
-from transfuse.autograd import first_derivative, refuse_tangents, wants_grad
+from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
 from transfuse.dispatch import Implementation, cpu_reasons, dtype_name, supports_all
 from transfuse.reference.layer_norm import add_layer_norm_reference, layer_norm_reference
 
@@ -186,7 +186,7 @@ def _key(input: Tensor) -> tuple:
 def _run_cpu(input, weight, bias, ndim, eps):
     refuse_tangents("layer_norm", input, weight, bias)
     if wants_grad(input, weight, bias):
-        return LayerNormFunction.apply(input, weight, bias, ndim, eps)
+        return LayerNormFunction.apply(*distinct(input, weight, bias), ndim, eps)
     return _forward(input, weight, bias, ndim, eps)[0]
 
 
@@ -201,7 +201,7 @@ def _run_reference(input, weight, bias, ndim, eps):
 def _add_cpu(input, residual, weight, bias, ndim, eps):
     refuse_tangents("add_layer_norm", input, residual, weight, bias)
     if wants_grad(input, residual, weight, bias):
-        return AddLayerNormFunction.apply(input, residual, weight, bias, ndim, eps)
+        return AddLayerNormFunction.apply(*distinct(input, residual, weight, bias), ndim, eps)
     return _add_forward(input, residual, weight, bias, ndim, eps)[:2]
 
 

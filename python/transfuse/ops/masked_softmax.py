@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from transfuse import dispatch, extension
-from transfuse.autograd import first_derivative, refuse_tangents, wants_grad
+from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
 from transfuse.dispatch import Implementation, cpu_reasons, dtype_name, supports_all
 from transfuse.reference.masked_softmax import masked_softmax_reference
 
@@ -135,7 +135,7 @@ def _key(input: Tensor, mask: Tensor | None) -> tuple:
 def _run_cpu(input, mask, scale, causal, bottom_right):
     refuse_tangents("masked_softmax", input, mask)
     if wants_grad(input, mask):
-        return MaskedSoftmaxFunction.apply(input, mask, scale, causal, bottom_right)
+        return MaskedSoftmaxFunction.apply(*distinct(input, mask), scale, causal, bottom_right)
     return _forward(input, mask, scale, causal, bottom_right)
 
 

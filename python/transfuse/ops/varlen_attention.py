@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from transfuse import dispatch, extension
-from transfuse.autograd import first_derivative, refuse_tangents, wants_grad
+from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
 from transfuse.ops import attention_checks as checks
 from transfuse.reference.varlen_attention import varlen_attention_reference
 
@@ -103,13 +103,8 @@ def _cpu_unsupported(problem: VarlenAttentionProblem) -> tuple[str, ...]:
 def _run_cpu(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right, features):
     refuse_tangents(_OP, query, key, value)
     if wants_grad(query, key, value):
-        if torch.compiler.is_compiling():  # Dynamo takes no tensor twice
-            key = key.view_as(key) if key is query else key
-            value = value.view_as(value) if value is query or value is key else value
-            cu_k = cu_k.view_as(cu_k) if cu_k is cu_q else cu_k
-        return VarlenAttentionFunction.apply(
-            query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right
-        )
+        tensors = distinct(query, key, value, cu_q, cu_k)
+        return VarlenAttentionFunction.apply(*tensors, max_q, max_k, scale, is_causal, bottom_right)
     return _forward(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right)
 
 
