@@ -18,7 +18,7 @@ constexpr int64_t elements_per_task = 16384;  // below this a second thread cost
 
 int64_t rows_per_task(int64_t keys) { return std::max<int64_t>(1, elements_per_task / std::max<int64_t>(1, keys)); }
 
-void check_scale(double scale) { check(std::isfinite(scale), op, ": scale is ", scale, ", expected a finite number"); }
+void check_scale(double scale) { check(std::isfinite(static_cast<float>(scale)), op, ": scale is ", scale, ", expected a finite float32"); }
 
 cpu::MaskKind mask_kind(const Tensor& mask) {
   switch (mask.scalar_type()) {

@@ -245,3 +245,84 @@ def test_compile_takes_one_tensor_twice(call, shape):
     (expected,) = torch.autograd.grad(call(x).sum(), x)
     (found,) = torch.autograd.grad(torch.compile(lambda x: call(x).sum(), fullgraph=True, backend="aot_eager")(x), x)
     torch.testing.assert_close(found, expected)
+
+
+def _calls(x):
+    """Every op on one tensor in all its roles."""
+    return {
+        "gelu": lambda: transfuse.gelu(x),
+        "layer_norm": lambda: transfuse.layer_norm(x, (8,)),
+        "add_layer_norm": lambda: transfuse.add_layer_norm(x, x, (8,)),
+        "masked_softmax": lambda: transfuse.masked_softmax(x),
+        "attention": lambda: transfuse.scaled_dot_product_attention(x, x, x),
+        "varlen_attention": lambda: transfuse.varlen_attention(x, x, x, torch.tensor([0, 2])),
+        "pack": lambda: transfuse.pack(x, torch.ones(2, dtype=torch.bool)),
+    }
+
+
+@pytest.mark.parametrize(("make", "kind"), [
+    (lambda: torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)]), "nested"),
+    (lambda: torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)], layout=torch.jagged), "nested"),
+    (lambda: torch.ones(2, 8).to_sparse(), "sparse_coo"),
+    (lambda: torch.ones(2, 8).to_sparse_csr(), "sparse_csr"),
+], ids=["nested", "jagged", "coo", "csr"])
+@pytest.mark.filterwarnings("ignore")
+def test_only_dense_tensors(make, kind):
+    for op, call in _calls(make()).items():
+        with pytest.raises(TypeError, match=rf"^{op}: \w+ is a {kind} tensor, expected a dense one$"):
+            call()
+
+
+@pytest.mark.filterwarnings("ignore::transfuse.TransfuseWarning")
+def test_meta_tensors():
+    x = torch.empty(2, 8, device="meta")
+    for op in ("gelu", "layer_norm", "masked_softmax", "attention"):
+        output = _calls(x)[op]()
+        assert output.is_meta and output.shape == x.shape
+    tokens, offsets = torch.empty(4, 2, 8, device="meta"), torch.empty(3, dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match="max_seqlen_q is None, expected an int where the offsets are on meta"):
+        transfuse.varlen_attention(tokens, tokens, tokens, offsets)
+    with pytest.raises(RuntimeError, match="pack: attention_mask is on meta, expected a device with values"):
+        transfuse.pack(x, torch.empty(2, 8, dtype=torch.bool, device="meta"))
+
+
+@pytest.mark.parametrize(("call", "error", "text"), [
+    (lambda x: transfuse.add_layer_norm(x, x, (8,), dropout_p="a"), TypeError, "add_layer_norm: dropout_p is a str, expected float"),
+    (lambda x: transfuse.add_layer_norm(x, x, (8,), dropout_p=None), TypeError, "add_layer_norm: dropout_p is a NoneType, expected float"),
+    (lambda x: transfuse.scaled_dot_product_attention(x, x, x, dropout_p=torch.zeros(2)), TypeError,
+     "attention: dropout_p is a Tensor, expected float"),
+    (lambda x: transfuse.masked_softmax(x, is_causal="no"), TypeError, "masked_softmax: is_causal is a str, expected bool"),
+    (lambda x: transfuse.masked_softmax(x, scale=1e39), ValueError,
+     "masked_softmax: scale is 1e+39, expected a finite float32"),
+    (lambda x: transfuse.scaled_dot_product_attention(x, x, x, scale=-1e39), ValueError,
+     "attention: scale is -1e+39, expected a finite float32"),
+    (lambda x: transfuse.layer_norm(x, (8,), eps=-1.0), ValueError, "layer_norm: eps is -1.0, expected a finite number of at least 0"),
+    (lambda x: transfuse.layer_norm(x, (8,), eps=float("nan")), ValueError,
+     "layer_norm: eps is nan, expected a finite number of at least 0"),
+    (lambda x: transfuse.varlen_attention(x[None], x[None], x[None], torch.tensor([0, 1]), max_seqlen_q=2**63), ValueError,
+     "varlen_attention: max_seqlen_q is 9223372036854775808, expected an int64"),
+])
+def test_refusals_that_all_ops_share(call, error, text):
+    with pytest.raises(error) as raised:
+        call(torch.randn(2, 8))
+    assert str(raised.value) == text
+
+
+@pytest.mark.parametrize("call", [
+    lambda x: transfuse.scaled_dot_product_attention(x, x, x, scale=x.shape[-1] ** -0.5),
+    lambda x: transfuse.masked_softmax(x, scale=x.shape[-1] ** -0.5),
+], ids=["attention", "masked_softmax"])
+def test_a_symbolic_scale_compiles(call):
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (8, 12):
+        x = torch.randn(2, 3, size, size)
+        assert torch.equal(compiled(x), call(x))
+
+
+@pytest.mark.filterwarnings("ignore::transfuse.TransfuseWarning")
+def test_explain_leaves_the_generator_alone():
+    x, state = torch.randn(1, 1, 4, 8), torch.get_rng_state()
+    assert transfuse.explain(transfuse.scaled_dot_product_attention, x, x, x, dropout_p=0.5).chosen == "reference"
+    assert torch.equal(torch.get_rng_state(), state)
+    transfuse.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+    assert not torch.equal(torch.get_rng_state(), state)
