@@ -3,9 +3,14 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstring>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace transfuse {
@@ -14,29 +19,58 @@ namespace transfuse {
 // written shows. torch's own fill_uninitialized_memory does not reach tensors made here.
 inline bool nan_filled_empty = false;
 
-inline torch::stable::Tensor empty_cpu(const int64_t* sizes, int64_t dim, torch::headeronly::ScalarType type) {
+// CONTRACT section 5: an allocation that fails names the op and the bytes. In double, since the product may overflow.
+[[noreturn]] inline void could_not_allocate(const char* op, double bytes, const char* what = "") {
+  std::ostringstream text;
+  text.precision(0);
+  text << op << ": could not allocate " << std::fixed << bytes << " bytes" << what;
+  throw std::runtime_error(text.str());
+}
+
+inline torch::stable::Tensor empty_cpu(const char* op, const int64_t* sizes, int64_t dim,
+                                       torch::headeronly::ScalarType type) {
   constexpr int64_t inline_dims = 8;
   int64_t inline_strides[inline_dims];
   std::vector<int64_t> more_strides(dim > inline_dims ? dim : 0);
   int64_t* strides = dim > inline_dims ? more_strides.data() : inline_strides;
+  const auto bytes = [&] {
+    double product = static_cast<double>(aoti_torch_dtype_element_size(static_cast<int32_t>(type)));
+    for (int64_t i = 0; i < dim; ++i) product *= static_cast<double>(sizes[i]);
+    return product;
+  };
   int64_t stride = 1;
   for (int64_t i = dim - 1; i >= 0; --i) {
     strides[i] = stride;
-    stride *= sizes[i] > 1 ? sizes[i] : 1;
+    if (__builtin_mul_overflow(stride, sizes[i] > 1 ? sizes[i] : 1, &stride)) could_not_allocate(op, bytes());
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(type),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  if (aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(type), aoti_torch_device_type_cpu(), 0, &handle))
+    could_not_allocate(op, bytes());
   torch::stable::Tensor result(handle);
   if (nan_filled_empty && result.numel())
     std::memset(result.mutable_data_ptr(), 0xFF, result.numel() * result.element_size());
   return result;
 }
-inline torch::stable::Tensor empty_cpu(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type) {
-  return empty_cpu(sizes.data(), static_cast<int64_t>(sizes.size()), type);
+inline torch::stable::Tensor empty_cpu(const char* op, const std::vector<int64_t>& sizes,
+                                       torch::headeronly::ScalarType type) {
+  return empty_cpu(op, sizes.data(), static_cast<int64_t>(sizes.size()), type);
 }
-inline torch::stable::Tensor empty_like_dense(const torch::stable::Tensor& t) {
-  return empty_cpu(t.sizes().data(), t.dim(), t.scalar_type());
+inline torch::stable::Tensor zeros_cpu(const char* op, const std::vector<int64_t>& sizes,
+                                       torch::headeronly::ScalarType type) {
+  torch::stable::Tensor result = empty_cpu(op, sizes, type);
+  return torch::stable::zero_(result);
+}
+inline torch::stable::Tensor empty_like_dense(const char* op, const torch::stable::Tensor& t) {
+  return empty_cpu(op, t.sizes().data(), t.dim(), t.scalar_type());
+}
+
+inline torch::stable::Tensor contiguous(const char* op, const torch::stable::Tensor& t) {
+  if (t.is_contiguous()) return t;
+  torch::stable::Tensor result = empty_like_dense(op, t);
+  return torch::stable::copy_(result, t);
+}
+inline std::optional<torch::stable::Tensor> contiguous(const char* op, const std::optional<torch::stable::Tensor>& t) {
+  return t ? std::optional<torch::stable::Tensor>(contiguous(op, *t)) : std::nullopt;
 }
 
 }  // namespace transfuse

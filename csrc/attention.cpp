@@ -11,8 +11,10 @@
 #include <tuple>
 #include <vector>
 
+#include "allocate.h"
 #include "checks.h"
 #include "cpu/attention.h"
+#include "parallel.h"
 
 namespace transfuse {
 namespace {
@@ -52,14 +54,11 @@ AttentionOutput output_view(const Tensor& t, Dims d) {
   return {t.mutable_data_ptr(), stride_of(t, d.batch), stride_of(t, d.head), stride_of(t, d.row), storage_of(t)};
 }
 
-Tensor allocate(const std::vector<int64_t>& shape, ScalarType type, bool zero) {
-  Tensor t = torch::stable::empty(shape, type);
-  return zero ? torch::stable::zero_(t) : t;
-}
-
 // A [B, H, L, D] view of [B, L, H, D] memory: heads of one token lie together, as the next projection wants them.
-Tensor allocate_heads(int64_t batch, int64_t heads, int64_t length, int64_t dim, ScalarType type, bool zero) {
-  return torch::stable::transpose(allocate({batch, length, heads, dim}, type, zero), 1, 2);
+Tensor allocate_heads(const char* op, int64_t batch, int64_t heads, int64_t length, int64_t dim, ScalarType type,
+                      bool zero) {
+  const std::vector<int64_t> shape{batch, length, heads, dim};
+  return torch::stable::transpose(zero ? zeros_cpu(op, shape, type) : empty_cpu(op, shape, type), 1, 2);
 }
 
 // ---- threads ----
@@ -73,8 +72,7 @@ class Scratch {
       c.release();
       const size_t size = (static_cast<size_t>(bytes) + alignment - 1) / alignment * alignment;
       c.memory = std::aligned_alloc(alignment, size);
-      if (!c.memory)
-        throw std::runtime_error(op + (": could not allocate " + std::to_string(size)) + " bytes of scratch");
+      if (!c.memory) could_not_allocate(op, static_cast<double>(size), " of scratch");
       c.bytes = static_cast<int64_t>(size);
     }
   }
@@ -110,14 +108,14 @@ template <class Run>
 void run_tasks(const char* op, int64_t tasks, double work, int64_t scratch_bytes, const Run& run) {
   if (tasks == 0) return;
   constexpr int64_t shares = 8;  // pieces per thread: enough to even out lengths, few enough to cost nothing
-  const int64_t threads = work < serial_work ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+  const int64_t threads = work < serial_work ? 1 : std::min(num_threads(), tasks);
   const int64_t stride = (scratch_bytes + Scratch::alignment - 1) / Scratch::alignment * Scratch::alignment;
   const Scratch scratch(op, stride * threads);
   char* memory = scratch.data();
   if (threads == 1) return run(memory, int64_t{0}, tasks);
   const int64_t piece = std::max<int64_t>(1, tasks / (threads * shares));
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t worker, int64_t) {
+  parallel_for(0, threads, 1, [&](int64_t worker, int64_t) {
     for (int64_t begin; (begin = next.fetch_add(piece)) < tasks;)
       run(memory + worker * stride, begin, std::min(begin + piece, tasks));
   });
@@ -198,7 +196,7 @@ struct Problem {
   // Cuts the queries into tasks: long blocks use a packed key most often, short ones give every thread something to do.
   void finish() {
     constexpr int64_t longest = 128, shortest = 32, tasks_per_thread = 4;
-    const int64_t enough = tasks_per_thread * torch::stable::get_num_threads();
+    const int64_t enough = tasks_per_thread * num_threads();
     for (params.query_block = longest;; params.query_block /= 2) {
       tasks = 0;
       for (AttentionSequence& s : sequences) {
@@ -320,11 +318,12 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor query, const Tensor ke
                                              std::optional<Tensor> bias, std::optional<Tensor> mask,
                                              std::optional<Tensor> seqlens_k, double scale, bool causal,
                                              bool bottom_right) {
+  const char* op = "attention";
   const Problem problem = dense_problem(query, key, value, bias, mask, seqlens_k, scale, causal, bottom_right);
   const int64_t batch = query.size(0), heads = query.size(1), length = query.size(2);
-  const Tensor output = allocate_heads(batch, heads, length, value.size(3), query.scalar_type(), false);
-  const Tensor lse = allocate({batch, heads, length}, ScalarType::Float, false);
-  run_forward("attention", problem, output, lse, dense_dims, dense_dims);
+  const Tensor output = allocate_heads(op, batch, heads, length, value.size(3), query.scalar_type(), false);
+  const Tensor lse = empty_cpu(op, {batch, heads, length}, ScalarType::Float);
+  run_forward(op, problem, output, lse, dense_dims, dense_dims);
   return {output, lse};
 }
 
@@ -332,11 +331,12 @@ std::tuple<Tensor, Tensor> varlen_attention_forward(const Tensor query, const Te
                                                     const Tensor cu_seqlens_q, const Tensor cu_seqlens_k,
                                                     int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
                                                     bool causal, bool bottom_right) {
+  const char* op = "varlen_attention";
   const Problem problem = packed_problem(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                                          scale, causal, bottom_right);
-  const Tensor output = allocate({query.size(0), query.size(1), value.size(2)}, query.scalar_type(), false);
-  const Tensor lse = allocate({query.size(1), query.size(0)}, ScalarType::Float, false);
-  run_forward("varlen_attention", problem, output, lse, packed_dims, packed_lse_dims);
+  const Tensor output = empty_cpu(op, {query.size(0), query.size(1), value.size(2)}, query.scalar_type());
+  const Tensor lse = empty_cpu(op, {query.size(1), query.size(0)}, ScalarType::Float);
+  run_forward(op, problem, output, lse, packed_dims, packed_lse_dims);
   return {output, lse};
 }
 
@@ -397,9 +397,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor grad_
   const ScalarType type = query.scalar_type();
   const int64_t kv_heads = key.size(1), head_dim = query.size(3), value_head_dim = value.size(3);
   const bool ragged = seqlens_k.has_value();  // rows beyond a sequence's keys are not visited: they start as 0
-  const Tensor grad_query = allocate_heads(batch, heads, seqlen_q, head_dim, type, false);
-  const Tensor grad_key = allocate_heads(batch, kv_heads, seqlen_k, head_dim, type, ragged);
-  const Tensor grad_value = allocate_heads(batch, kv_heads, seqlen_k, value_head_dim, type, ragged);
+  const Tensor grad_query = allocate_heads(op, batch, heads, seqlen_q, head_dim, type, false);
+  const Tensor grad_key = allocate_heads(op, batch, kv_heads, seqlen_k, head_dim, type, ragged);
+  const Tensor grad_value = allocate_heads(op, batch, kv_heads, seqlen_k, value_head_dim, type, ragged);
   AttentionBackwardParams params{problem.params,
                                  view(grad_output, dense_dims),
                                  view(output, dense_dims),
@@ -411,7 +411,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor grad_
   params.problem.lse = view(lse, dense_dims);
   if (!need_bias_grad) {
     run_backward(op, problem, params, false, false);
-    return {grad_query, grad_key, grad_value, allocate({0}, type, false)};
+    return {grad_query, grad_key, grad_value, empty_cpu(op, {0}, type)};
   }
   check(bias.has_value(), op, ": need_bias_grad is set, expected a bias");
   const int64_t full[] = {batch, heads, seqlen_q, seqlen_k};
@@ -423,7 +423,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor grad_
     strides[i] = bias_shape[i] == full[i] ? stride : 0;
     stride *= bias_shape[i];
   }
-  const Tensor grad_bias = allocate(bias_shape, ScalarType::Double, true);
+  const Tensor grad_bias = zeros_cpu(op, bias_shape, ScalarType::Double);
   params.grad_bias = {static_cast<double*>(grad_bias.mutable_data_ptr()), strides[0], strides[1], strides[2],
                       strides[3]};
   run_backward(op, problem, params, bias_shape[0] != batch, bias_shape[1] != heads);
@@ -441,7 +441,7 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(const Tensor grad_o
                                          scale, causal, bottom_right);
   check_saved(op, query, value, grad_output, grad_lse, output, lse, {query.size(1), query.size(0)});
   const ScalarType type = query.scalar_type();
-  const auto like = [&](const Tensor& t) { return allocate({t.size(0), t.size(1), t.size(2)}, type, false); };
+  const auto like = [&](const Tensor& t) { return empty_cpu(op, {t.size(0), t.size(1), t.size(2)}, type); };
   const Tensor grad_query = like(query), grad_key = like(key), grad_value = like(value);
   AttentionBackwardParams params{problem.params,
                                  view(grad_output, packed_dims),

@@ -83,8 +83,4 @@ inline void check_same_shape(const char* op, const char* argument, const Tensor&
   check(same_shape(t, other), op, ": ", argument, " has shape ", shape_of(t), ", expected ", shape_of(other), " (", other_name, "'s)");
 }
 
-inline Tensor contiguous(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
 }  // namespace transfuse

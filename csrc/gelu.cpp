@@ -1,5 +1,7 @@
 // gelu: checks, allocation, threads. The arithmetic is kernels/cpu/gelu.cpp.
+#include "allocate.h"
 #include "checks.h"
+#include "parallel.h"
 
 #include "cpu/gelu.h"
 
@@ -42,21 +44,17 @@ cpu::GeluParams params_of(const Tensor& input, const std::optional<Tensor>& bias
 int64_t rows_of(const cpu::GeluParams& p) { return (p.size + p.columns - 1) / p.columns; }
 int64_t rows_per_task(const cpu::GeluParams& p) { return std::max<int64_t>(1, elements_per_task / p.columns); }
 
-std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(transfuse::contiguous(*t)) : std::nullopt;
-}
-
 Tensor gelu_forward(Tensor input, std::optional<Tensor> bias, bool tanh) {
   check_cpu(op, "input", input);
   kernel_dtype(op, "input", input);
   check_bias(input, bias);
-  input = transfuse::contiguous(input);
-  bias = contiguous_or_none(bias);
-  Tensor output = torch::stable::new_empty(input, input.sizes());
+  input = contiguous(op, input);
+  bias = contiguous(op, bias);
+  Tensor output = empty_like_dense(op, input);
   if (input.numel() == 0) return output;
   const cpu::GeluParams p = params_of(input, bias, tanh, output);
   const auto& kernels = cpu::pick_gelu_kernels();
-  torch::stable::parallel_for(0, rows_of(p), rows_per_task(p), [&](int64_t begin, int64_t end) { kernels.forward(p, begin, end); });
+  parallel_for(0, rows_of(p), rows_per_task(p), [&](int64_t begin, int64_t end) { kernels.forward(p, begin, end); });
   return output;
 }
 
@@ -69,12 +67,12 @@ std::tuple<Tensor, Tensor> gelu_backward(Tensor grad_output, Tensor input, std::
   check_same_shape(op, "grad_output", grad_output, input, "input");
   check_bias(input, bias);
   check(!need_bias_grad || bias, op, ": need_bias_grad is True, expected a bias");
-  input = transfuse::contiguous(input);
-  grad_output = transfuse::contiguous(grad_output);
-  bias = contiguous_or_none(bias);
-  Tensor grad_input = torch::stable::new_empty(input, input.sizes());
+  input = contiguous(op, input);
+  grad_output = contiguous(op, grad_output);
+  bias = contiguous(op, bias);
+  Tensor grad_input = empty_like_dense(op, input);
   const int64_t columns = need_bias_grad ? bias->size(0) : 0;
-  Tensor grad_bias = torch::stable::new_zeros(bias ? *bias : input, {columns});
+  Tensor grad_bias = zeros_cpu(op, {columns}, (bias ? *bias : input).scalar_type());
   if (input.numel() == 0) return {grad_input, grad_bias};
 
   cpu::GeluParams p = params_of(input, bias, tanh, grad_input);
@@ -82,21 +80,22 @@ std::tuple<Tensor, Tensor> gelu_backward(Tensor grad_output, Tensor input, std::
   const auto& kernels = cpu::pick_gelu_kernels();
   const int64_t rows = rows_of(p);
   if (!need_bias_grad) {
-    torch::stable::parallel_for(0, rows, rows_per_task(p),
+    parallel_for(0, rows, rows_per_task(p),
                                 [&](int64_t begin, int64_t end) { kernels.backward(p, begin, end, nullptr); });
     return {grad_input, grad_bias};
   }
   const int64_t chunks = (rows + bias_chunk_rows - 1) / bias_chunk_rows;
-  std::vector<double> sums(chunks * columns, 0.0);
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+  Tensor sums_of_chunks = zeros_cpu(op, {chunks, columns}, ScalarType::Double);
+  double* sums = static_cast<double*>(sums_of_chunks.mutable_data_ptr());
+  parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t first = chunk * bias_chunk_rows;
-      kernels.backward(p, first, std::min(rows, first + bias_chunk_rows), sums.data() + chunk * columns);
+      kernels.backward(p, first, std::min(rows, first + bias_chunk_rows), sums + chunk * columns);
     }
   });
   for (int64_t chunk = 1; chunk < chunks; ++chunk)
     for (int64_t i = 0; i < columns; ++i) sums[i] += sums[chunk * columns + i];
-  kernels.round_sums(sums.data(), grad_bias.mutable_data_ptr(), columns, p.bias_dtype);
+  kernels.round_sums(sums, grad_bias.mutable_data_ptr(), columns, p.bias_dtype);
   return {grad_input, grad_bias};
 }
 

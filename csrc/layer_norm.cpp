@@ -7,6 +7,7 @@
 
 #include "allocate.h"
 #include "checks.h"
+#include "parallel.h"
 
 namespace transfuse {
 
@@ -55,9 +56,6 @@ void check_operands(const char* op, const Tensor& input, const std::optional<Ten
   if (bias) check_parameter(op, "bias", *bias, matrix, input);
 }
 
-std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(transfuse::contiguous(*t)) : std::nullopt;
-}
 const void* data(const std::optional<Tensor>& t) {
   return t ? t->const_data_ptr() : nullptr;
 }
@@ -85,13 +83,13 @@ ForwardResult forward(const char* op, const Tensor& input, const std::optional<T
     check_dtype(op, "residual", *residual, input.scalar_type());
     check_same_shape(op, "residual", *residual, input, "input");
   }
-  const Tensor x = transfuse::contiguous(input);
-  const std::optional<Tensor> y = contiguous(residual), w = contiguous(weight), b = contiguous(bias);
+  const Tensor x = contiguous(op, input);
+  const std::optional<Tensor> y = contiguous(op, residual), w = contiguous(op, weight), b = contiguous(op, bias);
   ForwardResult result;
-  result.output = empty_like_dense(input);
-  if (residual) result.sum = empty_like_dense(input);
-  result.mean = empty_cpu(matrix.statistics_shape, ScalarType::Float);
-  result.rstd = empty_cpu(matrix.statistics_shape, ScalarType::Float);
+  result.output = empty_like_dense(op, input);
+  if (residual) result.sum = empty_like_dense(op, input);
+  result.mean = empty_cpu(op, matrix.statistics_shape, ScalarType::Float);
+  result.rstd = empty_cpu(op, matrix.statistics_shape, ScalarType::Float);
   cpu::LayerNormForwardParams params{};
   params.input = x.const_data_ptr();
   params.residual = data(y);
@@ -105,7 +103,7 @@ ForwardResult forward(const char* op, const Tensor& input, const std::optional<T
   params.eps = eps;
   params.dtype = dtype;
   params.param_dtype = kernel_dtype(param_type);
-  torch::stable::parallel_for(0, matrix.rows, grain(matrix.cols), [&](int64_t begin, int64_t end) {
+  parallel_for(0, matrix.rows, grain(matrix.cols), [&](int64_t begin, int64_t end) {
     cpu::pick_layer_norm_kernels().forward(params, begin, end);
   });
   return result;
@@ -147,15 +145,15 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output
     check_dtype(op, "grad_sum", *grad_sum, input.scalar_type());
     check_same_shape(op, "grad_sum", *grad_sum, input, "input");
   }
-  const Tensor x = transfuse::contiguous(input), grad = transfuse::contiguous(grad_output);
-  const std::optional<Tensor> grad_past_norm = contiguous(grad_sum), w = contiguous(weight);
+  const Tensor x = contiguous(op, input), grad = contiguous(op, grad_output);
+  const std::optional<Tensor> grad_past_norm = contiguous(op, grad_sum), w = contiguous(op, weight);
 
   const int64_t chunks = cpu::layer_norm_chunks(matrix.rows), padded_cols = cpu::layer_norm_padded_cols(matrix.cols);
   const std::vector<int64_t> nothing{0}, lines{(need_weight + need_bias) * chunks * padded_cols};
-  Tensor grad_input = need_input ? empty_like_dense(input) : empty_cpu(nothing, input.scalar_type());
-  Tensor grad_weight = empty_cpu(need_weight ? matrix.normalized_shape : nothing, param_type);
-  Tensor grad_bias = empty_cpu(need_bias ? matrix.normalized_shape : nothing, param_type);
-  const Tensor sums = empty_cpu(lines, ScalarType::Double);
+  Tensor grad_input = need_input ? empty_like_dense(op, input) : empty_cpu(op, nothing, input.scalar_type());
+  Tensor grad_weight = empty_cpu(op, need_weight ? matrix.normalized_shape : nothing, param_type);
+  Tensor grad_bias = empty_cpu(op, need_bias ? matrix.normalized_shape : nothing, param_type);
+  const Tensor sums = empty_cpu(op, lines, ScalarType::Double);
   double* line = static_cast<double*>(sums.mutable_data_ptr());
 
   cpu::LayerNormBackwardParams params{};
@@ -175,10 +173,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output
   params.dtype = dtype;
   params.param_dtype = kernel_dtype(param_type);
   const auto& kernels = cpu::pick_layer_norm_kernels();
-  torch::stable::parallel_for(0, chunks, grain(matrix.rows / chunks * matrix.cols),
+  parallel_for(0, chunks, grain(matrix.rows / chunks * matrix.cols),
                               [&](int64_t begin, int64_t end) { kernels.backward(params, begin, end); });
   if (need_weight || need_bias)
-    torch::stable::parallel_for(0, padded_cols / cpu::layer_norm_block, grain(chunks * cpu::layer_norm_block),
+    parallel_for(0, padded_cols / cpu::layer_norm_block, grain(chunks * cpu::layer_norm_block),
                                 [&](int64_t begin, int64_t end) { kernels.reduce(params, begin, end); });
   return {grad_input, grad_weight, grad_bias};
 }

@@ -1,5 +1,7 @@
 // masked_softmax: checks, allocation, threads. The arithmetic is kernels/cpu/masked_softmax.cpp.
+#include "allocate.h"
 #include "checks.h"
+#include "parallel.h"
 
 #include "cpu/masked_softmax.h"
 
@@ -16,7 +18,7 @@ constexpr int64_t elements_per_task = 16384;  // below this a second thread cost
 
 int64_t rows_per_task(int64_t keys) { return std::max<int64_t>(1, elements_per_task / std::max<int64_t>(1, keys)); }
 
-void check_scale(double scale) { check(std::isfinite(scale), op, ": scale is ", scale, ", expected a finite number"); }
+void check_scale(double scale) { check(std::isfinite(static_cast<float>(scale)), op, ": scale is ", scale, ", expected a finite float32"); }
 
 cpu::MaskKind mask_kind(const Tensor& mask) {
   switch (mask.scalar_type()) {
@@ -46,8 +48,8 @@ Tensor masked_softmax_forward(Tensor input, std::optional<Tensor> mask, double s
     p.mask_kind = mask_kind(*mask);
     p.mask = mask->const_data_ptr();
   }
-  input = transfuse::contiguous(input);
-  Tensor output = torch::stable::new_empty(input, input.sizes());
+  input = contiguous(op, input);
+  Tensor output = empty_like_dense(op, input);
   if (input.numel() == 0) return output;
 
   std::vector<int64_t> outer_sizes, mask_strides;
@@ -66,7 +68,7 @@ Tensor masked_softmax_forward(Tensor input, std::optional<Tensor> mask, double s
   p.causal = causal;
   p.causal_offset = bottom_right ? p.keys - p.queries : 0;
   const auto& kernels = cpu::pick_masked_softmax_kernels();
-  torch::stable::parallel_for(0, input.numel() / p.keys, rows_per_task(p.keys), [&](int64_t begin, int64_t end) {
+  parallel_for(0, input.numel() / p.keys, rows_per_task(p.keys), [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(p.keys);
     kernels.forward(p, begin, end, scratch.data());
   });
@@ -96,14 +98,14 @@ void check_backward(const Tensor& grad_output, const Tensor& output) {
 Tensor masked_softmax_backward(Tensor grad_output, Tensor output, double scale) {
   check_backward(grad_output, output);
   check_scale(scale);
-  grad_output = transfuse::contiguous(grad_output);
-  output = transfuse::contiguous(output);
-  Tensor grad_input = torch::stable::new_empty(output, output.sizes());
+  grad_output = contiguous(op, grad_output);
+  output = contiguous(op, output);
+  Tensor grad_input = empty_like_dense(op, output);
   if (output.numel() == 0) return grad_input;
   cpu::MaskedSoftmaxGradParams p = grad_params(grad_output, output, scale);
   p.grad_input = grad_input.mutable_data_ptr();
   const auto& kernels = cpu::pick_masked_softmax_kernels();
-  torch::stable::parallel_for(0, output.numel() / p.keys, rows_per_task(p.keys),
+  parallel_for(0, output.numel() / p.keys, rows_per_task(p.keys),
                               [&](int64_t begin, int64_t end) { kernels.backward(p, begin, end); });
   return grad_input;
 }
@@ -145,16 +147,16 @@ Tensor masked_softmax_mask_backward(Tensor grad_output, Tensor output, Tensor ma
   for (int64_t d = 0; d < mask.dim(); ++d)
     check(mask.size(d) == output.size(d) || mask.size(d) == 1, op, ": mask has shape ", shape_of(mask),
           ", expected one that broadcasts to ", shape_of(output), " (output's)");
-  grad_output = transfuse::contiguous(grad_output);
-  output = transfuse::contiguous(output);
-  Tensor grad_mask = torch::stable::new_zeros(output, mask.sizes(), ScalarType::Float);
+  grad_output = contiguous(op, grad_output);
+  output = contiguous(op, output);
+  Tensor grad_mask = zeros_cpu(op, std::vector<int64_t>(mask.sizes().begin(), mask.sizes().end()), ScalarType::Float);
   if (output.numel() == 0) return grad_mask;
   const cpu::MaskedSoftmaxGradParams p = grad_params(grad_output, output, 1.0);
   const RowsOfMask groups = group_rows(output, mask);
   const int64_t mask_keys = mask.size(mask.dim() - 1);
   float* result = static_cast<float*>(grad_mask.mutable_data_ptr());
   const auto& kernels = cpu::pick_masked_softmax_kernels();
-  torch::stable::parallel_for(0, static_cast<int64_t>(groups.first.size()) - 1, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, static_cast<int64_t>(groups.first.size()) - 1, 1, [&](int64_t begin, int64_t end) {
     std::vector<double> sums(p.keys);
     for (int64_t m = begin; m < end; ++m) {
       std::fill(sums.begin(), sums.end(), 0.0);

@@ -227,6 +227,9 @@ def test_forward_mode_is_refused_in_words():
     query = draw(2, 4, 5, 8)
     with pytest.raises(RuntimeError, match="attention: the cpu backend has no forward-mode derivative; run under"):
         torch.func.jvp(lambda q: scaled_dot_product_attention(q, q, q), (query,), (query,))
+    tokens, offsets = draw(7, 4, 8), torch.tensor([0, 3, 7])
+    with pytest.raises(RuntimeError, match="varlen_attention: the cpu backend has no forward-mode derivative; run under"):
+        torch.func.jvp(lambda q: varlen_attention(q, q, q, offsets, max_seqlen_q=4), (tokens,), (tokens,))
 
 
 @needs_kernels

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 
 import pytest
@@ -76,6 +77,55 @@ def test_use_backend_nests_and_restores():
     assert _chosen(x) == "cpu"
 
 
+def test_a_pin_stays_in_its_thread():
+    """Models with a backend of their own, called by eight threads at once, while another thread has none."""
+    before, interval, stop, seen = dispatch.setting(), sys.getswitchinterval(), threading.Event(), set()
+    pinned = set()
+
+    def watch():
+        while not stop.is_set():
+            seen.add(dispatch.setting())
+
+    def call():
+        for _ in range(500):
+            with dispatch.prefer_backend("reference"):
+                pinned.add(dispatch.setting())
+
+    watcher, callers = threading.Thread(target=watch), [threading.Thread(target=call) for _ in range(8)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in (watcher, *callers):
+            thread.start()
+        for thread in callers:
+            thread.join()
+    finally:
+        stop.set()
+        watcher.join()
+        sys.setswitchinterval(interval)
+    assert pinned == {"reference"} and seen <= {before} and dispatch.setting() == before
+
+
+def test_use_backend_goes_before_a_pin():
+    x = torch.ones(2)
+    with dispatch.prefer_backend("torch"):
+        assert _chosen(x) == "torch"
+        with transfuse.use_backend("reference"):
+            assert _chosen(x) == "reference"
+        with transfuse.use_backend("auto"), dispatch.prefer_backend("reference"):
+            assert _chosen(x) == "cpu"
+        assert _chosen(x) == "torch"
+    assert _chosen(x) == "cpu"
+
+
+def test_compile_traces_a_pin():
+    def pinned(x):
+        with dispatch.prefer_backend("torch"):
+            return double(x), dispatch.setting()
+
+    output, name = torch.compile(pinned, fullgraph=True, backend="eager")(torch.ones(3))
+    assert name == "torch" and torch.equal(output, torch.full((3,), 2.0)) and dispatch.setting() == "auto"
+
+
 @pytest.mark.parametrize(("name", "kind", "text"), [
     ("gpu", ValueError, "use_backend: name is 'gpu', expected one of auto, cuda, triton, cpu, torch, reference"),
     (3, TypeError, "use_backend: name is a int, expected str"),
@@ -116,8 +166,9 @@ def test_compile_follows_the_setting():
         compiled(x.half())
 
 
-def _python(code, **env):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env})
+def _python(code, timeout=None, **env):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, **env})
 
 
 def test_environment_is_checked_and_obeyed():
@@ -147,3 +198,131 @@ print("light")
 """
     run = _python(code)
     assert run.stdout == "light\n", run.stderr
+
+
+def test_a_forked_child_computes():
+    """The OpenMP runtime does not survive fork(): a child of a process that used its threads must not wait for them."""
+    run = _python("""
+import os, torch, transfuse
+torch.set_num_threads(4)
+x = torch.randn(512, 512)
+def compute():
+    q = x.view(2, 4, -1, 32)
+    results = (transfuse.gelu(x), transfuse.layer_norm(x, (512,)), transfuse.masked_softmax(x),
+               transfuse.scaled_dot_product_attention(q, q, q)[0, 0])
+    return [result[0].tolist() for result in results]  # torch's own parallel loops would hang: take one row
+expected = compute()
+child = os.fork()
+if child == 0:
+    os._exit(0 if compute() == expected else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+""", timeout=120, OMP_NUM_THREADS="4")
+    assert run.stdout == "0\n", run.stderr
+
+
+@pytest.mark.parametrize(("call", "text"), [
+    (lambda x: transfuse.gelu(x), "gelu: could not allocate 2199023255552 bytes"),
+    (lambda x: transfuse.layer_norm(x, (8,)), "layer_norm: could not allocate 2199023255552 bytes"),
+    (lambda x: transfuse.masked_softmax(x), "masked_softmax: could not allocate 2199023255552 bytes"),
+    (lambda x: transfuse.scaled_dot_product_attention(x, x[:1], x[:1]), "attention: could not allocate 2199023255552 bytes"),
+], ids=["gelu", "layer_norm", "masked_softmax", "attention"])
+def test_an_allocation_that_fails_names_op_and_bytes(call, text):
+    with pytest.raises(RuntimeError) as error:
+        call(torch.zeros(1, 8).expand(2**36, 8))
+    assert str(error.value) == text
+
+
+@pytest.mark.parametrize(("call", "shape"), [
+    (lambda x: transfuse.add_layer_norm(x, x, (8,))[0].square(), (8,)),
+    (lambda x: transfuse.layer_norm(x, (8,), x, x).square(), (8,)),
+    (lambda x: transfuse.gelu(x, bias=x), (8,)),
+    (lambda x: transfuse.masked_softmax(x, x).square(), (4, 8)),
+    (lambda x: transfuse.scaled_dot_product_attention(x, x, x, attn_mask=x), (2, 3, 8, 8)),
+    (lambda x: transfuse.varlen_attention(x, x, x, torch.tensor([0, 3, 5]), max_seqlen_q=3), (5, 2, 8)),
+], ids=["add_layer_norm", "layer_norm", "gelu", "masked_softmax", "attention", "varlen_attention"])
+def test_compile_takes_one_tensor_twice(call, shape):
+    x = torch.randn(*shape, requires_grad=True)
+    (expected,) = torch.autograd.grad(call(x).sum(), x)
+    (found,) = torch.autograd.grad(torch.compile(lambda x: call(x).sum(), fullgraph=True, backend="aot_eager")(x), x)
+    torch.testing.assert_close(found, expected)
+
+
+def _calls(x):
+    """Every op on one tensor in all its roles."""
+    return {
+        "gelu": lambda: transfuse.gelu(x),
+        "layer_norm": lambda: transfuse.layer_norm(x, (8,)),
+        "add_layer_norm": lambda: transfuse.add_layer_norm(x, x, (8,)),
+        "masked_softmax": lambda: transfuse.masked_softmax(x),
+        "attention": lambda: transfuse.scaled_dot_product_attention(x, x, x),
+        "varlen_attention": lambda: transfuse.varlen_attention(x, x, x, torch.tensor([0, 2])),
+        "pack": lambda: transfuse.pack(x, torch.ones(2, dtype=torch.bool)),
+    }
+
+
+@pytest.mark.parametrize(("make", "kind"), [
+    (lambda: torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)]), "nested"),
+    (lambda: torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)], layout=torch.jagged), "nested"),
+    (lambda: torch.ones(2, 8).to_sparse(), "sparse_coo"),
+    (lambda: torch.ones(2, 8).to_sparse_csr(), "sparse_csr"),
+], ids=["nested", "jagged", "coo", "csr"])
+@pytest.mark.filterwarnings("ignore")
+def test_only_dense_tensors(make, kind):
+    for op, call in _calls(make()).items():
+        with pytest.raises(TypeError, match=rf"^{op}: \w+ is a {kind} tensor, expected a dense one$"):
+            call()
+
+
+@pytest.mark.filterwarnings("ignore::transfuse.TransfuseWarning")
+def test_meta_tensors():
+    x = torch.empty(2, 8, device="meta")
+    for op in ("gelu", "layer_norm", "masked_softmax", "attention"):
+        output = _calls(x)[op]()
+        assert output.is_meta and output.shape == x.shape
+    tokens, offsets = torch.empty(4, 2, 8, device="meta"), torch.empty(3, dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match="max_seqlen_q is None, expected an int where the offsets are on meta"):
+        transfuse.varlen_attention(tokens, tokens, tokens, offsets)
+    with pytest.raises(RuntimeError, match="pack: attention_mask is on meta, expected a device with values"):
+        transfuse.pack(x, torch.empty(2, 8, dtype=torch.bool, device="meta"))
+
+
+@pytest.mark.parametrize(("call", "error", "text"), [
+    (lambda x: transfuse.add_layer_norm(x, x, (8,), dropout_p="a"), TypeError, "add_layer_norm: dropout_p is a str, expected float"),
+    (lambda x: transfuse.add_layer_norm(x, x, (8,), dropout_p=None), TypeError, "add_layer_norm: dropout_p is a NoneType, expected float"),
+    (lambda x: transfuse.scaled_dot_product_attention(x, x, x, dropout_p=torch.zeros(2)), TypeError,
+     "attention: dropout_p is a Tensor, expected float"),
+    (lambda x: transfuse.masked_softmax(x, is_causal="no"), TypeError, "masked_softmax: is_causal is a str, expected bool"),
+    (lambda x: transfuse.masked_softmax(x, scale=1e39), ValueError,
+     "masked_softmax: scale is 1e+39, expected a finite float32"),
+    (lambda x: transfuse.scaled_dot_product_attention(x, x, x, scale=-1e39), ValueError,
+     "attention: scale is -1e+39, expected a finite float32"),
+    (lambda x: transfuse.layer_norm(x, (8,), eps=-1.0), ValueError, "layer_norm: eps is -1.0, expected a finite number of at least 0"),
+    (lambda x: transfuse.layer_norm(x, (8,), eps=float("nan")), ValueError,
+     "layer_norm: eps is nan, expected a finite number of at least 0"),
+    (lambda x: transfuse.varlen_attention(x[None], x[None], x[None], torch.tensor([0, 1]), max_seqlen_q=2**63), ValueError,
+     "varlen_attention: max_seqlen_q is 9223372036854775808, expected an int64"),
+])
+def test_refusals_that_all_ops_share(call, error, text):
+    with pytest.raises(error) as raised:
+        call(torch.randn(2, 8))
+    assert str(raised.value) == text
+
+
+@pytest.mark.parametrize("call", [
+    lambda x: transfuse.scaled_dot_product_attention(x, x, x, scale=x.shape[-1] ** -0.5),
+    lambda x: transfuse.masked_softmax(x, scale=x.shape[-1] ** -0.5),
+], ids=["attention", "masked_softmax"])
+def test_a_symbolic_scale_compiles(call):
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (8, 12):
+        x = torch.randn(2, 3, size, size)
+        assert torch.equal(compiled(x), call(x))
+
+
+@pytest.mark.filterwarnings("ignore::transfuse.TransfuseWarning")
+def test_explain_leaves_the_generator_alone():
+    x, state = torch.randn(1, 1, 4, 8), torch.get_rng_state()
+    assert transfuse.explain(transfuse.scaled_dot_product_attention, x, x, x, dropout_p=0.5).chosen == "reference"
+    assert torch.equal(torch.get_rng_state(), state)
+    transfuse.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+    assert not torch.equal(torch.get_rng_state(), state)

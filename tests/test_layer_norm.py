@@ -401,7 +401,7 @@ ERRORS = [
     (ValueError, "add_layer_norm: residual has shape (5,), expected (2, 5) (input's)", lambda: add_norm(X, W, (5,))),
     (RuntimeError, "add_layer_norm: residual is on meta, expected cpu (input's)",
      lambda: add_norm(X, X.to("meta"), (5,))),
-    (ValueError, "add_layer_norm: dropout_p is 1.5, expected a number between 0 and 1",
+    (ValueError, "add_layer_norm: dropout_p is 1.5, expected 0 <= dropout_p <= 1",
      lambda: add_norm(X, X, (5,), dropout_p=1.5)),
     (ValueError, "AddLayerNorm: p is -0.1, expected a number between 0 and 1", lambda: AddLayerNorm(5, p=-0.1)),
 ]

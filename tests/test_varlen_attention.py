@@ -306,3 +306,9 @@ def test_pack_refusals(error, message, call):
     with pytest.raises(error) as raised:
         call()
     assert str(raised.value) == message
+
+
+def test_a_packing_is_equal_to_itself_alone():
+    """Comparing tensors gives no bool: == and hash go by identity, so a Packing can be a key."""
+    first, second = (pack(torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool))[1] for _ in range(2))
+    assert first == first and first != second and len({first, second}) == 2

@@ -25,6 +25,17 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return torch._C._are_functorch_transforms_active()  # a tensor under vmap does not tell
 
 
+def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The same tensors; under torch.compile a repeated one as a view, since Dynamo's autograd.Function takes none twice."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    result = []
+    for i, tensor in enumerate(tensors):
+        repeated = tensor is not None and any(tensor is other for other in tensors[:i])
+        result.append(tensor.view_as(tensor) if repeated else tensor)
+    return tuple(result)
+
+
 def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
     """RuntimeError under forward mode (jvp): a raw op would let it pass with tangents of 0."""
     if forward_ad._current_level < 0:

@@ -4,11 +4,13 @@ An op's page (ops/<op>.py) declares ``IMPLEMENTATIONS``, most wanted first. ``se
 data, so that support is decided and tested without a device. On the hot path no Problem is built: the choice is looked
 up under (backend setting, device type, dtype, flags).
 
-The backend setting is one per process, like torch's own backend flags, because torch.compile guards on it.
+The backend that use_backend() sets is one per process, like torch's own backend flags: torch.compile guards on a global
+and compiles again when it changes. A model's own pin is one per thread (it comes and goes within each forward).
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -54,19 +56,32 @@ class Implementation:
 
 _default: str = env.get("TRANSFUSE_BACKEND")  # read once: the environment costs a microsecond per look
 _override: str | None = None  # use_backend
+
+
+class _Pin(threading.local):
+    """prefer_backend, of this thread. Dynamo reads it without a guard: a model's pin is part of its code."""
+
+    backend: str | None = None
+
+
+_pin = _Pin()
 _choices: dict[tuple, Implementation] = {}
 _warned: set[tuple[str, str]] = set()
 _fallbacks: Counter[tuple[str, str]] = Counter()
 
 
 def setting() -> str:
-    """The backend asked for now: use_backend, else TRANSFUSE_BACKEND, else "auto"."""
-    return _default if _override is None else _override
+    """The backend asked for now: use_backend, else the model's own, else TRANSFUSE_BACKEND, else "auto"."""
+    if _override is not None:
+        return _override
+    return _pin.backend or _default
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Runs every op on one backend; an op it cannot run raises RuntimeError with the list of reasons.
+
+    The setting is the process's, so every thread follows it: enter it where no other thread enters another.
 
     Args:
         name: "auto", "cuda", "triton", "cpu", "torch" or "reference". "auto" restores the ordered choice.
@@ -84,14 +99,12 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def prefer_backend(name: str) -> Iterator[None]:
-    """What ``accelerate(model, backend=name)`` asks for: use_backend(name) where no use_backend() is in force."""
-    global _override
-    before = _override
-    _override = name if before is None else before
+    """What ``accelerate(model, backend=name)`` asks for: use_backend(name) in this thread, behind any use_backend()."""
+    before, _pin.backend = _pin.backend, name
     try:
         yield
     finally:
-        _override = before
+        _pin.backend = before
 
 
 def check_backend(op: str, argument: str, name: object) -> None:

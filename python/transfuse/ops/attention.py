@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from transfuse import dispatch, extension
-from transfuse.autograd import first_derivative, refuse_tangents, wants_grad
+from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
+from transfuse.checks import check_alignment, check_flag, check_scale
 from transfuse.ops import attention_checks as checks
 from transfuse.reference.attention import attention_reference
 
@@ -116,10 +117,8 @@ def _cpu_unsupported(problem: AttentionProblem) -> tuple[str, ...]:
 def _run_cpu(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right, features):
     refuse_tangents(_OP, query, key, value, bias)
     if wants_grad(query, key, value, bias):
-        if torch.compiler.is_compiling():  # Dynamo takes no tensor twice
-            key = key.view_as(key) if key is query else key
-            value = value.view_as(value) if value is query or value is key else value
-        return AttentionFunction.apply(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right)
+        tensors = distinct(query, key, value, bias, mask, seqlens_k)
+        return AttentionFunction.apply(*tensors, scale, is_causal, bottom_right)
     return _forward(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right)
 
 
@@ -129,7 +128,7 @@ def _run_reference(query, key, value, bias, mask, seqlens_k, scale, is_causal, b
     return attention_reference(
         query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=True, attn_bias=bias, seqlens_k=seqlens_k,
         causal_alignment="bottom_right" if bottom_right else "top_left", return_lse=True,
-        **checks.reference_options(features),
+        **checks.reference_options(features, query.device),
     )
 
 
@@ -214,12 +213,13 @@ def _normalise(
     if seqlens_k is not None:
         checks.check_lengths(_OP, "seqlens_k", seqlens_k, query, batch)
     if is_causal.__class__ is not bool:
-        checks.check_flag(_OP, "is_causal", is_causal)
-    scale = head_dim**-0.5 if scale is None else checks.check_scale(_OP, scale)
-    bottom_right = causal_alignment != "top_left" and checks.check_alignment(_OP, causal_alignment)
+        check_flag(_OP, "is_causal", is_causal)
+    scale = head_dim**-0.5 if scale is None else check_scale(_OP, scale)
+    bottom_right = causal_alignment != "top_left" and check_alignment(_OP, causal_alignment)
 
     features = checks.NO_FEATURES
-    if dropout_p != 0.0 or window is not None or softcap is not None or alibi_slopes is not None or sinks is not None:
+    dropout = dropout_p.__class__ is not float or dropout_p != 0.0  # a tensor is refused there, and not compared here
+    if dropout or window is not None or softcap is not None or alibi_slopes is not None or sinks is not None:
         features = checks.features_in_use(_OP, query, batch, heads, dropout_p, window, softcap, alibi_slopes, sinks)
     restore = None if lead is not None and len(lead) == 1 else () if lead is None else (*lead, heads)
     arguments = (query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right)
@@ -229,7 +229,7 @@ def _normalise(
 def _to_4d(query, key, value, enable_gqa):
     """query, key, value as [B, H, L, D], and the caller's dimensions before the heads (None for [L, D] input)."""
     if enable_gqa.__class__ is not bool:
-        checks.check_flag(_OP, "enable_gqa", enable_gqa)
+        check_flag(_OP, "enable_gqa", enable_gqa)
     q_shape, k_shape, v_shape = query.shape, key.shape, value.shape
     if k_shape[-2] != v_shape[-2]:
         raise ValueError(f"{_OP}: value has {v_shape[-2]} keys, expected {k_shape[-2]} (key's)")

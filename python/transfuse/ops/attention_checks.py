@@ -8,12 +8,12 @@ import math
 import torch
 from torch import Tensor
 
+from transfuse.checks import check_dropout, check_tensor, is_dense
 from transfuse.dispatch import dtype_name
 
-ALIGNMENTS = ("top_left", "bottom_right")
 MAX_HEAD_DIM = 512
 NO_FEATURES: dict = {}  # shared by every call without such options; never written
-_INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
+_INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -40,12 +40,10 @@ def features_in_use(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
 ) -> dict:
-    """Option name -> checked value, of those in use. dropout_p comes with its seed."""
+    """Option name -> checked value, of those in use."""
     features = {}
     if check_dropout(op, dropout_p) > 0:
-        # Drawn on the device by torch's generator: checkpointing, graphs and compile replay it.
-        seed = torch.randint(_INT64_MIN, _INT64_MAX, (2,), dtype=torch.int64, device=query.device)
-        features["dropout_p"] = (float(dropout_p), seed)
+        features["dropout_p"] = float(dropout_p)
     if window is not None:
         features["window"] = check_window(op, window)
     if softcap is not None:
@@ -59,18 +57,24 @@ def features_in_use(
     return features
 
 
-def reference_options(features: dict) -> dict:
-    """The same as keyword arguments of the reference."""
+def reference_options(features: dict, device: torch.device) -> dict:
+    """The same as keyword arguments of the reference, with a seed for dropout_p: drawn when it runs, not by explain()."""
     options = dict(features)
     if "dropout_p" in options:
-        options["dropout_p"], options["dropout_seed"] = options["dropout_p"]
+        options["dropout_seed"] = dropout_seed(device)
     return options
+
+
+def dropout_seed(device: torch.device) -> Tensor:
+    """Drawn on the device by torch's generator: checkpointing, graphs and compile replay it."""
+    return torch.randint(_INT64_MIN, INT64_MAX, (2,), dtype=torch.int64, device=device)
 
 
 def check_tensors(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
     """Three float tensors of one dtype on one device, at least [L, D], with head dimensions that can be multiplied."""
     if (
         isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
+        and is_dense(query) and is_dense(key) and is_dense(value)
         and query.dtype is key.dtype is value.dtype and query.dtype in _FLOATS
         and query.device == key.device == value.device
         and query.dim() == key.dim() == value.dim() == 4
@@ -78,8 +82,7 @@ def check_tensors(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
     ):  # fmt: skip
         return  # the common case, in one microsecond; the rest finds the words
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} is a {type(tensor).__name__}, expected a Tensor")
+        check_tensor(op, name, tensor)
     if query.dtype not in _FLOATS:
         raise TypeError(f"{op}: query has dtype {dtype_name(query.dtype)}, expected {', '.join(map(dtype_name, _FLOATS))}")
     for name, tensor in (("key", key), ("value", value)):
@@ -100,37 +103,6 @@ def check_device(op: str, name: str, tensor: Tensor, query: Tensor) -> None:
     """Another argument lies on the query's device."""
     if tensor.device != query.device:
         raise RuntimeError(f"{op}: {name} is on {tensor.device}, expected {query.device} (query's)")
-
-
-def check_scale(op: str, scale: float) -> float:
-    """A finite number; a tensor would break graphs and lose its gradient."""
-    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{op}: scale is a {type(scale).__name__}, expected float or None")
-    if not math.isfinite(scale):
-        raise ValueError(f"{op}: scale is {scale}, expected a finite number")
-    return float(scale)
-
-
-def check_dropout(op: str, dropout_p: float) -> float:
-    """A probability."""
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"{op}: dropout_p is a {type(dropout_p).__name__}, expected float")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"{op}: dropout_p is {dropout_p}, expected 0 <= dropout_p <= 1")
-    return float(dropout_p)
-
-
-def check_flag(op: str, name: str, flag: bool) -> None:
-    """A bool: a tensor here would be read on the host."""
-    if not isinstance(flag, bool):
-        raise TypeError(f"{op}: {name} is a {type(flag).__name__}, expected bool")
-
-
-def check_alignment(op: str, alignment: str) -> bool:
-    """True for "bottom_right"."""
-    if alignment not in ALIGNMENTS:
-        raise ValueError(f"{op}: causal_alignment is {alignment!r}, expected 'top_left' or 'bottom_right'")
-    return alignment == "bottom_right"
 
 
 def check_window(op: str, window: tuple) -> tuple[int | None, int | None]:
@@ -156,8 +128,7 @@ def check_softcap(op: str, softcap: float) -> float:
 
 def check_per_head(op: str, name: str, tensor: Tensor, query: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
     """alibi_slopes or sinks: floats, one of the given shapes, query's device."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} is a {type(tensor).__name__}, expected a Tensor or None")
+    check_tensor(op, name, tensor, "a Tensor or None")
     if tensor.dtype not in _FLOATS:
         raise TypeError(f"{op}: {name} has dtype {dtype_name(tensor.dtype)}, expected a float dtype")
     if tuple(tensor.shape) not in shapes:
@@ -167,8 +138,7 @@ def check_per_head(op: str, name: str, tensor: Tensor, query: Tensor, shapes: tu
 
 def check_additive(op: str, name: str, tensor: Tensor, query: Tensor, allow_bool: bool) -> None:
     """A mask or bias: query's dtype or float32 (or bool), query's device."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} is a {type(tensor).__name__}, expected a Tensor or None")
+    check_tensor(op, name, tensor, "a Tensor or None")
     dtype = tensor.dtype
     if not (dtype == query.dtype or dtype == torch.float32 or allow_bool and dtype == torch.bool):
         expected = ("bool, " if allow_bool else "") + " or ".join(dict.fromkeys((dtype_name(query.dtype), "float32")))
@@ -185,8 +155,7 @@ def check_broadcast(op: str, name: str, shape: tuple[int, ...], target: tuple[in
 
 def check_lengths(op: str, name: str, lengths: Tensor, query: Tensor, count: int) -> None:
     """[B] whole numbers on query's device. Values are looked at by check_length_values."""
-    if not isinstance(lengths, Tensor):
-        raise TypeError(f"{op}: {name} is a {type(lengths).__name__}, expected a Tensor or None")
+    check_tensor(op, name, lengths, "a Tensor or None")
     if lengths.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: {name} has dtype {dtype_name(lengths.dtype)}, expected int32 or int64")
     if tuple(lengths.shape) != (count,):
@@ -196,8 +165,7 @@ def check_lengths(op: str, name: str, lengths: Tensor, query: Tensor, count: int
 
 def check_offsets(op: str, name: str, offsets: Tensor, query: Tensor) -> None:
     """[N + 1] whole numbers on query's device."""
-    if not isinstance(offsets, Tensor):
-        raise TypeError(f"{op}: {name} is a {type(offsets).__name__}, expected a Tensor")
+    check_tensor(op, name, offsets)
     if offsets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: {name} has dtype {dtype_name(offsets.dtype)}, expected int32 or int64")
     if offsets.dim() != 1 or offsets.shape[0] == 0:

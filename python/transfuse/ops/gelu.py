@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from transfuse import dispatch, extension
-from transfuse.autograd import first_derivative, refuse_tangents, wants_grad
+from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
+from transfuse.checks import check_tensor
 from transfuse.dispatch import Implementation, cpu_reasons, dtype_name, supports_all
 from transfuse.reference.gelu import gelu_reference
 
@@ -43,16 +44,14 @@ def gelu(input: Tensor, approximate: str = "none", *, bias: Tensor | None = None
 
 
 def _check(input: Tensor, approximate: str, bias: Tensor | None) -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"gelu: input is a {type(input).__name__}, expected a Tensor")
+    check_tensor("gelu", "input", input)
     if not input.is_floating_point():
         raise TypeError(f"gelu: input has dtype {dtype_name(input.dtype)}, expected a floating dtype")
     if approximate not in ("none", "tanh"):
         raise ValueError(f"gelu: approximate is {approximate!r}, expected 'none' or 'tanh'")
     if bias is None:
         return
-    if not isinstance(bias, Tensor):
-        raise TypeError(f"gelu: bias is a {type(bias).__name__}, expected a Tensor or None")
+    check_tensor("gelu", "bias", bias, "a Tensor or None")
     if input.dim() == 0:
         raise ValueError("gelu: input has shape (), expected at least one dimension to add bias to")
     if tuple(bias.shape) != (input.shape[-1],):
@@ -84,7 +83,7 @@ def _key(input: Tensor) -> tuple:
 def _run_cpu(input, bias, tanh):
     refuse_tangents("gelu", input, bias)
     if wants_grad(input, bias):
-        return GeluFunction.apply(input, bias, tanh)
+        return GeluFunction.apply(*distinct(input, bias), tanh)
     return torch.ops.transfuse.gelu_forward.default(input, bias, tanh)
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from transfuse import dispatch, extension
-from transfuse.autograd import first_derivative, refuse_tangents, wants_grad
+from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
+from transfuse.checks import check_dropout, check_eps, check_tensor
 from transfuse.dispatch import Implementation, cpu_reasons, dtype_name, supports_all
 from transfuse.reference.layer_norm import add_layer_norm_reference, layer_norm_reference
 
@@ -46,7 +47,7 @@ def layer_norm(
         over rows in one fixed order, the same for every number of threads.
         Autocast runs it in float32 on a GPU and leaves it alone on the CPU, as it does with torch's.
     Raises:
-        TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape. RuntimeError: weight or bias on
+        TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape or eps. RuntimeError: weight or bias on
         another device; a second or forward-mode derivative of a compiled kernel (the reference backend has both).
     Source:
         Ba, Kiros, Hinton: Layer Normalization, 2016, https://arxiv.org/abs/1607.06450
@@ -103,8 +104,7 @@ def _check(op, input, normalized_shape, weight, bias, eps) -> int:
     _check_floating(op, "input", input)
     if not isinstance(normalized_shape, (tuple, list)):
         raise TypeError(f"{op}: normalized_shape is a {type(normalized_shape).__name__}, expected a tuple of ints")
-    if not isinstance(eps, (float, int)):
-        raise TypeError(f"{op}: eps is a {type(eps).__name__}, expected a float")
+    check_eps(op, eps)
     ndim, sizes = len(normalized_shape), tuple(normalized_shape)
     if ndim == 0:
         raise ValueError(f"{op}: normalized_shape is (), expected at least one dimension")
@@ -121,15 +121,13 @@ def _check(op, input, normalized_shape, weight, bias, eps) -> int:
 
 
 def _check_floating(op: str, argument: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {argument} is a {type(tensor).__name__}, expected a Tensor")
+    check_tensor(op, argument, tensor)
     if not tensor.is_floating_point():
         raise TypeError(f"{op}: {argument} has dtype {dtype_name(tensor.dtype)}, expected a floating dtype")
 
 
 def _check_parameter(op: str, argument: str, parameter: Tensor, input: Tensor, sizes: tuple[int, ...]) -> None:
-    if not isinstance(parameter, Tensor):
-        raise TypeError(f"{op}: {argument} is a {type(parameter).__name__}, expected a Tensor or None")
+    check_tensor(op, argument, parameter, "a Tensor or None")
     if parameter.shape != sizes:
         raise ValueError(f"{op}: {argument} has shape {tuple(parameter.shape)}, expected {sizes} (normalized_shape)")
     if parameter.dtype != input.dtype and not (parameter.dtype == torch.float32 and input.dtype in _16_BIT):
@@ -147,8 +145,7 @@ def _check_residual(op: str, input: Tensor, residual: Tensor, dropout_p: float) 
         raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}, expected {expected} (input's)")
     if residual.device != input.device:
         raise RuntimeError(f"{op}: residual is on {residual.device}, expected {input.device} (input's)")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"{op}: dropout_p is {dropout_p}, expected a number between 0 and 1")
+    check_dropout(op, dropout_p)
     if residual.dtype != input.dtype:
         dtype = torch.promote_types(input.dtype, residual.dtype)
         return input.to(dtype), residual.to(dtype)
@@ -157,7 +154,7 @@ def _check_residual(op: str, input: Tensor, residual: Tensor, dropout_p: float) 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """float32 where torch's autocast says so: layer_norm is on its list for GPUs and not on that for the CPU."""
-    if tensors[0].is_cpu or not torch.is_autocast_enabled(tensors[0].device.type):
+    if tensors[0].is_cpu or tensors[0].is_meta or not torch.is_autocast_enabled(tensors[0].device.type):
         return tensors
     return tuple(None if t is None or t.dtype == torch.float64 else t.float() for t in tensors)
 
@@ -186,7 +183,7 @@ def _key(input: Tensor) -> tuple:
 def _run_cpu(input, weight, bias, ndim, eps):
     refuse_tangents("layer_norm", input, weight, bias)
     if wants_grad(input, weight, bias):
-        return LayerNormFunction.apply(input, weight, bias, ndim, eps)
+        return LayerNormFunction.apply(*distinct(input, weight, bias), ndim, eps)
     return _forward(input, weight, bias, ndim, eps)[0]
 
 
@@ -201,7 +198,7 @@ def _run_reference(input, weight, bias, ndim, eps):
 def _add_cpu(input, residual, weight, bias, ndim, eps):
     refuse_tangents("add_layer_norm", input, residual, weight, bias)
     if wants_grad(input, residual, weight, bias):
-        return AddLayerNormFunction.apply(input, residual, weight, bias, ndim, eps)
+        return AddLayerNormFunction.apply(*distinct(input, residual, weight, bias), ndim, eps)
     return _add_forward(input, residual, weight, bias, ndim, eps)[:2]
 
 

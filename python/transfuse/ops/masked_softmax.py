@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from transfuse import dispatch, extension
-from transfuse.autograd import first_derivative, refuse_tangents, wants_grad
+from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
+from transfuse.checks import check_alignment, check_flag, check_scale, check_tensor
 from transfuse.dispatch import Implementation, cpu_reasons, dtype_name, supports_all
 from transfuse.reference.masked_softmax import masked_softmax_reference
-
-_ALIGNMENTS = ("top_left", "bottom_right")
 
 
 def masked_softmax(
@@ -53,13 +51,12 @@ def masked_softmax(
     input, mask = _autocast(input, mask)
     input, mask = _keys_last(input, mask, dim)
     chosen = dispatch.select("masked_softmax", IMPLEMENTATIONS, _key(input, mask), lambda: _problem(input, mask, is_causal))
-    output = chosen.run(input, mask, float(scale), bool(is_causal), causal_alignment == "bottom_right")
+    output = chosen.run(input, mask, float(scale), is_causal, causal_alignment == "bottom_right")
     return output if dim in (-1, output.dim() - 1) else output.transpose(dim, -1)
 
 
 def _check(input, mask, scale, is_causal, causal_alignment, dim) -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"masked_softmax: input is a {type(input).__name__}, expected a Tensor")
+    check_tensor("masked_softmax", "input", input)
     if not input.is_floating_point():
         raise TypeError(f"masked_softmax: input has dtype {dtype_name(input.dtype)}, expected a floating dtype")
     if input.dim() == 0:
@@ -68,12 +65,9 @@ def _check(input, mask, scale, is_causal, causal_alignment, dim) -> None:
         raise TypeError(f"masked_softmax: dim is a {type(dim).__name__}, expected an int")
     if not -input.dim() <= dim < input.dim():
         raise ValueError(f"masked_softmax: dim is {dim}, expected {-input.dim()} to {input.dim() - 1}")
-    if not isinstance(scale, (int, float)):
-        raise TypeError(f"masked_softmax: scale is a {type(scale).__name__}, expected a float")
-    if not math.isfinite(scale):
-        raise ValueError(f"masked_softmax: scale is {scale}, expected a finite number")
-    if causal_alignment not in _ALIGNMENTS:
-        raise ValueError(f"masked_softmax: causal_alignment is {causal_alignment!r}, expected 'top_left' or 'bottom_right'")
+    check_scale("masked_softmax", scale)
+    check_flag("masked_softmax", "is_causal", is_causal)
+    check_alignment("masked_softmax", causal_alignment)
     if is_causal and input.dim() < 2:
         raise ValueError(f"masked_softmax: input has shape {tuple(input.shape)}, expected [..., queries, keys] with is_causal")
     if is_causal and dim % input.dim() < input.dim() - 2:
@@ -83,8 +77,7 @@ def _check(input, mask, scale, is_causal, causal_alignment, dim) -> None:
 
 
 def _check_mask(input: Tensor, mask: Tensor) -> None:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"masked_softmax: mask is a {type(mask).__name__}, expected a Tensor or None")
+    check_tensor("masked_softmax", "mask", mask, "a Tensor or None")
     if mask.dtype not in (torch.bool, input.dtype, torch.float32):
         raise TypeError(f"masked_softmax: mask has dtype {dtype_name(mask.dtype)}, expected bool or {dtype_name(input.dtype)} (input's)")
     extra = input.dim() - mask.dim()
@@ -98,7 +91,7 @@ def _check_mask(input: Tensor, mask: Tensor) -> None:
 def _autocast(input: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """float32 where torch's autocast says so: softmax is on its list for GPUs and not on that for the CPU."""
     device = input.device.type
-    if device == "cpu" or input.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if device in ("cpu", "meta") or input.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return input, mask
     return input.float(), mask if mask is None or mask.dtype == torch.bool else mask.float()
 
@@ -135,7 +128,7 @@ def _key(input: Tensor, mask: Tensor | None) -> tuple:
 def _run_cpu(input, mask, scale, causal, bottom_right):
     refuse_tangents("masked_softmax", input, mask)
     if wants_grad(input, mask):
-        return MaskedSoftmaxFunction.apply(input, mask, scale, causal, bottom_right)
+        return MaskedSoftmaxFunction.apply(*distinct(input, mask), scale, causal, bottom_right)
     return _forward(input, mask, scale, causal, bottom_right)
 
 

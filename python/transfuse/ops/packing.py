@@ -10,8 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from transfuse.checks import check_tensor
+from transfuse.dispatch import dtype_name
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)  # by identity: == of tensors is no bool, and they do not hash by value
 class Packing:
     """Where each token of a packed batch stands in the padded one.
 
@@ -48,8 +51,7 @@ def pack(input: Tensor, attention_mask: "Tensor | Packing") -> tuple[Tensor, Pac
         TypeError: input is no tensor, or attention_mask is floating point (a score mask is not a keep mask).
         ValueError: the leading shape of input is not the mask's. RuntimeError: another device.
     """
-    if not isinstance(input, Tensor):
-        raise TypeError(f"pack: input is a {type(input).__name__}, expected a Tensor")
+    check_tensor("pack", "input", input)
     packing = attention_mask if isinstance(attention_mask, Packing) else _packing_of(attention_mask)
     dims = len(packing.shape)
     if tuple(input.shape[:dims]) != packing.shape:
@@ -76,8 +78,7 @@ def unpack(packed: Tensor, packing: Packing) -> Tensor:
         TypeError: packed is no tensor, packing no Packing. ValueError: another number of tokens. RuntimeError: another
         device.
     """
-    if not isinstance(packed, Tensor):
-        raise TypeError(f"unpack: packed is a {type(packed).__name__}, expected a Tensor")
+    check_tensor("unpack", "packed", packed)
     if not isinstance(packing, Packing):
         raise TypeError(f"unpack: packing is a {type(packing).__name__}, expected a Packing (as pack returns)")
     tokens = packing.indices.shape[0]
@@ -93,11 +94,11 @@ def unpack(packed: Tensor, packing: Packing) -> Tensor:
 
 
 def _packing_of(mask: Tensor) -> Packing:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"pack: attention_mask is a {type(mask).__name__}, expected a Tensor or a Packing")
+    check_tensor("pack", "attention_mask", mask, "a Tensor or a Packing")
+    if mask.is_meta:
+        raise RuntimeError("pack: attention_mask is on meta, expected a device with values (they decide the shape)")
     if mask.is_floating_point() or mask.is_complex():
-        dtype = str(mask.dtype).removeprefix("torch.")
-        raise TypeError(f"pack: attention_mask has dtype {dtype}, expected bool or integer (nonzero = keep)")
+        raise TypeError(f"pack: attention_mask has dtype {dtype_name(mask.dtype)}, expected bool or integer (nonzero = keep)")
     if mask.dim() == 0:
         raise ValueError("pack: attention_mask has shape (), expected (B, L)")
     keep = mask != 0

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from transfuse import dispatch, extension
-from transfuse.autograd import first_derivative, refuse_tangents, wants_grad
+from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
+from transfuse.checks import check_alignment, check_flag, check_scale
 from transfuse.ops import attention_checks as checks
 from transfuse.reference.varlen_attention import varlen_attention_reference
 
@@ -103,13 +104,8 @@ def _cpu_unsupported(problem: VarlenAttentionProblem) -> tuple[str, ...]:
 def _run_cpu(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right, features):
     refuse_tangents(_OP, query, key, value)
     if wants_grad(query, key, value):
-        if torch.compiler.is_compiling():  # Dynamo takes no tensor twice
-            key = key.view_as(key) if key is query else key
-            value = value.view_as(value) if value is query or value is key else value
-            cu_k = cu_k.view_as(cu_k) if cu_k is cu_q else cu_k
-        return VarlenAttentionFunction.apply(
-            query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right
-        )
+        tensors = distinct(query, key, value, cu_q, cu_k)
+        return VarlenAttentionFunction.apply(*tensors, max_q, max_k, scale, is_causal, bottom_right)
     return _forward(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right)
 
 
@@ -119,7 +115,7 @@ def _run_reference(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal
     return varlen_attention_reference(
         query, key, value, cu_q, cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k, is_causal=is_causal, scale=scale,
         causal_alignment="bottom_right" if bottom_right else "top_left", return_lse=True,
-        **checks.reference_options(features),
+        **checks.reference_options(features, query.device),
     )
 
 
@@ -161,7 +157,6 @@ class VarlenAttentionFunction(torch.autograd.Function):
         return *grads, None, None, None, None, None, None, None
 
 
-
 def _normalise(
     query, key, value, cu_q, cu_k, max_q, max_k, attn_bias, dropout_p, is_causal, causal_alignment, scale, window,
     softcap, alibi_slopes, sinks,
@@ -194,11 +189,12 @@ def _normalise(
     max_q = _longest("max_seqlen_q", max_q, cu_q)
     max_k = _longest("max_seqlen_k", max_k, cu_k)
 
-    checks.check_flag(_OP, "is_causal", is_causal)
-    scale = head_dim**-0.5 if scale is None else checks.check_scale(_OP, scale)
-    bottom_right = causal_alignment != "top_left" and checks.check_alignment(_OP, causal_alignment)
+    check_flag(_OP, "is_causal", is_causal)
+    scale = head_dim**-0.5 if scale is None else check_scale(_OP, scale)
+    bottom_right = causal_alignment != "top_left" and check_alignment(_OP, causal_alignment)
     features, num_sequences = checks.NO_FEATURES, cu_q.shape[0] - 1
-    if dropout_p != 0.0 or window is not None or softcap is not None or alibi_slopes is not None or sinks is not None:
+    dropout = dropout_p.__class__ is not float or dropout_p != 0.0  # a tensor is refused there, and not compared here
+    if dropout or window is not None or softcap is not None or alibi_slopes is not None or sinks is not None:
         features = checks.features_in_use(
             _OP, query, num_sequences, heads, dropout_p, window, softcap, alibi_slopes, sinks
         )
@@ -214,11 +210,15 @@ def _longest(name: str, given: int | None, offsets: Tensor) -> int:
     if given is None:
         if torch.compiler.is_compiling():
             raise ValueError(f"{_OP}: {name} is None, expected an int inside torch.compile")
+        if offsets.is_meta:
+            raise ValueError(f"{_OP}: {name} is None, expected an int where the offsets are on meta and have no values")
         return int(offsets.diff().max()) if offsets.shape[0] > 1 else 0
     if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
         raise TypeError(f"{_OP}: {name} is a {type(given).__name__}, expected int or None")
     if given < 0:
         raise ValueError(f"{_OP}: {name} is {given}, expected at least 0")
+    if given > checks.INT64_MAX:
+        raise ValueError(f"{_OP}: {name} is {given}, expected an int64")
     return given
 
 
