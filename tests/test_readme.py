@@ -1,11 +1,15 @@
 """The README's code runs as it is printed, and its tables are the generated ones."""
 
+import json
 import re
 from pathlib import Path
 
 import torch
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+from transfuse.bench import readme
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_five_lines_run(capsys):
@@ -28,3 +32,13 @@ def test_gpu_rows_are_not_claimed():
     rows = [line for line in README.splitlines() if line.startswith("|") and re.search(r"H200|CUDA|Triton", line)]
     for row in rows:
         assert "not measured" in row, row
+
+
+def test_the_table_is_generated_and_leaves_no_case_out(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert readme.main(["--check"]) in (None, 0)
+    rows = json.loads((ROOT / "bench/results/cpu/ops.json").read_text())["rows"]
+    for row in rows:
+        if row["dtype"] == readme.SHOWN_DTYPE and row["peer"] == "torch":
+            assert f"| {row['op']} | {row['case']} | {row['shape']} |" in README
+            assert f"{row['speedup']:.2f}x ({row['speedup_low']:.2f} to" in README

@@ -57,17 +57,16 @@ def tables(documents):
             "",
             f"One op against torch ({where}), with 95 % intervals:",
             "",
-            "| op | shape | forward | backward |",
-            "|---|---|---|---|",
+            "| op | case | shape | forward | backward |",
+            "|---|---|---|---|---|",
         ]
         by_case = {}
         for row in shown:
             figure = f"{row['speedup']:.2f}x ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
-            by_case.setdefault((row["op"], row["shape"]), {})[row["direction"]] = figure
-        for (op, shape), found in by_case.items():
-            lines.append(
-                f"| {op} | {shape} | {found.get('forward', NOT_MEASURED)} | {found.get('backward', NOT_MEASURED)} |"
-            )
+            by_case.setdefault((row["op"], row["case"], row["shape"]), {})[row["direction"]] = figure
+        for (op, case, shape), found in by_case.items():
+            figures = " | ".join(found.get(direction, NOT_MEASURED) for direction in ("forward", "backward"))
+            lines.append(f"| {op} | {case} | {shape} | {figures} |")
     return "\n".join(lines)
 
 
