@@ -182,7 +182,6 @@ def _choose(op: str, implementations: Sequence[Implementation], full_key: tuple,
     raise RuntimeError(f"{op}: no backend can run this under use_backend({wanted!r}):\n{_reason_lines(passed_over)}")
 
 
-@torch.compiler.assume_constant_result  # torch.compile calls it while tracing: the warning is not part of the graph
 def _tell_fallback(op: str, reason: str) -> bool:
     _fallbacks[(op, reason)] += 1
     if env.get("TRANSFUSE_STRICT"):
@@ -191,6 +190,11 @@ def _tell_fallback(op: str, reason: str) -> bool:
         _warned.add((op, reason))
         warnings.warn(f"{op}: running the slow reference, because\n{reason}", TransfuseWarning, stacklevel=5)
     return True
+
+
+# torch.compile calls it while tracing: the warning is not part of the graph. This is what the decorator
+# torch.compiler.assume_constant_result does, which would import all of Dynamo, and triton with it, for every user.
+_tell_fallback._dynamo_marked_constant = True
 
 
 def _reason_lines(passed_over: list[tuple[str, tuple[str, ...]]]) -> str:
