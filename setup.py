@@ -42,7 +42,7 @@ setup(
     version=VERSION,
     packages=find_packages("python") + ["transfuse.kernels.triton"],
     package_dir={"": "python", "transfuse.kernels.triton": "kernels/triton"},
-    package_data={"transfuse": ["py.typed"]},
+    package_data={"transfuse": ["py.typed"], "transfuse.promises": ["masks.json"]},
     ext_modules=[Extension("transfuse._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     zip_safe=False,

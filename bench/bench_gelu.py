@@ -1,4 +1,4 @@
-"""gelu against torch here. Cases: transfuse.bench.cases; the work: conftest.py."""
+"""gelu against torch here. Cases: transfuse.promises.cases; the work: conftest.py."""
 
 OPS = ("gelu",)
 

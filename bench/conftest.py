@@ -6,8 +6,8 @@ pytest bench/bench_*.py --benchmark-only [-k quick] [--benchmark-json F]
 import pytest
 import torch
 
-from transfuse.bench.cases import BENCH_CASES, DIRECTIONS, DTYPES
-from transfuse.bench.harness import gradients_of, measure
+from transfuse.bench.harness import measure
+from transfuse.promises.cases import BENCH_CASES, DIRECTIONS, DTYPES, gradients_of
 
 INFO = (
     "shape",

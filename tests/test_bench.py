@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import transfuse
-from transfuse.bench import cases, gpu, gpu_rows, harness, machine, readme, text
-from transfuse.bench.harness import ParityError, compare, measure, median_ranks, ratio_interval
+from transfuse.bench import gpu, gpu_rows, harness, machine, readme, text
+from transfuse.bench.harness import compare, measure, median_ranks, ratio_interval
 from transfuse.dispatch import setting
+from transfuse.promises import cases
+from transfuse.promises.cases import ParityError
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYER_NORM = next(case for case in cases.PARITY_CASES if case.op == "layer_norm")

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import transfuse
-from transfuse.bench import cases
 from transfuse.cli import MissingExtra, main, need, output
 from transfuse.dispatch import setting
+from transfuse.promises import cases
 
 OPS = "attention, varlen_attention, masked_softmax, layer_norm, add_layer_norm, gelu"
 

@@ -31,7 +31,7 @@ _HOMES = {
     "explain": "dispatch",
     "TransfuseWarning": "dispatch",
 }
-_MODULES = ("nn", "ops", "reference", "models", "testing", "dispatch", "env", "bench", "cli")
+_MODULES = ("nn", "ops", "reference", "models", "testing", "dispatch", "env", "promises", "bench", "cli")
 
 __all__ = [*_HOMES, "nn", "testing"]
 

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 import transfuse
-from transfuse.bench import gpu_peers, gpu_rows, parity
-from transfuse.bench.cases import DIRECTIONS, DTYPES, PARITY_CASES
+from transfuse.bench import gpu_peers, gpu_rows
+from transfuse.dispatch import dtype_name
+from transfuse.promises import agreement, check
 
 BUDGET_SECONDS = 490
 GPU_BACKENDS = ("cuda", "triton")
@@ -35,33 +36,25 @@ SECTIONS = (
 
 
 def check_backends(run):
-    """Parity of our own GPU backends; a backend that is not there is a row with its reason."""
+    """Our own GPU backends against the float64 reference; a backend that is not there is a row with its reason."""
     available = transfuse.backends()
     for backend in GPU_BACKENDS:
         if available[backend] is not True:
             run.add(op="all", peer=f"transfuse {backend}", status="skipped", reason=available[backend])
             continue
-        for case in PARITY_CASES:
-            for dtype in DTYPES:
-                for direction in DIRECTIONS:
-                    found = parity.verify_case(case, dtype, direction, backend, run.device)
-                    status = {"ok": "ok", "failed": "failed", "error": "error"}[found["status"]]
-                    reason = found["reason"] or (
-                        f"{found['worst']}: error {found['error']:.3e}, allowed {found['allowed']:.3e}"
-                        if status != "ok"
-                        else ""
-                    )
-                    run.add(
-                        op=case.op,
-                        peer=f"transfuse {backend}",
-                        variant=case.name,
-                        shape={"sizes": case.shape},
-                        direction=direction,
-                        dtype=found["dtype"],
-                        status=status,
-                        rms_error=found["error"],
-                        reason=reason,
-                    )
+        for promise in agreement.PROMISES:
+            outcome = check(promise, backend, run.device)
+            run.add(
+                op=promise.op,
+                peer=f"transfuse {backend}",
+                variant=promise.id,
+                shape={"sizes": promise.statement},
+                direction=promise.id.rpartition("-")[2],
+                dtype=dtype_name(promise.dtype),
+                status={"no kernel": "skipped"}.get(outcome.status, outcome.status),
+                rms_error=outcome.figure and outcome.figure.worst,
+                reason=outcome.reason or (outcome.figure.detail if outcome.status == "failed" else ""),
+            )
 
 
 def table(rows):

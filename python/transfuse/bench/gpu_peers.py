@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from transfuse.bench.harness import compiled, gradients_of
+from transfuse.bench.harness import compiled
+from transfuse.promises.cases import gradients_of
 
 TOKENS, CHANNELS, ROWS = 16384, 2048, 16384
 SDPA_PEERS = {

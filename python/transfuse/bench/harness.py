@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from transfuse.bench.machine import environment
+from transfuse.promises.cases import gradients_of
 
 CONFIDENCE = 0.95
 MEDIAN_ROUNDS = 6  # the fewest rounds whose extremes cover the median with 95 %: 1 - 2 * 0.5**6 = 0.969
@@ -30,10 +31,6 @@ BLOCK_SECONDS = 0.02  # one timed block lasts at least this long, so that the cl
 
 
 PEERS = ("torch", "compile", "reference")
-
-
-class ParityError(AssertionError):
-    """What was to be timed does not compute the same thing, so there is no speed to speak of."""
 
 
 @dataclass(frozen=True)
@@ -167,14 +164,6 @@ def compiled(call):
     return torch.compile(call, dynamic=False)
 
 
-def gradients_of(call, inputs, grad_output):
-    """A callable for the backward direction alone: the graph is built once and walked again by every call."""
-    leaves = [value.detach().requires_grad_(value.is_floating_point()) for value in inputs]
-    output = call(*leaves)
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    return lambda: torch.autograd.grad(output, wanted, grad_output, retain_graph=True)
-
-
 def measure(
     case,
     *,
@@ -189,7 +178,7 @@ def measure(
     """One row: `case` against one peer, in one direction, after its parity was asserted on the very same inputs.
 
     Args:
-        case: a `transfuse.bench.cases.Case`.
+        case: a `transfuse.promises.cases.Case`.
         direction: 'forward' or 'backward'.
         peer: 'torch', 'compile' (torch.compile of the former) or 'reference'.
     Returns: a flat dict, ready for JSON.

@@ -2,8 +2,8 @@
 
 import torch
 
-from transfuse.bench.cases import BENCH_CASES, DIRECTIONS, DTYPES, check_op, selected
-from transfuse.bench.harness import PEERS, ParityError, measure, write_json
+from transfuse.promises.cases import BENCH_CASES, DIRECTIONS, DTYPES, ParityError, check_op, selected
+from transfuse.bench.harness import PEERS, measure, write_json
 from transfuse.bench.machine import environment
 from transfuse.cli.output import Progress, table
 from transfuse.cli.verify import DTYPE_NAMES, check_device

@@ -2,7 +2,7 @@
 
 import torch
 
-from transfuse.bench.cases import OPS, PARITY_CASES
+from transfuse.promises.cases import OPS, PARITY_CASES
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

@@ -4,7 +4,7 @@ import torch
 
 import transfuse
 from transfuse import env, extension
-from transfuse.bench.cases import OPS, PARITY_CASES
+from transfuse.promises.cases import OPS, PARITY_CASES
 from transfuse.bench.machine import cpu_isa, git_commit, gpu_facts, installed, processor_name
 from transfuse.cli.output import print_json
 from transfuse.dispatch import dtype_name

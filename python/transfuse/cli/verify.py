@@ -1,7 +1,7 @@
-"""`transfuse verify`: every op against its float64 reference on this machine, with the figures.
+"""`transfuse verify`: every promise of the contract on this machine, each with its bound, our figure and torch's.
 
-An error is the largest difference of any element of any result, over that result's largest magnitude; what is allowed
-stands in transfuse.testing.error_budget. Gradients of every input are compared as well.
+What is promised stands in transfuse.promises, one page per section of the contract; nothing is judged here. Promises
+that differ in dtype alone share a line, which shows the worst of them; the JSON file has every one.
 """
 
 import re
@@ -11,32 +11,32 @@ from xml.etree import ElementTree
 import torch
 
 import transfuse
-from transfuse import env
-from transfuse.bench.cases import DIRECTIONS, DTYPES, PARITY_CASES, check_op, selected
+from transfuse import env, promises
 from transfuse.bench.harness import write_json
 from transfuse.bench.machine import environment
-from transfuse.bench.parity import verify_case
 from transfuse.cli.output import Progress, table
 from transfuse.dispatch import dtype_name
+from transfuse.promises.promise import DTYPES
 
 DTYPE_NAMES = tuple(map(dtype_name, DTYPES))
+HEADERS = ("op", "dtype", "promise", "bound", "ours", "torch", "unit", "result")
 
 
 def add_arguments(parser):
     parser.add_argument("--op", help="only this op")
-    parser.add_argument("--case", help="only the case of this name")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="only this dtype")
+    parser.add_argument("--section", type=int, choices=tuple(promises.SECTIONS), help="only this section of the contract")
+    parser.add_argument("--promise", metavar="ID", help="only this promise, as a failure prints it")
     parser.add_argument(
-        "--backend", default="auto", choices=env.BACKENDS, help="run this backend or fail; auto: what a call takes"
+        "--backend", default="auto", choices=env.BACKENDS, help="check this backend; auto: what a call takes"
     )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     depth = parser.add_mutually_exclusive_group()
-    depth.add_argument("--quick", action="store_true", help="the parity cases (default)")
-    depth.add_argument(
-        "--full", action="store_true", help="adds exhaustive sweeps, fuzzing and mutants (not implemented yet)"
-    )
-    parser.add_argument("--json", metavar="F", help="write the rows there")
+    depth.add_argument("--quick", action="store_true", help="everything that takes seconds (default)")
+    depth.add_argument("--full", action="store_true", help="also the slow ones: all 2^32 float32, 1,000 repeats")
+    parser.add_argument("--json", metavar="F", help="write one row per promise there")
     parser.add_argument("--junit", metavar="F", help="write JUnit XML there")
+    parser.add_argument("--markdown", metavar="F", help="write section 2 there as a page (docs/numerics.md)")
     parser.add_argument("--model", metavar="NAME", help="compare a model's outputs (not implemented yet)")
 
 
@@ -50,97 +50,121 @@ def check_device(command, device):
         raise ValueError(f"{command}: --device is {device!r}, and torch sees {torch.cuda.device_count()} GPU(s) here")
 
 
-def _summary(rows):
-    """One line per op, dtype and direction: the case that comes nearest to its limit."""
-    groups = {}
-    for row in rows:
-        groups.setdefault((row["op"], row["dtype"], row["direction"]), []).append(row)
-    for (op, dtype, direction), members in groups.items():
-        measured = [row for row in members if row["error"] is not None]
-        worst = max(measured, key=lambda row: row["error"] / row["allowed"], default=None)
-        bad = sum(row["status"] != "ok" for row in members)
-        yield (
-            op,
-            dtype,
-            direction,
-            "/".join(sorted({row["backend"] for row in members})),
-            len(members),
-            f"{worst['error']:.1e}" if worst else "-",
-            f"{worst['allowed']:.1e}" if worst else "-",
-            f"{worst['case']}: {worst['worst']}" if worst else "-",
-            f"{bad} FAILED" if bad else "ok",
-        )
+def _wanted(arguments):
+    """The promises that the arguments select, at least one."""
+    if arguments.promise:
+        return [promises.find(arguments.promise)]
+    ops = sorted({promise.op for promise in promises.every()})
+    if arguments.op is not None and arguments.op not in ops:
+        raise ValueError(f"--op is {arguments.op!r}, expected one of {', '.join(ops)}")
+    dtype = arguments.dtype and getattr(torch, arguments.dtype)
+    found = promises.selected(arguments.op, dtype, arguments.section, slow=arguments.full)
+    if not found:
+        raise ValueError("--op, --dtype and --section select no promise; transfuse verify --full has them all")
+    return found
 
 
-def _write_junit(path, rows, seconds):
+def merged(outcomes):
+    """Table rows: outcomes that differ in dtype alone share one, with the worst figures among them.
+
+    What a backend has no kernel for is one row per op and reason.
+    """
+    lines, without = {}, {}
+    for outcome in outcomes:
+        promise = outcome.promise
+        if outcome.status == "no kernel":
+            without.setdefault((promise.op, outcome.reason), []).append(outcome)
+        else:
+            key = (promise.op, promise.statement, promise.bound, promise.unit, outcome.status)
+            lines.setdefault(key, []).append(outcome)
+    for (op, statement, bound, unit, status), members in lines.items():
+        figures = [outcome.figure for outcome in members if outcome.figure]
+        peers = [figure.peer_worst for figure in figures if figure.peer_worst is not None]
+        worst = max((figure.worst for figure in figures), default=None)
+        without = sum(figure.without for figure in figures)
+        result = {"ok": "ok", "failed": "FAILED"}[status] + (f", {without} cases without a kernel" if without else "")
+        yield op, _dtypes(members), statement, number(bound), number(worst), number(max(peers, default=None)), unit, result
+    for (op, reason), members in without.items():
+        yield op, _dtypes(members), f"no kernel for {len(members)} promises: {reason}", *"----", "no kernel"
+
+
+def _dtypes(outcomes):
+    return ", ".join(dict.fromkeys(dtype_name(o.promise.dtype) for o in outcomes if o.promise.dtype)) or "-"
+
+
+def number(value):
+    """A figure with three digits, a count as it is, "-" for none."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if abs(value) < 1e5 and value == int(value) else f"{value:.3g}"
+
+
+def _print_sections(outcomes):
+    for section, title in promises.SECTIONS.items():
+        of_section = [outcome for outcome in outcomes if outcome.promise.section == section]
+        if of_section:
+            print(f"Section {section}: {title}")
+            print(table(HEADERS, list(merged(of_section))), end="\n\n")
+
+
+def _words(outcome):
+    """What is wrong with a failed outcome: the figure against the bound, or what was raised."""
+    promise, figure = outcome.promise, outcome.figure
+    if figure is None:
+        return outcome.reason
+    return f"{number(figure.worst)} {promise.unit}, bound {number(promise.bound)}: {figure.detail}"
+
+
+def _write_junit(path, outcomes, seconds):
+    counts = {status: str(sum(o.status == status for o in outcomes)) for status in ("failed", "no kernel")}
     suite = ElementTree.Element(
         "testsuite",
         name="transfuse verify",
-        tests=str(len(rows)),
+        tests=str(len(outcomes)),
         time=f"{seconds:.3f}",
-        failures=str(sum(row["status"] == "failed" for row in rows)),
-        errors=str(sum(row["status"] == "error" for row in rows)),
+        failures=counts["failed"],
+        skipped=counts["no kernel"],
     )
-    for row in rows:
+    for outcome in outcomes:
         entry = ElementTree.SubElement(
-            suite,
-            "testcase",
-            classname=f"transfuse.{row['op']}",
-            name=f"{row['case']}-{row['dtype']}-{row['direction']}-{row['backend']}",
+            suite, "testcase", classname=f"transfuse.{outcome.promise.op}", name=outcome.promise.id,
+            time=f"{outcome.seconds:.3f}",
         )
-        if row["status"] != "ok":
-            message = row["reason"] or f"{row['worst']} has error {row['error']:.3e}, allowed {row['allowed']:.3e}"
-            ElementTree.SubElement(
-                entry, {"failed": "failure", "error": "error"}[row["status"]], message=message
-            ).text = row["repeat"]
+        if outcome.status == "failed":
+            ElementTree.SubElement(entry, "failure", message=_words(outcome)).text = outcome.repeat
+        elif outcome.status == "no kernel":
+            ElementTree.SubElement(entry, "skipped", message=f"no kernel: {outcome.reason}")
     ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)
 
 
 def run(arguments):
     if arguments.model:
         raise NotImplementedError("verify: --model is not implemented yet; from Python: transfuse.verify(model, batch)")
-    if arguments.full:
-        raise NotImplementedError(
-            "verify: --full is not implemented yet; it will add exhaustive sweeps, fuzzing and mutants"
-        )
-    check_op("verify", arguments.op)
     check_device("verify", arguments.device)
     state = transfuse.backends().get(arguments.backend, True)
     if state is not True:
         raise ValueError(f"verify: --backend is {arguments.backend!r}, which is not available: {state}")
-    cases = selected(PARITY_CASES, arguments.op)
-    if arguments.case:
-        names = sorted({case.name for case in cases})
-        cases = [case for case in cases if case.name == arguments.case]
-        if not cases:
-            raise ValueError(f"verify: --case is {arguments.case!r}, expected one of {', '.join(names)}")
-    dtypes = [getattr(torch, arguments.dtype)] if arguments.dtype else DTYPES
-
+    wanted = _wanted(arguments)
     start = time.perf_counter()
-    work = [(case, dtype, direction) for case in cases for dtype in dtypes for direction in DIRECTIONS]
-    rows = []
-    with Progress(len(work), arguments.quiet) as progress:
-        for case, dtype, direction in work:
-            progress.step(f"{case.op} {case.name} {direction}")
-            rows.append(verify_case(case, dtype, direction, arguments.backend, arguments.device))
+    outcomes = []
+    with Progress(len(wanted), arguments.quiet) as progress:
+        for promise in wanted:
+            progress.step(promise.id)
+            outcomes.append(promises.check(promise, arguments.backend, arguments.device))
     seconds = time.perf_counter() - start
-    bad = [row for row in rows if row["status"] != "ok"]
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    without = sum(outcome.status == "no kernel" for outcome in outcomes)
 
+    _print_sections(outcomes)
+    for outcome in failed:
+        print(f"FAILED {outcome.promise.id}: {_words(outcome)}\n  repeat: {outcome.repeat}\n")
     print(
-        table(
-            ["op", "dtype", "direction", "backend", "cases", "error", "allowed", "nearest to its limit", "result"],
-            list(_summary(rows)),
-        )
+        f"{len(outcomes) - len(failed) - without} of {len(outcomes)} promises kept, {len(failed)} failed, "
+        f"{without} without a kernel, in {seconds:.1f} s."
     )
-    for row in bad:
-        figures = row["reason"] or f"{row['worst']} has relative error {row['error']:.3e}, allowed {row['allowed']:.3e}"
-        print(
-            f"\nFAILED {row['op']} {row['case']} {row['dtype']} {row['direction']}: {figures}\n"
-            f"  repeat: {row['repeat']}"
-        )
-    print(f"\n{len(rows) - len(bad)} of {len(rows)} comparisons with the float64 reference hold, in {seconds:.1f} s.")
     if arguments.json:
-        write_json(arguments.json, rows, command="verify", environment=environment(), failed=len(bad))
+        rows = [outcome.row() for outcome in outcomes]
+        write_json(arguments.json, rows, command="verify", environment=environment(), failed=len(failed))
     if arguments.junit:
-        _write_junit(arguments.junit, rows, seconds)
-    return 1 if bad else 0
+        _write_junit(arguments.junit, outcomes, seconds)
+    return 1 if failed else 0

@@ -1,4 +1,4 @@
-"""The cases of `transfuse verify`, `transfuse bench --op` and bench/: one declaration gives parity, gradient and speed.
+"""The cases of `transfuse verify`, `transfuse bench --op` and bench/: one declaration gives promises, gradient and speed.
 
 A case is one op at one shape. Its `apply` says how the op is called on the case's tensors and is given the function to
 call, so that the same line serves the op, its explanation and (under use_backend) the float64 oracle.
@@ -12,15 +12,18 @@ import torch
 import torch.nn.functional as F
 
 import transfuse
-from transfuse.bench.harness import ParityError, gradients_of
 from transfuse.testing import draw, error_budget
 
 OPS = ("attention", "varlen_attention", "masked_softmax", "layer_norm", "add_layer_norm", "gelu")
 FUNCTIONS = {"attention": "scaled_dot_product_attention"}  # where the public name is not the stem
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16)  # what models run, and `transfuse bench` times
 DIRECTIONS = ("forward", "backward")
 # A gradient goes through the forward's results again: the factor that testing.assert_matches_reference allows too.
 GRADIENT_SLACK = 4.0
+
+
+class ParityError(AssertionError):
+    """What was to be timed does not compute the same thing, so there is no speed to speak of."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,14 @@ class Case:
             for what, actual, exact in pairs
         ]
         return Parity(*max(errors, key=lambda entry: entry[0] / entry[1]))
+
+
+def gradients_of(call, inputs, grad_output):
+    """A callable for the backward direction alone: the graph is built once and walked again by every call."""
+    leaves = [value.detach().requires_grad_(value.is_floating_point()) for value in inputs]
+    output = call(*leaves)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    return lambda: torch.autograd.grad(output, wanted, grad_output, retain_graph=True)
 
 
 def first(result):
