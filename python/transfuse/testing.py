@@ -30,6 +30,8 @@ MAX_ULP = {
     "masked_softmax_forward": 4.0,
     "layer_norm_forward": 2.0,
 }
+# 16-bit results of row ops: half a unit is the rounding, the rest what float32 or float64 inside adds to it.
+ROUNDED_ONCE_ULP = 0.51
 # The gradient of GELU crosses 0: within this distance of the root the bound is absolute.
 GELU_ROOT_ZONE = 1e-4
 GELU_ROOT_ERROR = 1e-7

@@ -69,11 +69,11 @@ def merged(outcomes):
 
     What a backend has no kernel for is one row per op and reason.
     """
-    lines, without = {}, {}
+    lines, refused = {}, {}
     for outcome in outcomes:
         promise = outcome.promise
         if outcome.status == "no kernel":
-            without.setdefault((promise.op, outcome.reason), []).append(outcome)
+            refused.setdefault((promise.op, outcome.reason), []).append(outcome)
         else:
             key = (promise.op, promise.statement, promise.bound, promise.unit, outcome.status)
             lines.setdefault(key, []).append(outcome)
@@ -84,7 +84,7 @@ def merged(outcomes):
         without = sum(figure.without for figure in figures)
         result = {"ok": "ok", "failed": "FAILED"}[status] + (f", {without} cases without a kernel" if without else "")
         yield op, _dtypes(members), statement, number(bound), number(worst), number(max(peers, default=None)), unit, result
-    for (op, reason), members in without.items():
+    for (op, reason), members in refused.items():
         yield op, _dtypes(members), f"no kernel for {len(members)} promises: {reason}", *"----", "no kernel"
 
 

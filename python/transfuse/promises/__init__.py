@@ -23,7 +23,7 @@ SECTIONS = {
     5: "Errors",
     6: "Security",
 }
-PAGES = ("masks", "agreement")
+PAGES = ("masks", "agreement", "numerics")
 
 __all__ = ["Figure", "NoKernel", "Outcome", "Promise", "SECTIONS", "check", "every", "find", "selected"]
 

@@ -53,8 +53,9 @@ def tensor(nested, dtype, device="cpu"):
     def read(node):
         return [read(child) for child in node] if isinstance(node, list) else node if isinstance(node, bool) else number(node)
 
-    values = torch.tensor(read(nested), device=device)
-    return values if values.dtype == torch.bool else values.to(dtype)
+    values = read(nested)
+    boolean = torch.tensor(values).dtype == torch.bool
+    return torch.tensor(values, dtype=torch.bool if boolean else torch.float64).to(device, None if boolean else dtype)
 
 
 def _scores(case):
@@ -69,12 +70,12 @@ def _values(case, len_k):
     return torch.tensor(values, dtype=torch.float32).view(len_k, 1)
 
 
-def _options(case, device):
-    """Keyword arguments of the call; float masks want a gradient."""
+def _options(case, dtype, device):
+    """Keyword arguments of the call; float masks (never narrower than float32) want a gradient."""
     options = dict(case.get("options", {}))
     for name in ("attn_mask", "attn_bias", "alibi_slopes", "sinks"):
         if name in case:
-            options[name] = tensor(case[name], torch.float32, device)
+            options[name] = tensor(case[name], torch.promote_types(dtype, torch.float32), device)
             if options[name].is_floating_point():
                 options[name].requires_grad_()
     if "seqlens_k" in case:
@@ -108,7 +109,7 @@ def run_attention(case, dtype, backend, device, wrap=lambda function: function):
         key, value = (t.expand(batch, min(heads, 1), *t.shape) for t in (key, value))
     leaves = {"query": query, "key": key, "value": value}
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
-    options = {**_options(case, device), "scale": 1.0, "enable_gqa": "heads" in case, "return_lse": True}
+    options = {**_options(case, dtype, device), "scale": 1.0, "enable_gqa": "heads" in case, "return_lse": True}
     _require(backend, scaled_dot_product_attention, *leaves.values(), **options)
     output, lse = wrap(scaled_dot_product_attention)(*leaves.values(), **options)
     if "output_shape" in case:
@@ -126,10 +127,8 @@ def run_softmax(case, dtype, backend, device, wrap=lambda function: function):
     """One dense case: the weights of its scores, times its values."""
     scores = _scores(case).to(device, dtype)
     value = _values(case, scores.shape[-1]).to(device, dtype).requires_grad_()
-    options = _options(case, device)
+    options = _options(case, dtype, device)
     mask = options.pop("attn_mask", options.pop("attn_bias", None))
-    if mask is not None and mask.is_floating_point():
-        mask = mask.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
     _require(backend, masked_softmax, scores, mask, **options)
     output = wrap(masked_softmax)(scores, mask, **options) @ value
     leaves = {"value": value, **({"mask" if "attn_mask" in case else "bias": mask} if mask is not None and mask.requires_grad else {})}
@@ -148,7 +147,8 @@ def run_varlen(case, dtype, backend, device, wrap=lambda function: function):
     for name, rows in case.get("poison", {}).items():
         tensors[name][rows] = torch.nan
     tensors = [t.to(device, dtype) for t in tensors.values()]
-    options = dict(case.get("options", {}), return_lse=True, attn_bias=tensor(case.get("attn_bias"), torch.float32, device))
+    wide = torch.promote_types(dtype, torch.float32)
+    options = dict(case.get("options", {}), return_lse=True, attn_bias=tensor(case.get("attn_bias"), wide, device))
     longest = [max(cu.diff().tolist(), default=0) for cu in (cu_q, cu_q if cu_k is None else cu_k)]
     options.update(max_seqlen_q=longest[0], max_seqlen_k=longest[1])  # a graph cannot read them from the offsets
     _require(backend, varlen_attention, *tensors, cu_q, cu_k, **options)
