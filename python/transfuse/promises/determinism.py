@@ -36,12 +36,14 @@ class Batch:
         shared: sizes of each tensor that all entries share, such as weights.
         call: (batched, shared) -> a result or a tuple of them, each with the batch as dimension 0.
         gradients: whether it has them.
+        entries: so many give several threads work.
     """
 
     batched: tuple[tuple[int, ...], ...]
     shared: tuple[tuple[int, ...], ...]
     call: Callable
     gradients: bool = True
+    entries: int = LARGEST_BATCH
 
 
 def _varlen(batched, shared):
@@ -59,8 +61,9 @@ BATCHES = {
         ((2, 33, 24), (2, 37, 24), (2, 37, 24)),
         ((2, 33, 37),),
         lambda b, s: transfuse.scaled_dot_product_attention(*b, attn_bias=s[0], is_causal=True, return_lse=True),
+        entries=8,
     ),
-    "varlen_attention": Batch(((33, 2, 24),) * 3, (), _varlen),
+    "varlen_attention": Batch(((33, 2, 24),) * 3, (), _varlen, entries=8),
     "masked_softmax": Batch(((5, 70),), ((5, 70),), lambda b, s: transfuse.masked_softmax(b[0], s[0], scale=0.7)),
     "layer_norm": Batch(((WIDTH,),), ((WIDTH,),) * 2, lambda b, s: transfuse.layer_norm(b[0], (WIDTH,), *s)),
     "add_layer_norm": Batch(((WIDTH,),) * 2, ((WIDTH,),) * 2, lambda b, s: transfuse.add_layer_norm(*b, (WIDTH,), *s)),
@@ -96,6 +99,11 @@ class Work:
         return [o.detach() for o in outputs] + list(grads[: len(batched)]), list(grads[len(batched) :])
 
 
+    def everything(self):
+        """Every result of as many entries as keep several threads busy."""
+        return sum(self.results(slice(0, self.batch.entries)), [])
+
+
 def same(first, second):
     """Whether two lists of tensors hold the same bits."""
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -107,8 +115,8 @@ def _count(differing, runs):
 
 
 def _repeats(work, repeats):
-    first = sum(work.results(slice(0, 8)), [])
-    return _count([i for i in range(repeats) if not same(first, sum(work.results(slice(0, 8)), []))], repeats)
+    first = work.everything()
+    return _count([i for i in range(repeats) if not same(first, work.everything())], repeats)
 
 
 def _threads(work):
@@ -116,7 +124,7 @@ def _threads(work):
     try:
         for threads in THREADS:
             torch.set_num_threads(threads)
-            results.append(sum(work.results(slice(0, 64)), []))
+            results.append(work.everything())
     finally:
         torch.set_num_threads(before)
     return _count([t for t, result in zip(THREADS, results, strict=True) if not same(results[0], result)], len(THREADS))
@@ -139,12 +147,12 @@ def _positions(work):
 
 def _forked_child(work):
     """A child of a process that used its threads computes the same, on its own thread."""
-    expected = sum(work.results(slice(0, 8)), [])
+    expected = work.everything()
     child = os.fork()
     if child == 0:
         status = 2
         try:
-            status = 0 if same(expected, sum(work.results(slice(0, 8)), [])) else 1
+            status = 0 if same(expected, work.everything()) else 1
         finally:
             os._exit(status)
     deadline = time.monotonic() + CHILD_SECONDS
@@ -161,10 +169,10 @@ def _forked_child(work):
 
 
 def _python_threads(work):
-    expected, results = sum(work.results(slice(0, 8)), []), [None] * PYTHON_THREADS
+    expected, results = work.everything(), [None] * PYTHON_THREADS
 
     def compute(index):
-        results[index] = sum(work.results(slice(0, 8)), [])
+        results[index] = work.everything()
 
     threads = [threading.Thread(target=compute, args=(index,)) for index in range(PYTHON_THREADS)]
     for thread in threads:

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 import transfuse
+from transfuse import env
 from transfuse.dispatch import dtype_name
 from transfuse.promises.cases import PARITY_CASES
 
@@ -72,7 +73,9 @@ class Outcome:
 
     @property
     def repeat(self):
-        return f"transfuse verify --promise {self.promise.id} --backend {self.backend} --device {self.device}"
+        level = env.get("TRANSFUSE_CPU_ISA")
+        before = "" if level == "best" else f"TRANSFUSE_CPU_ISA={level} "
+        return f"{before}transfuse verify --promise {self.promise.id} --backend {self.backend} --device {self.device}"
 
     def row(self):
         """The outcome as a flat dict, ready for JSON."""
