@@ -23,6 +23,13 @@ def table(headers, rows):
     return "\n".join(lines)
 
 
+def number(value):
+    """A figure with three digits, a count as it is, "-" for none."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if abs(value) < 1e5 and value == int(value) else f"{value:.3g}"
+
+
 class Progress:
     """One line on a terminal's stderr: what runs, how far, for how long. Silent elsewhere and under --quiet."""
 

@@ -6,6 +6,7 @@ that differ in dtype alone share a line, which shows the worst of them; the JSON
 
 import re
 import time
+from pathlib import Path
 from xml.etree import ElementTree
 
 import torch
@@ -14,7 +15,8 @@ import transfuse
 from transfuse import env, promises
 from transfuse.bench.harness import write_json
 from transfuse.bench.machine import environment
-from transfuse.cli.output import Progress, table
+from transfuse.cli import numerics_page
+from transfuse.cli.output import Progress, number, table
 from transfuse.dispatch import dtype_name
 from transfuse.promises.promise import DTYPES
 
@@ -36,7 +38,7 @@ def add_arguments(parser):
     depth.add_argument("--full", action="store_true", help="also the slow ones: all 2^32 float32, 1,000 repeats")
     parser.add_argument("--json", metavar="F", help="write one row per promise there")
     parser.add_argument("--junit", metavar="F", help="write JUnit XML there")
-    parser.add_argument("--markdown", metavar="F", help="write section 2 there as a page (docs/numerics.md)")
+    parser.add_argument("--markdown", metavar="F", help="write the figures of section 2 there: docs/numerics.md")
     parser.add_argument("--model", metavar="NAME", help="compare a model's outputs (not implemented yet)")
 
 
@@ -90,13 +92,6 @@ def merged(outcomes):
 
 def _dtypes(outcomes):
     return ", ".join(dict.fromkeys(dtype_name(o.promise.dtype) for o in outcomes if o.promise.dtype)) or "-"
-
-
-def number(value):
-    """A figure with three digits, a count as it is, "-" for none."""
-    if value is None:
-        return "-"
-    return f"{value:.0f}" if abs(value) < 1e5 and value == int(value) else f"{value:.3g}"
 
 
 def _print_sections(outcomes):
@@ -165,6 +160,8 @@ def run(arguments):
     if arguments.json:
         rows = [outcome.row() for outcome in outcomes]
         write_json(arguments.json, rows, command="verify", environment=environment(), failed=len(failed))
+    if arguments.markdown:
+        Path(arguments.markdown).write_text(numerics_page.render(outcomes, environment()))
     if arguments.junit:
         _write_junit(arguments.junit, outcomes, seconds)
     return 1 if failed else 0

@@ -23,7 +23,7 @@ SECTIONS = {
     5: "Errors",
     6: "Security",
 }
-PAGES = ("masks", "agreement", "numerics", "attention_numerics", "determinism", "layout", "errors")
+PAGES = ("masks", "agreement", "numerics", "attention_numerics", "determinism", "layout", "errors", "security")
 
 __all__ = ["Figure", "NoKernel", "Outcome", "Promise", "SECTIONS", "check", "every", "find", "selected"]
 
