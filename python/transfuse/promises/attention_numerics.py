@@ -55,19 +55,18 @@ def subnormal(dtype):
     return query, key, value * (2.0**-14 if dtype == torch.float16 else 2.0**-130)
 
 
-# name -> (draws of the family, options of the call); a family is pooled over its draws as well
+# id -> (the family in words, its draws, which are pooled, options of the call)
 FAMILIES = {
-    "normal scores": ([tensors], {}),
-    "causal": ([partial(tensors, len_q=96, len_k=96, head_dim=32)], {"is_causal": True}),
-    "logits 1e2": ([partial(saturated, logit=1e2)], {}),
-    "logits 1e3": ([partial(saturated, logit=1e3)], {}),
-    "logits 1e4": ([partial(saturated, logit=1e4)], {}),
-    "lse below -88.7, ragged tail": ([very_negative], {}),
-    "subnormal values": ([subnormal], {}),
-    **{
-        f"{name}": ([partial(tensors, len_q=16, len_k=length) for length in lengths], {})
-        for name, lengths in {"lengths 1, 31 to 33": (1, 31, 32, 33), "lengths 63 to 65, 127 to 129": (63, 64, 65, 127, 128, 129)}.items()
-    },
+    "normal": ("normal scores", [tensors], {}),
+    "causal": ("causal", [partial(tensors, len_q=96, len_k=96, head_dim=32)], {"is_causal": True}),
+    "logits-1e2": ("logits 1e2", [partial(saturated, logit=1e2)], {}),
+    "logits-1e3": ("logits 1e3", [partial(saturated, logit=1e3)], {}),
+    "logits-1e4": ("logits 1e4", [partial(saturated, logit=1e4)], {}),
+    "very-negative": ("lse below -88.7, ragged tail", [very_negative], {}),
+    "subnormal": ("subnormal values", [subnormal], {}),
+    "lengths-32": ("1, 31 to 33 keys", [partial(tensors, len_q=16, len_k=length) for length in (1, 31, 32, 33)], {}),
+    "lengths-64": ("63 to 65 keys", [partial(tensors, len_q=16, len_k=length) for length in (63, 64, 65)], {}),
+    "lengths-128": ("127 to 129 keys", [partial(tensors, len_q=16, len_k=length) for length in (127, 128, 129)], {}),
 }
 
 
@@ -80,7 +79,7 @@ def _evaluate(function, inputs, grad, dtype, options):
 @lru_cache(maxsize=8)
 def _errors(family, dtype, backend, device):
     """For output and each gradient: (ours, the peer's, rounding's) errors against float64, one line per result row."""
-    draws, options = FAMILIES[family]
+    _, draws, options = FAMILIES[family]
     pooled = [([], [], []) for _ in RESULTS]
     for make in draws:
         inputs = [t.to(device) for t in make(dtype)]
@@ -122,11 +121,10 @@ def _pooled():
         ("row", "largest row's error, output and gradients", _largest_row, testing.ATTENTION_ROW_RATIO, 1.0),
     )
     for dtype in POOLED_DTYPES:
-        for family in FAMILIES:
+        for family, (name, _, _) in FAMILIES.items():
             for what, words, size, bound, share in criteria:
                 measure = partial(_against_peer, family, dtype, size, share)
-                slug = f"{what}.{family.replace(', ', ',').replace(' ', '-')}"
-                yield _promise(dtype, slug, f"{family}: {words}", bound, "of torch's", measure, "torch, CPU kernel")
+                yield _promise(dtype, f"{what}.{family}", f"{name}: {words}", bound, "of torch's", measure, "torch, CPU kernel")
 
 
 def _promise(dtype, what, statement, bound, unit, measure, peer=None):
