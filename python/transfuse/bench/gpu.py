@@ -20,6 +20,7 @@ import transfuse
 from transfuse.bench import gpu_peers, gpu_rows
 from transfuse.dispatch import dtype_name
 from transfuse.promises import agreement, check
+from transfuse.promises.cases import DIRECTIONS
 
 BUDGET_SECONDS = 490
 GPU_BACKENDS = ("cuda", "triton")

@@ -2,11 +2,11 @@
 
 import torch
 
-from transfuse.promises.cases import BENCH_CASES, DIRECTIONS, DTYPES, ParityError, check_op, selected
 from transfuse.bench.harness import PEERS, measure, write_json
 from transfuse.bench.machine import environment
 from transfuse.cli.output import Progress, table
 from transfuse.cli.verify import DTYPE_NAMES, check_device
+from transfuse.promises.cases import BENCH_CASES, DIRECTIONS, DTYPES, ParityError, check_op, selected
 
 
 def add_arguments(parser):

@@ -18,6 +18,7 @@ from transfuse.bench.machine import environment
 from transfuse.cli import numerics_page
 from transfuse.cli.output import Progress, number, table
 from transfuse.dispatch import dtype_name
+from transfuse.promises.cases import check_op
 from transfuse.promises.promise import DTYPES
 
 DTYPE_NAMES = tuple(map(dtype_name, DTYPES))
@@ -56,9 +57,8 @@ def _wanted(arguments):
     """The promises that the arguments select, at least one."""
     if arguments.promise:
         return [promises.find(arguments.promise)]
-    ops = sorted({promise.op for promise in promises.every()})
-    if arguments.op is not None and arguments.op not in ops:
-        raise ValueError(f"--op is {arguments.op!r}, expected one of {', '.join(ops)}")
+    if arguments.op != "all":  # what is promised of no op in particular
+        check_op("verify", arguments.op)
     dtype = arguments.dtype and getattr(torch, arguments.dtype)
     found = promises.selected(arguments.op, dtype, arguments.section, slow=arguments.full)
     if not found:

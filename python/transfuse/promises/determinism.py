@@ -55,6 +55,13 @@ def _varlen(batched, shared):
     return output.unflatten(0, (count, length)), lse.mT.unflatten(0, (count, length))
 
 
+def _decode(batched, shared):
+    """Each entry's length comes from its own numbers, so that it goes where the entry goes."""
+    query, keys, values = batched
+    lengths = 2 + (query[:, 0, 0, 0].abs() * 100).long() % (keys.shape[2] - 1)
+    return transfuse.decode_attention(query, keys, values, lengths, return_lse=True)
+
+
 WIDTH = 129  # of a row: eight vectors of sixteen and a tail
 BATCHES = {
     "attention": Batch(
@@ -67,7 +74,11 @@ BATCHES = {
     "masked_softmax": Batch(((5, 70),), ((5, 70),), lambda b, s: transfuse.masked_softmax(b[0], s[0], scale=0.7)),
     "layer_norm": Batch(((WIDTH,),), ((WIDTH,),) * 2, lambda b, s: transfuse.layer_norm(b[0], (WIDTH,), *s)),
     "add_layer_norm": Batch(((WIDTH,),) * 2, ((WIDTH,),) * 2, lambda b, s: transfuse.add_layer_norm(*b, (WIDTH,), *s)),
+    "rms_norm": Batch(((WIDTH,),), ((WIDTH,),), lambda b, s: transfuse.rms_norm(b[0], (WIDTH,), s[0])),
+    "add_rms_norm": Batch(((WIDTH,),) * 2, ((WIDTH,),), lambda b, s: transfuse.add_rms_norm(*b, (WIDTH,), s[0])),
     "gelu": Batch(((WIDTH,),), ((WIDTH,),), lambda b, s: transfuse.gelu(b[0], bias=s[0])),
+    "rotary": Batch(((2, 9, 24),), ((9, 8),) * 2, lambda b, s: transfuse.rotary(b[0], *s)),
+    "decode_attention": Batch(((4, 2, 24), (2, 300, 24), (2, 300, 24)), (), _decode, gradients=False, entries=32),
 }
 
 

@@ -17,6 +17,7 @@ FORM = r"{op}: (?P<argument>\w+)(\[\d+\])? (is|has|are) .+, expected .+"
 
 X, ROW = torch.ones(2, 5), torch.ones(5)
 Q, K, V = torch.zeros(2, 4, 3, 8), torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 5, 8)
+LENGTHS, COS = torch.tensor([4, 5]), torch.ones(3, 4)
 TOKENS, OFFSETS = torch.zeros(6, 4, 8), torch.tensor([0, 2, 6], dtype=torch.int32)
 META = {"device": "meta"}
 
@@ -30,7 +31,11 @@ _varlen = partial(_call, "varlen_attention")
 _softmax = partial(_call, "masked_softmax")
 _norm = partial(_call, "layer_norm")
 _add_norm = partial(_call, "add_layer_norm")
+_rms = partial(_call, "rms_norm")
+_add_rms = partial(_call, "add_rms_norm")
 _gelu = partial(_call, "gelu")
+_rotary = partial(_call, "rotary")
+_decode = partial(_call, "decode_attention")
 
 # op -> (argument that the message names, exception, call)
 BAD_CALLS = {
@@ -115,6 +120,25 @@ BAD_CALLS = {
         ("residual", RuntimeError, _add_norm(X, X.to(**META), (5,))),
         ("dropout_p", ValueError, _add_norm(X, X, (5,), dropout_p=1.5)),
     ),
+    "rms_norm": (
+        ("input", TypeError, _rms([1.0], (1,))),
+        ("input", TypeError, _rms(X.long(), (5,))),
+        ("input", ValueError, _rms(X, (4,))),
+        ("normalized_shape", TypeError, _rms(X, 5)),
+        ("normalized_shape", ValueError, _rms(X, ())),
+        ("eps", TypeError, _rms(X, (5,), eps="small")),
+        ("eps", ValueError, _rms(X, (5,), eps=-1.0)),
+        ("weight", TypeError, _rms(X, (5,), 1.0)),
+        ("weight", ValueError, _rms(X, (5,), ROW[:4])),
+        ("weight", RuntimeError, _rms(X, (5,), ROW.to(**META))),
+    ),
+    "add_rms_norm": (
+        ("residual", TypeError, _add_rms(X, None, (5,))),
+        ("residual", TypeError, _add_rms(X, X.long(), (5,))),
+        ("residual", ValueError, _add_rms(X, ROW, (5,))),
+        ("residual", RuntimeError, _add_rms(X, X.to(**META), (5,))),
+        ("dropout_p", ValueError, _add_rms(X, X, (5,), dropout_p=1.5)),
+    ),
     "gelu": (
         ("input", TypeError, _gelu([1.0])),
         ("input", TypeError, _gelu(X.long())),
@@ -123,6 +147,32 @@ BAD_CALLS = {
         ("bias", TypeError, _gelu(X, bias=ROW.bfloat16())),
         ("bias", ValueError, _gelu(X, bias=X)),
         ("bias", RuntimeError, _gelu(X, bias=ROW.to(**META))),
+    ),
+    "rotary": (
+        ("input", TypeError, _rotary([1.0], COS, COS)),
+        ("input", TypeError, _rotary(Q.long(), COS, COS)),
+        ("input", ValueError, _rotary(ROW, COS, COS)),
+        ("cos", TypeError, _rotary(Q, COS.double(), COS)),
+        ("cos", ValueError, _rotary(Q, COS[:2], COS)),
+        ("sin", TypeError, _rotary(Q, COS, COS.double())),
+        ("sin", ValueError, _rotary(Q, COS, COS[:, :3])),
+        ("sin", RuntimeError, _rotary(Q, COS, COS.to(**META))),
+        ("interleaved", TypeError, _rotary(Q, COS, COS, interleaved=1)),
+    ),
+    "decode_attention": (
+        ("query", TypeError, _decode([1], K, V, LENGTHS)),
+        ("query", ValueError, _decode(Q[0], K, V, LENGTHS)),
+        ("key_cache", TypeError, _decode(Q, K.double(), V, LENGTHS)),
+        ("key_cache", ValueError, _decode(Q, K[..., :7], V, LENGTHS)),
+        ("value_cache", ValueError, _decode(Q, K, V[:, :, :4], LENGTHS)),
+        ("cache_seqlens", TypeError, _decode(Q, K, V, LENGTHS.float())),
+        ("cache_seqlens", ValueError, _decode(Q, K, V, LENGTHS[:1])),
+        ("cache_seqlens", ValueError, _decode(Q, K, V, LENGTHS + 1)),
+        ("new_value", ValueError, _decode(Q, K, V, LENGTHS - 3, new_key=K[:, :, :1], new_value=V[:, :, :2])),
+        ("block_table", TypeError, _decode(Q, K.mT, V.mT, LENGTHS, block_table=torch.zeros(2, 1))),
+        ("window", ValueError, _decode(Q, K, V, LENGTHS, window=(-1, 0))),
+        ("softcap", ValueError, _decode(Q, K, V, LENGTHS, softcap=0.0)),
+        ("scale", ValueError, _decode(Q, K, V, LENGTHS, scale=float("nan"))),
     ),
 }
 
@@ -165,6 +215,7 @@ TOO_LARGE = {
     "attention": lambda x: transfuse.scaled_dot_product_attention(x, x[:1], x[:1]),
     "masked_softmax": lambda x: transfuse.masked_softmax(x),
     "layer_norm": lambda x: transfuse.layer_norm(x, (8,)),
+    "rms_norm": lambda x: transfuse.rms_norm(x, (8,)),
     "gelu": lambda x: transfuse.gelu(x),
 }
 
@@ -178,5 +229,6 @@ PROMISES = (
         Promise(f"5.{op}.any.allocation", 5, op, None, "a failed allocation names op and bytes", 0, "messages wrong",
                 partial(_allocation, op, call))
         for op, call in TOO_LARGE.items()
+        if op in OPS
     ),
 )

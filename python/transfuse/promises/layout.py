@@ -11,7 +11,6 @@ from transfuse.dispatch import dtype_name
 from transfuse.promises.cases import OPS, PARITY_CASES, first, selected
 from transfuse.promises.determinism import same
 from transfuse.promises.promise import DTYPES, Figure, Promise
-from transfuse.testing import draw
 
 FAR_APART = 2**31  # elements: the first offset that no int32 holds
 ODD_STRIDE = 1234567  # of a dimension of size 1, where a stride means nothing
