@@ -14,6 +14,7 @@ import torch
 
 from transfuse import masked_softmax, scaled_dot_product_attention, varlen_attention
 from transfuse.dispatch import dtype_name, explain
+from transfuse.promises.cases import GRADIENT_SLACK
 from transfuse.promises.promise import DTYPES, Figure, NoKernel, Promise, reasons_of
 from transfuse.testing import assert_close
 
@@ -29,6 +30,8 @@ RULES = {
     8: "empty dimensions give empty or zero results",
     9: "sequence offsets and zero-length sequences",
 }
+# As the data calls the gradient of an argument.
+SHORT = {"mask": "attn_mask", "bias": "attn_bias", "slopes": "alibi_slopes", "sinks": "sinks"}
 # What masked_softmax has of a dense case.
 SOFTMAX_KEYS = {"name", "rule", "zeros", "scores", "constant", "values", "attn_mask", "attn_bias", "options", "output",
                 "lse", "value_grad", "mask_grad", "bias_grad", "output_shape"}
@@ -61,8 +64,8 @@ def tensor(nested, dtype, device="cpu"):
 def _scores(case):
     if "constant" in case:
         score, len_q, len_k = case["constant"]
-        return torch.full((len_q, len_k), float(score))
-    return torch.zeros(case["zeros"]) if "zeros" in case else tensor(case["scores"], torch.float32)
+        return torch.full((len_q, len_k), float(score), dtype=torch.float64)
+    return torch.zeros(case["zeros"]) if "zeros" in case else tensor(case["scores"], torch.float64)
 
 
 def _values(case, len_k):
@@ -86,12 +89,13 @@ def _options(case, dtype, device):
 
 
 def _compare(case, results):
-    """Asserts that every result the case names is right; (name, tensor, longest sum behind it)."""
+    """Asserts that every result the case names is right; results: (name, tensor, longest sum behind it)."""
     for name, actual, terms in results:
         if name in case:
             values = tensor(case[name], torch.float64, actual.device)
             # A flat list of outputs or value gradients is one column.
-            assert_close(actual, values.view(actual.shape) if values.numel() == actual.numel() else values, terms, name)
+            values = values.view(actual.shape) if values.numel() == actual.numel() else values
+            assert_close(actual, values, terms, name, slack=GRADIENT_SLACK if name.endswith("_grad") else 1.0)
 
 
 def run_attention(case, dtype, backend, device, wrap=lambda function: function):
@@ -114,7 +118,7 @@ def run_attention(case, dtype, backend, device, wrap=lambda function: function):
     output, lse = wrap(scaled_dot_product_attention)(*leaves.values(), **options)
     if "output_shape" in case:
         assert list(output.shape) == case["output_shape"], f"output has shape {tuple(output.shape)}"
-    leaves.update(mask=options.get("attn_mask"), bias=options.get("attn_bias"))
+    leaves |= {short: options.get(name) for short, name in SHORT.items()}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
     grads = dict(zip(leaves, torch.autograd.grad(output, list(leaves.values()), grad_output), strict=True))
     for name, grad in grads.items():
