@@ -35,7 +35,8 @@ NOT_YET_BUILT = {
 FLOORS = {"env": 0, "extension": 0, "reference": 0, "kernels": 0, "checks": 1, "dispatch": 1, "autograd": 1, "ops": 2, "nn": 3, "testing": 4, "models": 5,
           "bench": 6, "cli": 7}
 # Siblings of one op: pages that stand beside attention's own.
-SIBLINGS = {("varlen_attention", "attention"), ("attention", "attention_checks"), ("varlen_attention", "attention_checks")}
+SIBLINGS = {("varlen_attention", "attention"), ("attention", "attention_checks"), ("varlen_attention", "attention_checks"),
+            ("layer_norm", "norm_checks"), ("rms_norm", "norm_checks")}
 
 
 @pytest.mark.parametrize("op", OPS)

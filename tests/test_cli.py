@@ -14,7 +14,7 @@ from transfuse.bench import cases
 from transfuse.cli import MissingExtra, main, need, output
 from transfuse.dispatch import setting
 
-OPS = "attention, varlen_attention, masked_softmax, layer_norm, add_layer_norm, gelu"
+OPS = "attention, varlen_attention, masked_softmax, layer_norm, add_layer_norm, rms_norm, add_rms_norm, gelu"
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,10 @@ def run():
             keep(f"layer_norm {dtype} {n}", y.detach(), *torch.autograd.grad(y.sum() + (y * y).sum(), (x, w, b)))
             y, s = transfuse.add_layer_norm(x, r, (n,), w, b)
             keep(f"add_layer_norm {dtype} {n}", y.detach(), s.detach(), *torch.autograd.grad((y * s).sum(), (x, r, w, b)))
+            y = transfuse.rms_norm(x, (n,), w)
+            keep(f"rms_norm {dtype} {n}", y.detach(), *torch.autograd.grad(y.sum() + (y * y).sum(), (x, w)))
+            y, s = transfuse.add_rms_norm(x, r, (n,), w)
+            keep(f"add_rms_norm {dtype} {n}", y.detach(), s.detach(), *torch.autograd.grad((y * s).sum(), (x, r, w)))
             for approximate in ("none", "tanh"):
                 y = transfuse.gelu(x * 3, approximate, bias=b)
                 keep(f"gelu {approximate} {dtype} {n}", y.detach(), *torch.autograd.grad((y * y).sum(), (x, b)))

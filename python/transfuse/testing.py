@@ -29,6 +29,7 @@ MAX_ULP = {
     "gelu_backward": 4.0,
     "masked_softmax_forward": 4.0,
     "layer_norm_forward": 2.0,
+    "rms_norm_forward": 2.0,
 }
 # The gradient of GELU crosses 0: within this distance of the root the bound is absolute.
 GELU_ROOT_ZONE = 1e-4
