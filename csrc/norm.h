@@ -38,6 +38,7 @@ struct NormOperands {
   double eps;
   cpu::DType dtype;
   ScalarType param_type = ScalarType::Float;  // of weight and bias; float32 where there is neither
+  cpu::DType param_dtype = cpu::DType::f32;
 
   NormOperands(const char* op, const Tensor& input, const std::optional<Tensor>& weight,
                const std::optional<Tensor>& bias, int64_t normalized_ndim, double eps)
@@ -47,7 +48,9 @@ struct NormOperands {
     if (weight) check_parameter("weight", *weight);
     if (bias) check_parameter("bias", *bias);
     if (weight && bias) check_dtype(op, "bias", *bias, weight->scalar_type());
-    if (weight || bias) param_type = weight ? weight->scalar_type() : bias->scalar_type();
+    if (!weight && !bias) return;
+    param_type = (weight ? *weight : *bias).scalar_type();
+    param_dtype = dtype_of(weight ? *weight : *bias);
   }
 
   // A tensor of the input's dtype and shape, or none.
@@ -66,15 +69,13 @@ struct NormOperands {
     if (!fits)
       check(false, op, ": ", argument, " has shape ", shape_of(parameter), ", expected the last dimensions of input's ",
             shape_of(input));
-    if (parameter.scalar_type() != ScalarType::Float) check_dtype(op, argument, parameter, input.scalar_type());
+    const bool float_beside_16_bit = parameter.scalar_type() == ScalarType::Float && dtype != cpu::DType::f64;
+    if (!float_beside_16_bit) check_dtype(op, argument, parameter, input.scalar_type());
   }
 };
 
 inline const void* data_of(const std::optional<Tensor>& t) {
   return t ? t->const_data_ptr() : nullptr;
-}
-inline cpu::DType param_dtype_of(ScalarType type) {
-  return type == ScalarType::Float ? cpu::DType::f32 : cpu::DType::bf16;
 }
 // A task below 16384 elements (some 5 us) is not worth a thread.
 inline int64_t norm_grain(int64_t elements_per_unit) {
@@ -95,17 +96,18 @@ inline NormForwardResult norm_forward(const NormOperands& operands, const std::o
   const std::optional<Tensor> w = contiguous(op, operands.weight), b = contiguous(op, operands.bias);
   NormForwardResult result;
   cpu::NormForwardParams params{};
+  const ScalarType statistic = operands.dtype == cpu::DType::f64 ? ScalarType::Double : ScalarType::Float;
   result.output = empty_like_dense(op, operands.input);
   if (residual) {
     result.sum = empty_like_dense(op, operands.input);
     params.sum = result.sum.mutable_data_ptr();
   }
   if (has_mean) {
-    result.mean = empty_cpu(op, matrix.statistics_shape, ScalarType::Float);
-    params.mean = static_cast<float*>(result.mean.mutable_data_ptr());
+    result.mean = empty_cpu(op, matrix.statistics_shape, statistic);
+    params.mean = result.mean.mutable_data_ptr();
   }
-  result.rstd = empty_cpu(op, matrix.statistics_shape, ScalarType::Float);
-  params.rstd = static_cast<float*>(result.rstd.mutable_data_ptr());
+  result.rstd = empty_cpu(op, matrix.statistics_shape, statistic);
+  params.rstd = result.rstd.mutable_data_ptr();
   params.input = x.const_data_ptr();
   params.residual = data_of(y);
   params.weight = data_of(w);
@@ -114,7 +116,7 @@ inline NormForwardResult norm_forward(const NormOperands& operands, const std::o
   params.cols = matrix.cols;
   params.eps = operands.eps;
   params.dtype = operands.dtype;
-  params.param_dtype = param_dtype_of(operands.param_type);
+  params.param_dtype = operands.param_dtype;
   parallel_for(0, matrix.rows, norm_grain(matrix.cols),
                [&](int64_t begin, int64_t end) { kernels.forward(params, begin, end); });
   return result;
@@ -159,7 +161,7 @@ inline NormBackwardResult norm_backward(const NormOperands& operands, const Tens
   params.chunks = chunks;
   params.eps = operands.eps;
   params.dtype = operands.dtype;
-  params.param_dtype = param_dtype_of(operands.param_type);
+  params.param_dtype = operands.param_dtype;
   parallel_for(0, chunks, norm_grain(matrix.rows / chunks * matrix.cols),
                [&](int64_t begin, int64_t end) { kernels.backward(params, begin, end); });
   if (need_weight || need_bias)

@@ -19,8 +19,8 @@ struct LayerNorm {
   TRANSFUSE_INLINE static Statistics statistics(const T* x, int64_t cols, double eps) {
     if (cols == 0) return {0, __builtin_nan("")};  // as torch
     const float first = to_float(x[0]);
-    const wide shift = broadcast(first);
-    wide sum = broadcast(0), squares = broadcast(0);
+    const wide shift = set1w(first);
+    wide sum = set1w(0), squares = set1w(0);
     for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
       const wide values = n == lanes ? load_wide(x + i, n) : widen(select(first_n(n), load(x + i, n), set1(first)));
       const wide shifted = values - shift;
@@ -30,6 +30,30 @@ struct LayerNorm {
     const double total = reduce_add(sum), offset = total / cols;
     const double variance = (reduce_add(squares) - total * offset) / cols;
     return {first + offset, 1 / __builtin_sqrt(variance + eps)};
+  }
+
+  // float64 has no wider type to lean on: the mean is a sum of two doubles, found over x - x[0] and corrected by the mean
+  // of the deviations from it, and the variance is that of the deviations.
+  TRANSFUSE_INLINE static Statistics statistics(const double* x, int64_t cols, double eps) {
+    if (cols == 0) return {0, __builtin_nan("")};
+    const double scale = unit_scale(x, cols, eps), first = x[0] * scale;
+    const auto value = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+      return load_wide(x + i, n) * set1w(scale);
+    };
+    const double offset = row_sum(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+                            return value(i, n) - set1w(first);
+                          }) / cols;
+    const double mean = first + offset, from_first = mean - first;
+    const double tail = (first - (mean - from_first)) + (offset - from_first);  // exactly what `mean` lacks
+    const auto deviation = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+      return (value(i, n) - set1w(mean)) - set1w(tail);
+    };
+    const double correction = row_sum(cols, deviation) / cols;
+    const double square = row_sum(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+                            const wide d = deviation(i, n);
+                            return d * d;
+                          }) / cols;
+    return {mean, scaled_rstd(square - correction * correction, eps, scale), tail + correction, scale};
   }
 };
 

@@ -1,11 +1,12 @@
 // The rows of LayerNorm and RMSNorm, forward and backward, for a Norm (layer_norm.cpp, rms_norm.cpp) that says
 //
-//   centered                          whether it has a mean, and with it a bias
-//   statistics(x, cols, eps)          a row's Statistics
+//   centered                       whether it has a mean, and with it a bias
+//   statistics(x, cols, eps)       a row's Statistics; of float64 rows in a pass of their own
 //
-// Policy: the float32 forward stays in double to its end and rounds once; where four roundings in float do no harm, in
-// the bfloat16 forward and in the backward, the row is normalised in float against a mean of two floats. Rows go in
-// pairs that share the loads of the weights, and a pair is still in L1 when its last pass starts.
+// Policy: what is normalised in double is rounded once, and float32 is. Where four roundings in float do no harm, in the
+// forward of the 16-bit types and in the backward, a row is normalised in float against a mean of two floats. A float64
+// row is normalised in double against a mean of two doubles. Rows go in pairs that share the loads of the weights, and a
+// pair is still in L1 when its last pass starts. No residual is taken from an FMA: the baseline level has none.
 #pragma once
 
 #include "cpu/norm.h"
@@ -20,43 +21,33 @@ namespace {
 constexpr int64_t group_rows = 2;
 static_assert(group_rows == 2, "the last group is a pair or a single row");
 static_assert(norm_block == lanes, "reduce works in whole vectors");
+// Columns whose terms are added in lanes before the lanes are added to the row's sum, in double: rounding errors grow
+// with the lengths of both sums instead of their product.
+constexpr int64_t sum_block = 32 * lanes;
 
+// Of one row times `scale`, a power of two: 1 but for float64, whose squares could leave double's range.
 struct Statistics {
   double mean, rstd;
+  double mean_tail = 0;  // the mean is mean + mean_tail
+  double scale = 1;
 };
 
-// Sixteen values in double.
-struct wide {
-  f64 lo, hi;
-};
-TRANSFUSE_INLINE wide widen(f32 x) { return {low(x), high(x)}; }
-template <class T>
-TRANSFUSE_INLINE wide load_wide(const T* p, int64_t n) {
-  return n == lanes ? wide{load64(p), load64(p + lanes64)} : widen(load(p, n));
-}
-TRANSFUSE_INLINE wide broadcast(double x) { return {set1d(x), set1d(x)}; }
-TRANSFUSE_INLINE wide operator+(wide x, wide y) { return {x.lo + y.lo, x.hi + y.hi}; }
-TRANSFUSE_INLINE wide operator-(wide x, wide y) { return {x.lo - y.lo, x.hi - y.hi}; }
-TRANSFUSE_INLINE wide operator*(wide x, wide y) { return {x.lo * y.lo, x.hi * y.hi}; }
-TRANSFUSE_INLINE wide fma(wide x, wide y, wide z) { return {fma(x.lo, y.lo, z.lo), fma(x.hi, y.hi, z.hi)}; }
-TRANSFUSE_INLINE wide load_wide(const double* p) { return {load(p), load(p + lanes64)}; }
-TRANSFUSE_INLINE void store_wide(double* p, wide x) {
-  store(p, x.lo);
-  store(p + lanes64, x.hi);
-}
-TRANSFUSE_INLINE void store_rounded(bf16* p, wide x, int64_t n) { store_n(p, narrow(x.lo, x.hi), n); }
-TRANSFUSE_INLINE void store_rounded(float* p, wide x, int64_t n) {
-  if (n < lanes) return store(p, narrow(x.lo, x.hi), n);
-  store64(p, x.lo);
-  store64(p + lanes64, x.hi);
-}
-TRANSFUSE_INLINE double reduce_add(wide x) { return reduce_add(x.lo + x.hi); }
+// ---- statistics of float64 rows ----
 
-template <class T>
-TRANSFUSE_INLINE void add_rows(const T* x, const T* y, T* sum, int64_t size) {
-  for_each_vec(size, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    store_n(sum + i, load_n(x + i, n) + load_n(y + i, n), n);
-  });
+// Sum of term(i, n) over a row.
+template <class Term>
+TRANSFUSE_INLINE double row_sum(int64_t cols, Term term) {
+  double sum = 0;
+  for (int64_t block = 0; block < cols; block += sum_block) {
+    wide block_sum = set1w(0);
+    for_each_vec(cols - block < sum_block ? cols - block : sum_block,
+                 [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+                   const wide value = term(block + i, n);
+                   block_sum = block_sum + (n == lanes ? value : select(first_n_wide(n), value, set1w(0)));
+                 });
+    sum += reduce_add(block_sum);
+  }
+  return sum;
 }
 
 // The largest power of two <= x, for a normal x > 0.
@@ -68,14 +59,47 @@ TRANSFUSE_INLINE double power_of_two_below(double x) {
   return x;
 }
 TRANSFUSE_INLINE double smaller(double x, double y) { return x < y ? x : y; }
+TRANSFUSE_INLINE double larger(double x, double y) { return x > y ? x : y; }
 
-// A row's normalisation in float, good to 1.5 ULP at every size of x. The row is first scaled by a power of two near
-// rstd, exactly, so that neither x = 1e37 nor rstd = 1e37 leaves float's range; the mean is a sum of two floats, and x
-// minus the first of them is exact wherever the mean is large against the deviation.
+// The power of two that brings the larger of sqrt(eps) and the row's largest |x| to between 1 and 2, as far as one
+// double can. Neither a NaN nor an infinity shows here: both pass through the sums.
+TRANSFUSE_INLINE double unit_scale(const double* x, int64_t cols, double eps) {
+  constexpr double smallest = 0x1p-1022, largest = 0x1.fffffffffffffp1023;
+  wide size = set1w(larger(__builtin_sqrt(eps), smallest));
+  for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    size = max(abs(load_wide(x + i, n)), size);
+  });
+  return 1 / power_of_two_below(smaller(reduce_max(size), largest));
+}
+// 1/sqrt(square + eps) of a row whose `square` was taken at `scale`. eps stays above 0 there, so that a constant row of
+// any size is 0 and not 0/0.
+TRANSFUSE_INLINE double scaled_rstd(double square, double eps, double scale) {
+  const double scaled_eps = eps > 0 ? larger(eps * scale * scale, 0x1p-1022) : 0;
+  return 1 / __builtin_sqrt(square + scaled_eps);
+}
+
+// ---- one row's normalisation, xhat = (x - mean) * rstd, where rstd = scale * rest and scale is a power of two ----
+
+// float32 in double.
+template <bool centered>
+struct WideRow {
+  using V = wide;
+  double mean, rstd;
+
+  WideRow() = default;
+  TRANSFUSE_INLINE explicit WideRow(const Statistics& row) : mean(row.mean), rstd(row.rstd) {}
+  TRANSFUSE_INLINE wide normalize(wide x) const { return (centered ? x - set1w(mean) : x) * set1w(rstd); }
+};
+
+// 16-bit types, and float32 in the backward, in float: good to 1.5 ULP at every size of x. The row is first scaled by a
+// power of two near rstd, exactly, so that neither x = 1e37 nor rstd = 1e37 leaves float's range; the mean is a sum of
+// two floats, and x minus the first of them is exact wherever the mean is large against the deviation.
 template <bool centered>
 struct FloatRow {
-  float scale;      // power of two, rstd = scale * rest
-  float mean;       // scale * the row's mean, rounded
+  using Real = float;
+  using V = f32;
+  float scale;
+  float mean;  // scale * the row's mean, rounded
   float rest;
   float remainder;  // rest * (what `mean` was rounded by)
 
@@ -97,37 +121,65 @@ struct FloatRow {
   }
 };
 
-// `count` consecutive rows, their statistics known: float32 in double, so that the only rounding is the result's ...
-template <class Norm, int64_t count, class W>
-TRANSFUSE_INLINE void normalize_rows(const float* x, const Statistics* rows, const W* weight, const W* bias,
-                                     float* output, int64_t cols) {
-  for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    const wide scale = weight ? load_wide(weight + i, n) : broadcast(1);
-    const wide offset = bias ? load_wide(bias + i, n) : broadcast(0);
-    for (int64_t r = 0; r < count; ++r) {
-      const wide values = load_wide(x + r * cols + i, n);
-      if constexpr (Norm::centered) {
-        const wide normalized = (values - broadcast(rows[r].mean)) * broadcast(rows[r].rstd);
-        store_rounded(output + r * cols + i, fma(normalized, scale, offset), n);
-      } else {
-        store_rounded(output + r * cols + i, values * broadcast(rows[r].rstd) * scale, n);
-      }
-    }
+// float64 in double.
+template <bool centered>
+struct DoubleRow {
+  using Real = double;
+  using V = wide;
+  double scale, mean, mean_tail, rest;
+
+  DoubleRow() = default;
+  TRANSFUSE_INLINE explicit DoubleRow(const Statistics& row)
+      : scale(row.scale), mean(row.mean), mean_tail(row.mean_tail), rest(row.rstd) {}
+  TRANSFUSE_INLINE wide normalize(wide x) const {
+    const wide scaled = x * set1w(scale);
+    return (centered ? (scaled - set1w(mean)) - set1w(mean_tail) : scaled) * set1w(rest);
+  }
+};
+
+// How rows of storage type T are normalised.
+template <class T, bool centered>
+struct RowOf {
+  using Forward = FloatRow<centered>;
+  using Backward = FloatRow<centered>;
+  using Statistic = float;  // what the forward saves
+};
+template <bool centered>
+struct RowOf<float, centered> {
+  using Forward = WideRow<centered>;
+  using Backward = FloatRow<centered>;
+  using Statistic = float;
+};
+template <bool centered>
+struct RowOf<double, centered> {
+  using Forward = DoubleRow<centered>;
+  using Backward = DoubleRow<centered>;
+  using Statistic = double;
+};
+
+// ---- forward ----
+
+template <class V, class T>
+TRANSFUSE_INLINE void add_rows(const T* x, const T* y, T* sum, int64_t size) {
+  for_each_vec(size, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    store_as(sum + i, load_as<V>(x + i, n) + load_as<V>(y + i, n), n);
   });
 }
 
-// ... and bfloat16 in float, whose sixteen more bits are enough.
-template <class Norm, int64_t count, class W>
-TRANSFUSE_INLINE void normalize_rows(const bf16* x, const Statistics* statistics, const W* weight, const W* bias,
-                                     bf16* output, int64_t cols) {
-  FloatRow<Norm::centered> rows[count];
-  for (int64_t r = 0; r < count; ++r) rows[r] = FloatRow<Norm::centered>(statistics[r]);
+// `count` consecutive rows, their statistics known.
+template <class Norm, int64_t count, class T, class W>
+TRANSFUSE_INLINE void normalize_rows(const T* x, const Statistics* statistics, const W* weight, const W* bias,
+                                     T* output, int64_t cols) {
+  using Row = typename RowOf<T, Norm::centered>::Forward;
+  using V = typename Row::V;
+  Row rows[count];
+  for (int64_t r = 0; r < count; ++r) rows[r] = Row(statistics[r]);
   for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    const f32 scale = weight ? load_n(weight + i, n) : set1(1);
-    const f32 offset = bias ? load_n(bias + i, n) : zero();
+    const V scale = weight ? load_as<V>(weight + i, n) : splat<V>(1);
+    const V offset = bias ? load_as<V>(bias + i, n) : splat<V>(0);
     for (int64_t r = 0; r < count; ++r) {
-      const f32 normalized = rows[r].normalize(load_n(x + r * cols + i, n));
-      store_n(output + r * cols + i, Norm::centered ? fma(normalized, scale, offset) : normalized * scale, n);
+      const V normalized = rows[r].normalize(load_as<V>(x + r * cols + i, n));
+      store_as(output + r * cols + i, Norm::centered ? fma(normalized, scale, offset) : normalized * scale, n);
     }
   });
 }
@@ -137,19 +189,22 @@ void forward_rows(const NormForwardParams& p, int64_t begin, int64_t end) {
   const int64_t cols = p.cols;
   const W* weight = static_cast<const W*>(p.weight);
   const W* bias = static_cast<const W*>(p.bias);
+  using Row = RowOf<T, Norm::centered>;
+  using Statistic = typename Row::Statistic;
   for (int64_t row = begin; row < end; row += group_rows) {
     const int64_t count = end - row < group_rows ? end - row : group_rows;
     const T* x = static_cast<const T*>(p.input) + row * cols;
     if (p.residual) {
       T* sum = static_cast<T*>(p.sum) + row * cols;
-      add_rows(x, static_cast<const T*>(p.residual) + row * cols, sum, count * cols);
+      add_rows<typename Row::Backward::V>(x, static_cast<const T*>(p.residual) + row * cols, sum, count * cols);
       x = sum;
     }
     Statistics rows[group_rows];
     for (int64_t r = 0; r < count; ++r) {
       rows[r] = Norm::statistics(x + r * cols, cols, p.eps);
-      if (Norm::centered) p.mean[row + r] = static_cast<float>(rows[r].mean);
-      p.rstd[row + r] = static_cast<float>(rows[r].rstd);
+      const double mean = (rows[r].mean + rows[r].mean_tail) / rows[r].scale, rstd = rows[r].rstd * rows[r].scale;
+      if (Norm::centered) static_cast<Statistic*>(p.mean)[row + r] = static_cast<Statistic>(mean);
+      static_cast<Statistic*>(p.rstd)[row + r] = static_cast<Statistic>(rstd);
     }
     T* output = static_cast<T*>(p.output) + row * cols;
     if (count == group_rows)
@@ -159,43 +214,46 @@ void forward_rows(const NormForwardParams& p, int64_t begin, int64_t end) {
   }
 }
 
+// ---- backward ----
+
 // What the backward of one row needs besides the row. With g = grad_output * weight and xhat the normalised row,
 //   grad_input = rstd * (g - mean(g) - xhat * mean(g * xhat)), without mean(g) where the norm is not centered
-template <bool centered>
+template <class Row>
 struct Projections {
-  FloatRow<centered> row;
-  float mean_g, mean_g_xhat;
+  Row row;
+  typename Row::Real mean_g, mean_g_xhat;
 };
 
 // The statistics are taken anew from the input: the saved ones are float32, and a mean rounded to float32 is off by a
-// tenth of a standard deviation at mean/std 1e6. The two means here are sums of float products, in float over a block
-// of columns (their errors are divided by cols) and in double over the blocks.
+// tenth of a standard deviation at mean/std 1e6. The two means here are sums of products in the row's own type, over a
+// block of columns (their errors are divided by cols), and in double over the blocks.
 template <class Norm, class T, class W>
-TRANSFUSE_INLINE Projections<Norm::centered> project_row(const T* x, const T* grad_output, const W* weight,
-                                                         int64_t cols, double eps) {
-  constexpr int64_t block_cols = 32 * lanes;
-  const FloatRow<Norm::centered> row(Norm::statistics(x, cols, eps));
+TRANSFUSE_INLINE auto project_row(const T* x, const T* grad_output, const W* weight, int64_t cols, double eps) {
+  using Row = typename RowOf<T, Norm::centered>::Backward;
+  using V = typename Row::V;
+  using Real = typename Row::Real;
+  const Row row(Norm::statistics(x, cols, eps));
   double mean_g = 0, mean_g_xhat = 0;
-  for (int64_t block = 0; block < cols; block += block_cols) {
-    const int64_t size = cols - block < block_cols ? cols - block : block_cols;
-    f32 sum_g = zero(), sum_g_xhat = zero();
-    for_each_vec(size, [&](int64_t offset, int64_t n) __attribute__((always_inline)) {
-      const int64_t i = block + offset;
-      const f32 grad = load_n(grad_output + i, n);  // 0 past the end of the row: those lanes add nothing
-      const f32 g = weight ? grad * load_n(weight + i, n) : grad;
-      if (Norm::centered) sum_g = sum_g + g;
-      sum_g_xhat = fma(g, row.normalize(load_n(x + i, n)), sum_g_xhat);
-    });
+  for (int64_t block = 0; block < cols; block += sum_block) {
+    V sum_g = splat<V>(0), sum_g_xhat = splat<V>(0);
+    for_each_vec(cols - block < sum_block ? cols - block : sum_block,
+                 [&](int64_t offset, int64_t n) __attribute__((always_inline)) {
+                   const int64_t i = block + offset;
+                   const V grad = load_as<V>(grad_output + i, n);  // 0 past the end of the row: adds nothing
+                   const V g = weight ? grad * load_as<V>(weight + i, n) : grad;
+                   if (Norm::centered) sum_g = sum_g + g;
+                   sum_g_xhat = fma(g, row.normalize(load_as<V>(x + i, n)), sum_g_xhat);
+                 });
     mean_g += reduce_add(widen(sum_g));
     mean_g_xhat += reduce_add(widen(sum_g_xhat));
   }
-  return {row, static_cast<float>(mean_g / cols), static_cast<float>(mean_g_xhat / cols)};
+  return Projections<Row>{row, static_cast<Real>(mean_g / cols), static_cast<Real>(mean_g_xhat / cols)};
 }
 
-template <class Norm, int64_t count, class T, class W>
-TRANSFUSE_INLINE void differentiate_rows(const NormBackwardParams& p, int64_t row,
-                                         const Projections<Norm::centered>* rows, double* weight_sums,
-                                         double* bias_sums) {
+template <class Norm, int64_t count, class T, class W, class Row>
+TRANSFUSE_INLINE void differentiate_rows(const NormBackwardParams& p, int64_t row, const Projections<Row>* rows,
+                                         double* weight_sums, double* bias_sums) {
+  using V = typename Row::V;
   const int64_t cols = p.cols;
   const T* x = static_cast<const T*>(p.input) + row * cols;
   const T* grad_output = static_cast<const T*>(p.grad_output) + row * cols;
@@ -203,19 +261,19 @@ TRANSFUSE_INLINE void differentiate_rows(const NormBackwardParams& p, int64_t ro
   T* grad_input = p.grad_input ? static_cast<T*>(p.grad_input) + row * cols : nullptr;
   const W* weight = static_cast<const W*>(p.weight);
   for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    const f32 scale = weight ? load_n(weight + i, n) : set1(1);
-    f32 weight_sum = zero(), bias_sum = zero();
+    const V scale = weight ? load_as<V>(weight + i, n) : splat<V>(1);
+    V weight_sum = splat<V>(0), bias_sum = splat<V>(0);
     for (int64_t r = 0; r < count; ++r) {
       const int64_t at = r * cols + i;
-      const f32 xhat = rows[r].row.normalize(load_n(x + at, n));
-      const f32 grad = load_n(grad_output + at, n);
+      const V xhat = rows[r].row.normalize(load_as<V>(x + at, n));
+      const V grad = load_as<V>(grad_output + at, n);
       weight_sum = fma(grad, xhat, weight_sum);
       bias_sum = bias_sum + grad;
       if (!grad_input) continue;
-      const f32 g = Norm::centered ? grad * scale - set1(rows[r].mean_g) : grad * scale;
-      const f32 projected = fnma(xhat, set1(rows[r].mean_g_xhat), g);
-      const f32 past_norm = grad_sum ? load_n(grad_sum + at, n) : zero();
-      store_n(grad_input + at, fma(projected * set1(rows[r].row.rest), set1(rows[r].row.scale), past_norm), n);
+      const V g = Norm::centered ? grad * scale - splat<V>(rows[r].mean_g) : grad * scale;
+      const V projected = fnma(xhat, splat<V>(rows[r].mean_g_xhat), g);
+      const V past_norm = grad_sum ? load_as<V>(grad_sum + at, n) : splat<V>(0);
+      store_as(grad_input + at, fma(projected * splat<V>(rows[r].row.rest), splat<V>(rows[r].row.scale), past_norm), n);
     }
     if (weight_sums) store_wide(weight_sums + i, load_wide(weight_sums + i) + widen(weight_sum));
     if (bias_sums) store_wide(bias_sums + i, load_wide(bias_sums + i) + widen(bias_sum));
@@ -238,7 +296,7 @@ void backward_chunks(const NormBackwardParams& p, int64_t begin, int64_t end) {
     }
     for (int64_t row = row_begin; row < row_end; row += group_rows) {
       const int64_t count = row_end - row < group_rows ? row_end - row : group_rows;
-      Projections<Norm::centered> rows[group_rows];
+      Projections<typename RowOf<T, Norm::centered>::Backward> rows[group_rows];
       for (int64_t r = 0; r < count; ++r) {
         const int64_t at = (row + r) * cols;
         rows[r] = project_row<Norm>(input + at, grad_output + at, weight, cols, p.eps);
@@ -256,9 +314,9 @@ TRANSFUSE_INLINE void add_lines(const double* lines, void* total, const NormBack
                                 int64_t end) {
   const int64_t padded = norm_padded_cols(p.cols);
   for (int64_t i = begin * lanes; i < p.cols && i < end * lanes; i += lanes) {
-    wide sum = broadcast(0);
+    wide sum = set1w(0);
     for (int64_t chunk = 0; chunk < p.chunks; ++chunk) sum = sum + load_wide(lines + chunk * padded + i);
-    store_rounded(static_cast<W*>(total) + i, sum, p.cols - i < lanes ? p.cols - i : lanes);
+    store_wide(static_cast<W*>(total) + i, sum, p.cols - i < lanes ? p.cols - i : lanes);
   }
 }
 
@@ -271,9 +329,17 @@ struct Storage {
 };
 template <class Run>
 void with_storage(DType dtype, DType param_dtype, const Run& run) {
-  if (dtype == DType::f32) return run(Storage<float, float>{});
-  if (param_dtype == DType::f32) return run(Storage<bf16, float>{});
-  return run(Storage<bf16, bf16>{});
+  const bool float_parameters = param_dtype == DType::f32;
+  switch (dtype) {
+    case DType::f32:
+      return run(Storage<float, float>{});
+    case DType::bf16:
+      return float_parameters ? run(Storage<bf16, float>{}) : run(Storage<bf16, bf16>{});
+    case DType::f16:
+      return float_parameters ? run(Storage<f16, float>{}) : run(Storage<f16, f16>{});
+    case DType::f64:
+      return run(Storage<double, double>{});
+  }
 }
 
 template <class Norm>

@@ -12,12 +12,20 @@ struct RMSNorm {
 
   template <class T>
   TRANSFUSE_INLINE static Statistics statistics(const T* x, int64_t cols, double eps) {
-    wide squares = broadcast(0);
+    wide squares = set1w(0);
     for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
       const wide values = load_wide(x + i, n);  // 0 past the end of the row
       squares = fma(values, values, squares);
     });
     return {0, 1 / __builtin_sqrt(reduce_add(squares) / cols + eps)};
+  }
+  TRANSFUSE_INLINE static Statistics statistics(const double* x, int64_t cols, double eps) {
+    const double scale = unit_scale(x, cols, eps);
+    const double square = row_sum(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+                            const wide value = load_wide(x + i, n) * set1w(scale);
+                            return value * value;
+                          }) / cols;
+    return {0, scaled_rstd(square, eps, scale), 0, scale};
   }
 };
 

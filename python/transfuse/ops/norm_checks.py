@@ -80,4 +80,5 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def fake_statistics(input: Tensor, ndim: int) -> Tensor:
     """The shape of a row statistic that the raw ops return: the leading sizes, then ones."""
-    return input.new_empty((*input.shape[: input.dim() - ndim], *(1 for _ in range(ndim))), dtype=torch.float32)
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return input.new_empty((*input.shape[: input.dim() - ndim], *(1 for _ in range(ndim))), dtype=dtype)
