@@ -153,7 +153,7 @@ def test_op_tests_pass_on_every_level(level):
         pytest.skip(f"this CPU has no {level}")
     files = [path for op in OPS for path in sorted((ROOT / "tests").glob(f"test_{op}*.py")) if "graphs" not in path.name]
     out = _run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", "not compile and not isa",
-               *files, ROOT / "tests/test_varlen_attention.py", TRANSFUSE_CPU_ISA=level)
+               *files, ROOT / "tests/test_norms.py", ROOT / "tests/test_varlen_attention.py", TRANSFUSE_CPU_ISA=level)
     assert re.search(r"\d{3,} passed", out), out[-2000:]
 
 

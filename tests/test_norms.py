@@ -29,7 +29,7 @@ from norms import (
 from torch.utils.checkpoint import checkpoint
 
 import transfuse
-from transfuse import _C, dispatch
+from transfuse import dispatch
 from transfuse.testing import MAX_ULP, assert_close, assert_matches_reference, draw, nan_filled_empty
 
 pytestmark = [needs_kernels, needs_long_double]
@@ -41,15 +41,6 @@ MISROUNDED = 0.002  # of 16-bit results may be the second nearest: what was roun
 @pytest.fixture(params=NORMS, ids=str)
 def norm(request):
     return request.param
-
-
-@pytest.fixture(params=_C.cpu_isa_levels() if _C else ())
-def level(request):
-    """Each ISA level this machine runs, in force for one test."""
-    before = _C.cpu_isa()
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa(before)
 
 
 def _rounded(exact, dtype):
@@ -64,7 +55,7 @@ def _equal(ours, others):
 
 
 @pytest.mark.parametrize("dtype, family", family_cases(EXACT_DTYPES))
-def test_forward_is_within_the_bound_of_the_contract(norm, level, dtype, family):
+def test_forward_is_within_the_bound_of_the_contract(norm, dtype, family):
     bound = MAX_ULP["norm_forward_float64" if dtype == F64 else f"{norm.stem}_forward"]
     for cols in LENGTHS:
         x = rows_of(family, 20, cols, dtype, seed=cols)
@@ -74,7 +65,7 @@ def test_forward_is_within_the_bound_of_the_contract(norm, level, dtype, family)
 
 
 @pytest.mark.parametrize("dtype, family", family_cases(SHORT_DTYPES))
-def test_short_types_are_rounded_once(norm, level, dtype, family):
+def test_short_types_are_rounded_once(norm, dtype, family):
     for cols in LENGTHS:
         x = rows_of(family, 20, cols, dtype, seed=cols)
         if x is None:
@@ -90,7 +81,7 @@ def test_short_types_are_rounded_once(norm, level, dtype, family):
 
 
 @pytest.mark.parametrize("dtype, family", family_cases())
-def test_gradients_are_those_of_exact_arithmetic(norm, level, dtype, family):
+def test_gradients_are_those_of_exact_arithmetic(norm, dtype, family):
     if dtype in SHORT_DTYPES and family.eps == 0.0:
         pytest.skip("subnormals of a 16-bit type are a handful of values")
     for cols in (31, 129, 768):

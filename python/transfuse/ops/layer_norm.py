@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -149,12 +148,12 @@ def _add_reference(input, residual, weight, bias, ndim, eps):
 
 
 IMPLEMENTATIONS = (
-    Implementation("cpu", partial(cpu_reasons, dtypes=ALL_DTYPES), _run_cpu),
+    Implementation("cpu", lambda problem: cpu_reasons(problem, ALL_DTYPES), _run_cpu),
     Implementation("torch", supports_all, _run_torch, automatic=False),
     Implementation("reference", supports_all, _run_reference),
 )
 ADD_IMPLEMENTATIONS = (
-    Implementation("cpu", partial(cpu_reasons, dtypes=ALL_DTYPES), _add_cpu),
+    Implementation("cpu", lambda problem: cpu_reasons(problem, ALL_DTYPES), _add_cpu),
     Implementation("torch", supports_all, _add_torch, automatic=False),
     Implementation("reference", supports_all, _add_reference),
 )
