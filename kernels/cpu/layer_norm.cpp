@@ -43,17 +43,17 @@ struct LayerNorm {
     const double offset = row_sum(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
                             return value(i, n) - set1w(first);
                           }) / cols;
-    const double mean = first + offset, from_first = mean - first;
-    const double tail = (first - (mean - from_first)) + (offset - from_first);  // exactly what `mean` lacks
+    const Pair mean = exact_sum(first, offset);
     const auto deviation = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-      return (value(i, n) - set1w(mean)) - set1w(tail);
+      return (value(i, n) - set1w(mean.hi)) - set1w(mean.lo);
     };
     const double correction = row_sum(cols, deviation) / cols;
     const double square = row_sum(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
                             const wide d = deviation(i, n);
                             return d * d;
                           }) / cols;
-    return {mean, scaled_rstd(square - correction * correction, eps, scale), tail + correction, scale};
+    const Pair rstd = scaled_rstd(square - correction * correction, eps, scale);
+    return {mean.hi, rstd.hi, mean.lo + correction, rstd.lo, scale};
   }
 };
 

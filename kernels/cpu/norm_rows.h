@@ -25,19 +25,36 @@ static_assert(norm_block == lanes, "reduce works in whole vectors");
 // with the lengths of both sums instead of their product.
 constexpr int64_t sum_block = 32 * lanes;
 
-// Of one row times `scale`, a power of two: 1 but for float64, whose squares could leave double's range.
+// Of one row times `scale`, a power of two: 1 but for float64, whose squares could leave double's range and whose mean
+// and rstd are sums of two doubles.
 struct Statistics {
   double mean, rstd;
-  double mean_tail = 0;  // the mean is mean + mean_tail
+  double mean_tail = 0, rstd_tail = 0;
   double scale = 1;
 };
 
-// ---- statistics of float64 rows ----
+// ---- statistics of float64 rows: what they need beyond double is a sum of two, without an FMA ----
 
-// Sum of term(i, n) over a row.
+struct Pair {
+  double hi, lo;
+};
+TRANSFUSE_INLINE Pair exact_sum(double x, double y) {
+  const double sum = x + y, from_x = sum - x;
+  return {sum, (x - (sum - from_x)) + (y - from_x)};
+}
+// For factors below 2^996, each cut into two halves of 26 bits.
+TRANSFUSE_INLINE Pair exact_product(double x, double y) {
+  constexpr double cut = 0x1p27 + 1;
+  const double x_hi = cut * x - (cut * x - x), x_lo = x - x_hi;
+  const double y_hi = cut * y - (cut * y - y), y_lo = y - y_hi;
+  const double product = x * y;
+  return {product, x_lo * y_lo - (((product - x_hi * y_hi) - x_lo * y_hi) - x_hi * y_lo)};
+}
+
+// Sum of term(i, n) over a row, rounded once but for what the lanes of a block lose.
 template <class Term>
 TRANSFUSE_INLINE double row_sum(int64_t cols, Term term) {
-  double sum = 0;
+  Pair sum = {0, 0};
   for (int64_t block = 0; block < cols; block += sum_block) {
     wide block_sum = set1w(0);
     for_each_vec(cols - block < sum_block ? cols - block : sum_block,
@@ -45,9 +62,10 @@ TRANSFUSE_INLINE double row_sum(int64_t cols, Term term) {
                    const wide value = term(block + i, n);
                    block_sum = block_sum + (n == lanes ? value : select(first_n_wide(n), value, set1w(0)));
                  });
-    sum += reduce_add(block_sum);
+    const Pair longer = exact_sum(sum.hi, reduce_add(block_sum));
+    sum = {longer.hi, sum.lo + longer.lo};
   }
-  return sum;
+  return sum.lo == sum.lo ? sum.hi + sum.lo : sum.hi;  // an infinite sum has no remainder
 }
 
 // The largest power of two <= x, for a normal x > 0.
@@ -71,11 +89,16 @@ TRANSFUSE_INLINE double unit_scale(const double* x, int64_t cols, double eps) {
   });
   return 1 / power_of_two_below(smaller(reduce_max(size), largest));
 }
-// 1/sqrt(square + eps) of a row whose `square` was taken at `scale`. eps stays above 0 there, so that a constant row of
-// any size is 0 and not 0/0.
-TRANSFUSE_INLINE double scaled_rstd(double square, double eps, double scale) {
-  const double scaled_eps = eps > 0 ? larger(eps * scale * scale, 0x1p-1022) : 0;
-  return 1 / __builtin_sqrt(square + scaled_eps);
+// 1/sqrt(square + eps) of a row whose `square` was taken at `scale`: the rounded one and a Newton step from it, whose
+// residual is exact. eps stays above 0 at any scale, so that a constant row is 0 and not 0/0.
+TRANSFUSE_INLINE Pair scaled_rstd(double square, double eps, double scale) {
+  constexpr double smallest = 0x1p-900;  // far below the square of any row that is not constant
+  const Pair radicand = exact_sum(square, eps > 0 ? larger(eps * scale * scale, smallest) : 0);
+  const double rstd = 1 / __builtin_sqrt(radicand.hi);
+  const Pair inverse = exact_product(rstd, rstd), one = exact_product(radicand.hi, inverse.hi);
+  const double residual = ((1 - one.hi) - one.lo) - radicand.hi * inverse.lo - radicand.lo * inverse.hi;
+  const double step = rstd * residual / 2;
+  return {rstd, step == step ? step : 0};  // no step from 0 or infinity
 }
 
 // ---- one row's normalisation, xhat = (x - mean) * rstd, where rstd = scale * rest and scale is a power of two ----
@@ -126,14 +149,15 @@ template <bool centered>
 struct DoubleRow {
   using Real = double;
   using V = wide;
-  double scale, mean, mean_tail, rest;
+  double scale, mean, rest, rest_tail, remainder;  // remainder: rest * (what `mean` was rounded by)
 
   DoubleRow() = default;
   TRANSFUSE_INLINE explicit DoubleRow(const Statistics& row)
-      : scale(row.scale), mean(row.mean), mean_tail(row.mean_tail), rest(row.rstd) {}
+      : scale(row.scale), mean(row.mean), rest(row.rstd), rest_tail(row.rstd_tail), remainder(row.mean_tail * row.rstd) {}
   TRANSFUSE_INLINE wide normalize(wide x) const {
-    const wide scaled = x * set1w(scale);
-    return (centered ? (scaled - set1w(mean)) - set1w(mean_tail) : scaled) * set1w(rest);
+    const wide deviation = centered ? x * set1w(scale) - set1w(mean) : x * set1w(scale);
+    const wide tail = deviation * set1w(rest_tail);
+    return fma(deviation, set1w(rest), centered ? tail - set1w(remainder) : tail);
   }
 };
 

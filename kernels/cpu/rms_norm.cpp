@@ -25,7 +25,8 @@ struct RMSNorm {
                             const wide value = load_wide(x + i, n) * set1w(scale);
                             return value * value;
                           }) / cols;
-    return {0, scaled_rstd(square, eps, scale), 0, scale};
+    const Pair rstd = scaled_rstd(square, eps, scale);
+    return {0, rstd.hi, 0, rstd.lo, scale};
   }
 };
 

@@ -30,7 +30,7 @@ MAX_ULP = {
     "masked_softmax_forward": 4.0,
     "layer_norm_forward": 2.0,
     "rms_norm_forward": 2.0,
-    "norm_forward_float64": 8.0,
+    "norm_forward_float64": 5.0,  # of float64: torch's own loses 1e6 of them at mean/std 1e6
 }
 # The gradient of GELU crosses 0: within this distance of the root the bound is absolute.
 GELU_ROOT_ZONE = 1e-4
