@@ -42,10 +42,11 @@ def layer_norm(
         Contiguous tensor of input's shape and dtype. Differentiable once (the reference backend: any number of times).
     Numerics:
         Statistics in float64, in the backward too. float32: within 2 ULP of max(|weight * xhat|, |bias|, 1) for
-        mean/std up to 1e6 and |input| from subnormals to 1e37; bfloat16: one rounding of a float32 result. A constant
-        row gives exactly ``bias`` (NaN with eps=0, as 0/0 is); a row with NaN or inf gives NaN. A row's bits do not
-        depend on the batch, on its position or on the number of threads; the gradients of weight and bias are sums
-        over rows in one fixed order, the same for every number of threads.
+        mean/std up to 1e6 and |input| from subnormals to 1e37; 16-bit types: one rounding of a float32 result;
+        float64: within 5 ULP of the same measure, for |input| to 1e300. A constant row gives exactly ``bias`` (NaN with
+        eps=0, as 0/0 is); a row with NaN or inf gives NaN. A row's bits do not depend on the batch, on its position or
+        on the number of threads; the gradients of weight and bias are sums over rows in one fixed order, the same for
+        every number of threads.
         Autocast runs it in float32 on a GPU and leaves it alone on the CPU, as it does with torch's.
     Raises:
         TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape or eps. RuntimeError: weight or bias on

@@ -35,10 +35,11 @@ def rms_norm(
         Contiguous tensor of input's shape and dtype. Differentiable once (the reference backend: any number of times).
     Numerics:
         The mean is taken in float64, in the backward too. float32: within 2 ULP of max(|weight * xhat|, 1) for |input|
-        from subnormals to 1e37; bfloat16: one rounding of a float32 result. A row of zeros gives zeros (NaN with eps=0,
-        as 0/0 is); a row with NaN gives NaN; in a row with an infinity that element is NaN and the others 0, as in
-        torch. A row's bits do not depend on the batch, on its position or on the number of threads; the gradient of
-        weight is a sum over rows in one fixed order, the same for every number of threads.
+        from subnormals to 1e37; 16-bit types: one rounding of a float32 result; float64: within 5 ULP of the same
+        measure, for |input| to 1e300. A row of zeros gives zeros (NaN with eps=0, as 0/0 is); a row with NaN gives NaN;
+        in a row with an infinity that element is NaN and the others 0, as in torch. A row's bits do not depend on the
+        batch, on its position or on the number of threads; the gradient of weight is a sum over rows in one fixed
+        order, the same for every number of threads.
         Autocast runs it in float32 on a GPU and leaves it alone on the CPU, as it does with torch's.
     Raises:
         TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape or eps. RuntimeError: weight on
