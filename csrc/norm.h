@@ -1,4 +1,4 @@
-// What layer_norm and rms_norm share on the host: checks, allocation, threads. The arithmetic is kernels/cpu/norm_rows.h.
+// What layer_norm and rms_norm share on the host: checks, allocation, threads. Arithmetic: kernels/cpu/norm_rows.h.
 #pragma once
 
 #include "cpu/norm.h"

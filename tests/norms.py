@@ -15,7 +15,7 @@ from transfuse import extension
 from transfuse.testing import draw
 
 needs_kernels = pytest.mark.skipif(bool(extension.cpu_unavailable), reason=extension.cpu_unavailable)
-needs_long_double = pytest.mark.skipif(np.finfo(np.longdouble).eps > 2.0**-60, reason="long double is no wider than double")
+needs_long_double = pytest.mark.skipif(np.finfo(np.longdouble).eps > 2.0**-60, reason="long double is a double here")
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 DTYPES = (F32, BF16, F16, F64)

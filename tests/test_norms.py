@@ -30,7 +30,15 @@ from torch.utils.checkpoint import checkpoint
 
 import transfuse
 from transfuse import dispatch
-from transfuse.testing import MAX_ULP, assert_close, assert_matches_reference, draw, nan_filled_empty
+from transfuse.testing import (
+    MAX_ULP,
+    NORM_ROW_ERROR,
+    UNIT_ROUNDOFF,
+    assert_close,
+    assert_matches_reference,
+    draw,
+    nan_filled_empty,
+)
 
 pytestmark = [needs_kernels, needs_long_double]
 
@@ -64,6 +72,16 @@ def test_forward_is_within_the_bound_of_the_contract(norm, dtype, family):
             assert distance <= bound, f"{cols} columns: {distance:.2f} ULP"
 
 
+def test_the_scale_of_a_float64_row_is_better_than_float64(norm):
+    """The mean over a row leaves what its elements have in common; an rstd of one double alone errs by half a unit."""
+    for cols in (64, 1000):
+        x = draw(50, cols, dtype=F64, seed=cols)
+        exact, _ = norm.exact(x)
+        large = abs(exact) > 0.1
+        relative = np.where(large, norm(x).numpy() / np.where(large, exact, 1.0) - 1.0, 0.0).sum(-1) / large.sum(-1)
+        assert float(abs(relative).mean()) <= NORM_ROW_ERROR * UNIT_ROUNDOFF[F64], f"{cols} columns"
+
+
 @pytest.mark.parametrize("dtype, family", family_cases(SHORT_DTYPES))
 def test_short_types_are_rounded_once(norm, dtype, family):
     for cols in LENGTHS:
@@ -94,7 +112,8 @@ def test_gradients_are_those_of_exact_arithmetic(norm, dtype, family):
             for name, a, e in zip(("input", *norm.parameter_names), actual, exact, strict=True):
                 if name == "weight" and abs(norm.exact(x, eps=family.eps)[0]).max() < torch.finfo(F32).tiny:
                     continue  # xhat is itself subnormal: its last bit is an absolute one
-                assert_close(a, torch.from_numpy(e.astype(np.float64)), num_terms=cols, what=f"grad_{name}, {cols} columns")
+                e = torch.from_numpy(e.astype(np.float64))
+                assert_close(a, e, num_terms=cols, what=f"grad_{name}, {cols} columns")
 
 
 def test_the_package_oracle_is_right(norm):
@@ -319,7 +338,8 @@ def test_opcheck(norm, dtype, parameter_dtype):
     absent = (None,) * count
     torch.library.opcheck(norm.raw("forward"), (x, *parameters, 1, EPS))
     torch.library.opcheck(norm.raw("add_forward"), (x, residual, *absent, 2, EPS))
-    for given, grad_sum, needs in ((parameters, residual, (True,) * (1 + count)), (absent, None, (True, *(False,) * count))):
+    all_needed, input_needed = (True,) * (1 + count), (True, *(False,) * count)
+    for given, grad_sum, needs in ((parameters, residual, all_needed), (absent, None, input_needed)):
         torch.library.opcheck(norm.raw("backward"), (x, grad_sum, x.clone(), *given, 1, EPS, *needs))
 
 

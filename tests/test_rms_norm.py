@@ -42,7 +42,8 @@ def test_the_oracle_agrees_with_forty_digits():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_eps_is_the_eps_of_torch(dtype):
     """Rows so small that eps decides: torch takes the eps of the type it computes in, not of the storage type."""
-    x, (weight,) = draw(5, 33, dtype=dtype, scale=2.0**-11 if dtype != F64 else 2.0**-26), RMS_NORM.parameters(33, dtype)
+    size = 2.0**-26 if dtype == F64 else 2.0**-11
+    x, (weight,) = draw(5, 33, dtype=dtype, scale=size), RMS_NORM.parameters(33, dtype)
     for ours, stock in (
         (rms_norm(x, (33,), weight), torch.nn.functional.rms_norm(x, (33,), weight)),
         (add_rms_norm(x, x, (33,), weight)[0], torch.nn.functional.rms_norm(x + x, (33,), weight)),

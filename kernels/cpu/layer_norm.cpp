@@ -32,8 +32,8 @@ struct LayerNorm {
     return {first + offset, 1 / __builtin_sqrt(variance + eps)};
   }
 
-  // float64 has no wider type to lean on: the mean is a sum of two doubles, found over x - x[0] and corrected by the mean
-  // of the deviations from it, and the variance is that of the deviations.
+  // float64 has no wider type to lean on: the mean is a sum of two doubles, found over x - x[0] and corrected by the
+  // mean of the deviations from it, and the variance is that of the deviations.
   TRANSFUSE_INLINE static Statistics statistics(const double* x, int64_t cols, double eps) {
     if (cols == 0) return {0, __builtin_nan("")};
     const double scale = unit_scale(x, cols, eps), first = x[0] * scale;

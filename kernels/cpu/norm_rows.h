@@ -3,10 +3,10 @@
 //   centered                       whether it has a mean, and with it a bias
 //   statistics(x, cols, eps)       a row's Statistics; of float64 rows in a pass of their own
 //
-// Policy: what is normalised in double is rounded once, and float32 is. Where four roundings in float do no harm, in the
-// forward of the 16-bit types and in the backward, a row is normalised in float against a mean of two floats. A float64
-// row is normalised in double against a mean of two doubles. Rows go in pairs that share the loads of the weights, and a
-// pair is still in L1 when its last pass starts. No residual is taken from an FMA: the baseline level has none.
+// Policy: the float32 forward stays in double to its end and rounds once; where four roundings in float do no harm, in
+// the forward of the 16-bit types and in the backward, a row is normalised in float against a mean of two floats; a
+// float64 row in double against a mean and an rstd of two doubles. Rows go in pairs that share the loads of the weights,
+// and a pair is still in L1 when its last pass starts. No residual is taken from an FMA: the baseline level has none.
 #pragma once
 
 #include "cpu/norm.h"
@@ -51,7 +51,7 @@ TRANSFUSE_INLINE Pair exact_product(double x, double y) {
   return {product, x_lo * y_lo - (((product - x_hi * y_hi) - x_lo * y_hi) - x_hi * y_lo)};
 }
 
-// Sum of term(i, n) over a row, rounded once but for what the lanes of a block lose.
+// Sum of term(i, n) over a row. Only the sums in the lanes of a block round as they go.
 template <class Term>
 TRANSFUSE_INLINE double row_sum(int64_t cols, Term term) {
   Pair sum = {0, 0};
@@ -149,11 +149,17 @@ template <bool centered>
 struct DoubleRow {
   using Real = double;
   using V = wide;
-  double scale, mean, rest, rest_tail, remainder;  // remainder: rest * (what `mean` was rounded by)
+  double scale, mean, rest;
+  double rest_tail;  // what `rest` was rounded by
+  double remainder;  // rest * (what `mean` was rounded by)
 
   DoubleRow() = default;
   TRANSFUSE_INLINE explicit DoubleRow(const Statistics& row)
-      : scale(row.scale), mean(row.mean), rest(row.rstd), rest_tail(row.rstd_tail), remainder(row.mean_tail * row.rstd) {}
+      : scale(row.scale),
+        mean(row.mean),
+        rest(row.rstd),
+        rest_tail(row.rstd_tail),
+        remainder(row.mean_tail * row.rstd) {}
   TRANSFUSE_INLINE wide normalize(wide x) const {
     const wide deviation = centered ? x * set1w(scale) - set1w(mean) : x * set1w(scale);
     const wide tail = deviation * set1w(rest_tail);

@@ -32,6 +32,8 @@ MAX_ULP = {
     "rms_norm_forward": 2.0,
     "norm_forward_float64": 5.0,  # of float64: torch's own loses 1e6 of them at mean/std 1e6
 }
+# What the elements of a float64 row err by in common, its rstd's error: mean over rows, units of roundoff.
+NORM_ROW_ERROR = 0.4
 # The gradient of GELU crosses 0: within this distance of the root the bound is absolute.
 GELU_ROOT_ZONE = 1e-4
 GELU_ROOT_ERROR = 1e-7

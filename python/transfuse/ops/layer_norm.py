@@ -49,8 +49,8 @@ def layer_norm(
         every number of threads.
         Autocast runs it in float32 on a GPU and leaves it alone on the CPU, as it does with torch's.
     Raises:
-        TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape or eps. RuntimeError: weight or bias on
-        another device; a second or forward-mode derivative of a compiled kernel (the reference backend has both).
+        TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape or eps. RuntimeError: weight or bias
+        on another device; a second or forward-mode derivative of a compiled kernel (the reference backend has both).
     Source:
         Ba, Kiros, Hinton: Layer Normalization, 2016, https://arxiv.org/abs/1607.06450
     """

@@ -35,7 +35,8 @@ def check_norm(
     if bias is not None:
         _check_parameter(op, "bias", bias, input, sizes)
         if weight is not None and bias.dtype != weight.dtype:
-            raise TypeError(f"{op}: bias has dtype {dtype_name(bias.dtype)}, expected {dtype_name(weight.dtype)} (weight's)")
+            found, expected = dtype_name(bias.dtype), dtype_name(weight.dtype)
+            raise TypeError(f"{op}: bias has dtype {found}, expected {expected} (weight's)")
     return ndim
 
 
@@ -50,7 +51,8 @@ def _check_parameter(op: str, argument: str, parameter: Tensor, input: Tensor, s
     if parameter.shape != sizes:
         raise ValueError(f"{op}: {argument} has shape {tuple(parameter.shape)}, expected {sizes} (normalized_shape)")
     if parameter.dtype != input.dtype and not (parameter.dtype == torch.float32 and input.dtype in _16_BIT):
-        raise TypeError(f"{op}: {argument} has dtype {dtype_name(parameter.dtype)}, expected {dtype_name(input.dtype)} (input's)")
+        found, expected = dtype_name(parameter.dtype), dtype_name(input.dtype)
+        raise TypeError(f"{op}: {argument} has dtype {found}, expected {expected} (input's)")
     if parameter.device != input.device:
         raise RuntimeError(f"{op}: {argument} is on {parameter.device}, expected {input.device} (input's)")
 
