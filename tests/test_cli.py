@@ -13,7 +13,7 @@ from transfuse.cli import MissingExtra, main, need, output
 from transfuse.dispatch import setting
 from transfuse.promises import cases
 
-OPS = "attention, varlen_attention, masked_softmax, layer_norm, add_layer_norm, gelu"
+OPS = "attention, varlen_attention, masked_softmax, layer_norm, add_layer_norm, rms_norm, add_rms_norm, gelu"
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,10 @@ def test_info_json(capsys):
     for op, by_dtype in found["ops"].items():
         assert list(by_dtype) == ["float32", "bfloat16", "float16", "float64"]
         assert by_dtype["float32"]["takes"] == "cpu", op
-        assert by_dtype["float16"]["takes"] == "reference" and by_dtype["float16"]["reasons"]["cpu"], op
+        if op.endswith("_norm"):
+            assert all(state["takes"] == "cpu" for state in by_dtype.values()), op
+        else:
+            assert by_dtype["float16"]["takes"] == "reference" and by_dtype["float16"]["reasons"]["cpu"], op
     assert {"name", "value", "default", "choices", "meaning"} == set(found["variables"][0])
 
 
@@ -146,7 +149,7 @@ def test_info_is_readable(capsys):
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"transfuse {transfuse.__version__} (commit ") and "TRANSFUSE_BACKEND=auto" in printed
-    assert "layer_norm        float32 cpu, bfloat16 cpu, float16 reference, float64 reference" in printed
+    assert "layer_norm        float32 cpu, bfloat16 cpu, float16 cpu, float64 cpu" in printed
 
 
 def test_explain(capsys):

@@ -208,7 +208,7 @@ torch.set_num_threads(4)
 x = torch.randn(512, 512)
 def compute():
     q = x.view(2, 4, -1, 32)
-    results = (transfuse.gelu(x), transfuse.layer_norm(x, (512,)), transfuse.masked_softmax(x),
+    results = (transfuse.gelu(x), transfuse.layer_norm(x, (512,)), transfuse.rms_norm(x, (512,)), transfuse.masked_softmax(x),
                transfuse.scaled_dot_product_attention(q, q, q)[0, 0])
     return [result[0].tolist() for result in results]  # torch's own parallel loops would hang: take one row
 expected = compute()
@@ -223,9 +223,10 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 @pytest.mark.parametrize(("call", "text"), [
     (lambda x: transfuse.gelu(x), "gelu: could not allocate 2199023255552 bytes"),
     (lambda x: transfuse.layer_norm(x, (8,)), "layer_norm: could not allocate 2199023255552 bytes"),
+    (lambda x: transfuse.rms_norm(x, (8,)), "rms_norm: could not allocate 2199023255552 bytes"),
     (lambda x: transfuse.masked_softmax(x), "masked_softmax: could not allocate 2199023255552 bytes"),
     (lambda x: transfuse.scaled_dot_product_attention(x, x[:1], x[:1]), "attention: could not allocate 2199023255552 bytes"),
-], ids=["gelu", "layer_norm", "masked_softmax", "attention"])
+], ids=["gelu", "layer_norm", "rms_norm", "masked_softmax", "attention"])
 def test_an_allocation_that_fails_names_op_and_bytes(call, text):
     with pytest.raises(RuntimeError) as error:
         call(torch.zeros(1, 8).expand(2**36, 8))
@@ -235,11 +236,13 @@ def test_an_allocation_that_fails_names_op_and_bytes(call, text):
 @pytest.mark.parametrize(("call", "shape"), [
     (lambda x: transfuse.add_layer_norm(x, x, (8,))[0].square(), (8,)),
     (lambda x: transfuse.layer_norm(x, (8,), x, x).square(), (8,)),
+    (lambda x: transfuse.add_rms_norm(x, x, (8,))[0].square(), (8,)),
+    (lambda x: transfuse.rms_norm(x, (8,), x).square(), (8,)),
     (lambda x: transfuse.gelu(x, bias=x), (8,)),
     (lambda x: transfuse.masked_softmax(x, x).square(), (4, 8)),
     (lambda x: transfuse.scaled_dot_product_attention(x, x, x, attn_mask=x), (2, 3, 8, 8)),
     (lambda x: transfuse.varlen_attention(x, x, x, torch.tensor([0, 3, 5]), max_seqlen_q=3), (5, 2, 8)),
-], ids=["add_layer_norm", "layer_norm", "gelu", "masked_softmax", "attention", "varlen_attention"])
+], ids=["add_layer_norm", "layer_norm", "add_rms_norm", "rms_norm", "gelu", "masked_softmax", "attention", "varlen_attention"])
 def test_compile_takes_one_tensor_twice(call, shape):
     x = torch.randn(*shape, requires_grad=True)
     (expected,) = torch.autograd.grad(call(x).sum(), x)
@@ -253,6 +256,8 @@ def _calls(x):
         "gelu": lambda: transfuse.gelu(x),
         "layer_norm": lambda: transfuse.layer_norm(x, (8,)),
         "add_layer_norm": lambda: transfuse.add_layer_norm(x, x, (8,)),
+        "rms_norm": lambda: transfuse.rms_norm(x, (8,)),
+        "add_rms_norm": lambda: transfuse.add_rms_norm(x, x, (8,)),
         "masked_softmax": lambda: transfuse.masked_softmax(x),
         "attention": lambda: transfuse.scaled_dot_product_attention(x, x, x),
         "varlen_attention": lambda: transfuse.varlen_attention(x, x, x, torch.tensor([0, 2])),
@@ -276,7 +281,7 @@ def test_only_dense_tensors(make, kind):
 @pytest.mark.filterwarnings("ignore::transfuse.TransfuseWarning")
 def test_meta_tensors():
     x = torch.empty(2, 8, device="meta")
-    for op in ("gelu", "layer_norm", "masked_softmax", "attention"):
+    for op in ("gelu", "layer_norm", "rms_norm", "masked_softmax", "attention"):
         output = _calls(x)[op]()
         assert output.is_meta and output.shape == x.shape
     tokens, offsets = torch.empty(4, 2, 8, device="meta"), torch.empty(3, dtype=torch.int32, device="meta")

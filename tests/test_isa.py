@@ -80,6 +80,10 @@ def run():
             keep(f"layer_norm {dtype} {n}", y.detach(), *torch.autograd.grad(y.sum() + (y * y).sum(), (x, w, b)))
             y, s = transfuse.add_layer_norm(x, r, (n,), w, b)
             keep(f"add_layer_norm {dtype} {n}", y.detach(), s.detach(), *torch.autograd.grad((y * s).sum(), (x, r, w, b)))
+            y = transfuse.rms_norm(x, (n,), w)
+            keep(f"rms_norm {dtype} {n}", y.detach(), *torch.autograd.grad(y.sum() + (y * y).sum(), (x, w)))
+            y, s = transfuse.add_rms_norm(x, r, (n,), w)
+            keep(f"add_rms_norm {dtype} {n}", y.detach(), s.detach(), *torch.autograd.grad((y * s).sum(), (x, r, w)))
             for approximate in ("none", "tanh"):
                 y = transfuse.gelu(x * 3, approximate, bias=b)
                 keep(f"gelu {approximate} {dtype} {n}", y.detach(), *torch.autograd.grad((y * y).sum(), (x, b)))
@@ -149,7 +153,7 @@ def test_op_tests_pass_on_every_level(level):
         pytest.skip(f"this CPU has no {level}")
     files = [path for op in OPS for path in sorted((ROOT / "tests").glob(f"test_{op}*.py")) if "graphs" not in path.name]
     out = _run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", "not compile and not isa",
-               *files, ROOT / "tests/test_varlen_attention.py", TRANSFUSE_CPU_ISA=level)
+               *files, ROOT / "tests/test_norms.py", ROOT / "tests/test_varlen_attention.py", TRANSFUSE_CPU_ISA=level)
     assert re.search(r"\d{3,} passed", out), out[-2000:]
 
 

@@ -56,6 +56,7 @@ struct wide_mask {
 };
 
 TRANSFUSE_INLINE wide widen(f32 x) { return {low(x), high(x)}; }
+TRANSFUSE_INLINE wide widen(wide x) { return x; }
 TRANSFUSE_INLINE f32 narrow(wide x) { return narrow(x.lo, x.hi); }  // one rounding
 TRANSFUSE_INLINE wide_mask widen(mask m) { return {low(m), high(m)}; }
 TRANSFUSE_INLINE mask narrow(wide_mask m) { return narrow(m.lo, m.hi); }

@@ -16,6 +16,8 @@ _HOMES = {
     "masked_softmax": "ops.masked_softmax",
     "layer_norm": "ops.layer_norm",
     "add_layer_norm": "ops.layer_norm",
+    "rms_norm": "ops.rms_norm",
+    "add_rms_norm": "ops.rms_norm",
     "gelu": "ops.gelu",
     "pack": "ops.packing",
     "unpack": "ops.packing",

@@ -29,14 +29,30 @@ MAX_ULP = {
     "gelu_backward": 4.0,
     "masked_softmax_forward": 4.0,
     "layer_norm_forward": 2.0,
+    "rms_norm_forward": 2.0,
+    "norm_forward_float64": 5.0,  # of float64: torch's own loses 1e6 of them at mean/std 1e6
+    "attention_softcap": 4.0,
+    "attention_softcap_slope": 4.0,
+    "rotary_forward": 0.5,  # of float32 and 16-bit results, against float64
+    "rotary_float64": 1.5,  # of the largest of both products and the result
 }
 # 16-bit results of row ops: half a unit is the rounding, the rest what float32 or float64 inside adds to it.
 ROUNDED_ONCE_ULP = 0.51
+# The same in units of float64's last place, for float64.
+MAX_ULP_FLOAT64 = {
+    "gelu_forward": 4.0,
+    "gelu_backward": 4.0,
+    "masked_softmax_forward": 4.0,
+}
+# Rotary angles are a product of two float64 factors: roundings of 2^-53 each, relative to the angle.
+ANGLE_ROUNDOFFS = 4
 # The gradient of GELU crosses 0: within this distance of the root the bound is absolute.
+GELU_ROOT = {"none": -0.7517915246935645, "tanh": -0.7524614220710163}
 GELU_ROOT_ZONE = 1e-4
 GELU_ROOT_ERROR = 1e-7
-# A row of softmax weights sums to 1 within this.
+# A row of softmax weights sums to 1 within this, in float32 and in float64.
 SOFTMAX_ROW_SUM_ERROR = 1e-6
+SOFTMAX_ROW_SUM_ERROR_FLOAT64 = 1e-14
 # Attention: pooled rms against float64, relative to the peer's; the largest row, relative to the peer's.
 ATTENTION_RMS_RATIO = 1.02
 ATTENTION_ROUNDING_RATIO = 1.05
@@ -84,7 +100,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: 
          requires_grad: bool = False) -> torch.Tensor:
     """Normal numbers of the given shape: drawn in float64, scaled, shifted, then rounded to ``dtype``."""
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale + shift
+    values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale + shift
     return values.to(dtype).requires_grad_(requires_grad)
 
 
@@ -108,8 +124,13 @@ def ulp_distance(actual: torch.Tensor, exact: torch.Tensor, floor: torch.Tensor 
     return torch.where(same, 0.0, torch.where(distance.isnan(), math.inf, distance))
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, num_terms: int = 1, what: str = "result", slack: float = 1.0) -> None:
-    """Asserts |actual - expected| <= slack * budget * (largest |expected|), NaN and inf in the same places."""
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, num_terms: int = 1, what: str = "result", slack: float = 1.0,
+                 entering: float = 0.0) -> None:
+    """Asserts |actual - expected| <= slack * budget * (largest |expected|), NaN and inf in the same places.
+
+    Args:
+        entering: largest magnitude that enters the sums, for results that cancel: it counts where it is above |expected|.
+    """
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     wide, exact = actual.detach().double(), expected.detach().double()
     finite = exact.isfinite()
@@ -117,7 +138,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, num_terms: int = 
     assert torch.equal(wide[exact.isinf()], exact[exact.isinf()]), f"{what}: infinities differ from the reference"
     if not finite.any():
         return
-    scale = float(exact[finite].abs().max())
+    scale = max(float(exact[finite].abs().max()), entering)
     error = float((wide[finite] - exact[finite]).abs().max())
     allowed = slack * error_budget(actual.dtype, num_terms) * scale
     assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e} (largest magnitude {scale:.3e})"

@@ -5,6 +5,7 @@ import importlib
 _HOMES = {
     "LayerNorm": "layer_norm",
     "AddLayerNorm": "layer_norm",
+    "RMSNorm": "rms_norm",
     "GELU": "gelu",
     "BiasGELU": "gelu",
     "MaskedSoftmax": "masked_softmax",

@@ -1,8 +1,9 @@
 """layer_norm and add_layer_norm: the public functions, what runs them, and their gradient.
 
 The page of an op has five parts, and this is the shortest one to learn them from: the functions with their contract;
-the checks; the Problem and IMPLEMENTATIONS, most wanted first; autograd, outside the raw op; and the fake kernels that
-let torch.compile and torch.export see through it. The arithmetic is kernels/cpu/layer_norm.cpp.
+the checks (here in norm_checks.py, shared with rms_norm); the Problem and IMPLEMENTATIONS, most wanted first; autograd,
+outside the raw op; and the fake kernels that let torch.compile and torch.export see through it. The arithmetic is
+kernels/cpu/layer_norm.cpp.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from transfuse import dispatch, extension
 from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
-from transfuse.checks import check_dropout, check_eps, check_tensor
-from transfuse.dispatch import Implementation, cpu_reasons, dtype_name, supports_all
+from transfuse.dispatch import ALL_DTYPES, Implementation, cpu_reasons, supports_all
+from transfuse.ops.norm_checks import autocast, check_norm, check_residual, fake_statistics
 from transfuse.reference.layer_norm import add_layer_norm_reference, layer_norm_reference
 
 
@@ -41,20 +42,21 @@ def layer_norm(
         Contiguous tensor of input's shape and dtype. Differentiable once (the reference backend: any number of times).
     Numerics:
         Statistics in float64, in the backward too. float32: within 2 ULP of max(|weight * xhat|, |bias|, 1) for
-        mean/std up to 1e6 and |input| from subnormals to 1e37; bfloat16: one rounding of a float32 result. A constant
-        row gives exactly ``bias`` (NaN with eps=0, as 0/0 is); a row with NaN or inf gives NaN. A row's bits do not
-        depend on the batch, on its position or on the number of threads; the gradients of weight and bias are sums
-        over rows in one fixed order, the same for every number of threads.
+        mean/std up to 1e6 and |input| from subnormals to 1e37; 16-bit types: one rounding of a float32 result;
+        float64: within 5 ULP of the same measure, for |input| to 1e300. A constant row gives exactly ``bias`` (NaN with
+        eps=0, as 0/0 is); a row with NaN or inf gives NaN. A row's bits do not depend on the batch, on its position or
+        on the number of threads; the gradients of weight and bias are sums over rows in one fixed order, the same for
+        every number of threads.
         Autocast runs it in float32 on a GPU and leaves it alone on the CPU, as it does with torch's.
     Raises:
-        TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape or eps. RuntimeError: weight or bias on
-        another device; a second or forward-mode derivative of a compiled kernel (the reference backend has both).
+        TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape or eps. RuntimeError: weight or bias
+        on another device; a second or forward-mode derivative of a compiled kernel (the reference backend has both).
     Source:
         Ba, Kiros, Hinton: Layer Normalization, 2016, https://arxiv.org/abs/1607.06450
     """
     op = "layer_norm"
-    ndim = _check(op, input, normalized_shape, weight, bias, eps)
-    input, weight, bias = _autocast(input, weight, bias)
+    ndim = check_norm(op, input, normalized_shape, weight, bias, eps)
+    input, weight, bias = autocast(input, weight, bias)
     chosen = dispatch.select(op, IMPLEMENTATIONS, _key(input), lambda: _problem(op, input, weight, bias))
     return chosen.run(input, weight, bias, ndim, eps)
 
@@ -85,78 +87,13 @@ def add_layer_norm(
         As layer_norm. ValueError also for dropout_p outside 0..1.
     """
     op = "add_layer_norm"
-    input, residual = _check_residual(op, input, residual, dropout_p)
-    ndim = _check(op, input, normalized_shape, weight, bias, eps)
-    input, residual, weight, bias = _autocast(input, residual, weight, bias)
+    input, residual = check_residual(op, input, residual, dropout_p)
+    ndim = check_norm(op, input, normalized_shape, weight, bias, eps)
+    input, residual, weight, bias = autocast(input, residual, weight, bias)
     if dropout_p > 0.0:
         input = torch.nn.functional.dropout(input, dropout_p)
     chosen = dispatch.select(op, ADD_IMPLEMENTATIONS, _key(input), lambda: _problem(op, input, weight, bias, residual))
     return chosen.run(input, residual, weight, bias, ndim, eps)
-
-
-# ---- checks: once, here; the raw ops check again only what could touch memory wrongly ----
-
-_16_BIT = (torch.bfloat16, torch.float16)
-
-
-def _check(op, input, normalized_shape, weight, bias, eps) -> int:
-    """Refuses what is not valid, in words; returns the number of normalised dimensions."""
-    _check_floating(op, "input", input)
-    if not isinstance(normalized_shape, (tuple, list)):
-        raise TypeError(f"{op}: normalized_shape is a {type(normalized_shape).__name__}, expected a tuple of ints")
-    check_eps(op, eps)
-    ndim, sizes = len(normalized_shape), tuple(normalized_shape)
-    if ndim == 0:
-        raise ValueError(f"{op}: normalized_shape is (), expected at least one dimension")
-    if input.shape[-ndim:] != sizes:
-        expected = f"(*, {', '.join(map(str, sizes))})"
-        raise ValueError(f"{op}: input has shape {tuple(input.shape)}, expected {expected} (normalized_shape's)")
-    if weight is not None:
-        _check_parameter(op, "weight", weight, input, sizes)
-    if bias is not None:
-        _check_parameter(op, "bias", bias, input, sizes)
-        if weight is not None and bias.dtype != weight.dtype:
-            raise TypeError(f"{op}: bias has dtype {dtype_name(bias.dtype)}, expected {dtype_name(weight.dtype)} (weight's)")
-    return ndim
-
-
-def _check_floating(op: str, argument: str, tensor: Tensor) -> None:
-    check_tensor(op, argument, tensor)
-    if not tensor.is_floating_point():
-        raise TypeError(f"{op}: {argument} has dtype {dtype_name(tensor.dtype)}, expected a floating dtype")
-
-
-def _check_parameter(op: str, argument: str, parameter: Tensor, input: Tensor, sizes: tuple[int, ...]) -> None:
-    check_tensor(op, argument, parameter, "a Tensor or None")
-    if parameter.shape != sizes:
-        raise ValueError(f"{op}: {argument} has shape {tuple(parameter.shape)}, expected {sizes} (normalized_shape)")
-    if parameter.dtype != input.dtype and not (parameter.dtype == torch.float32 and input.dtype in _16_BIT):
-        raise TypeError(f"{op}: {argument} has dtype {dtype_name(parameter.dtype)}, expected {dtype_name(input.dtype)} (input's)")
-    if parameter.device != input.device:
-        raise RuntimeError(f"{op}: {argument} is on {parameter.device}, expected {input.device} (input's)")
-
-
-def _check_residual(op: str, input: Tensor, residual: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
-    """Checks what add_layer_norm has more; returns both tensors in the wider of their dtypes."""
-    _check_floating(op, "input", input)
-    _check_floating(op, "residual", residual)
-    if residual.shape != input.shape:
-        expected = tuple(input.shape)
-        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}, expected {expected} (input's)")
-    if residual.device != input.device:
-        raise RuntimeError(f"{op}: residual is on {residual.device}, expected {input.device} (input's)")
-    check_dropout(op, dropout_p)
-    if residual.dtype != input.dtype:
-        dtype = torch.promote_types(input.dtype, residual.dtype)
-        return input.to(dtype), residual.to(dtype)
-    return input, residual
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """float32 where torch's autocast says so: layer_norm is on its list for GPUs and not on that for the CPU."""
-    if tensors[0].is_cpu or tensors[0].is_meta or not torch.is_autocast_enabled(tensors[0].device.type):
-        return tensors
-    return tuple(None if t is None or t.dtype == torch.float64 else t.float() for t in tensors)
 
 
 # ---- what runs it ----
@@ -212,12 +149,12 @@ def _add_reference(input, residual, weight, bias, ndim, eps):
 
 
 IMPLEMENTATIONS = (
-    Implementation("cpu", cpu_reasons, _run_cpu),
+    Implementation("cpu", lambda problem: cpu_reasons(problem, ALL_DTYPES), _run_cpu),
     Implementation("torch", supports_all, _run_torch, automatic=False),
     Implementation("reference", supports_all, _run_reference),
 )
 ADD_IMPLEMENTATIONS = (
-    Implementation("cpu", cpu_reasons, _add_cpu),
+    Implementation("cpu", lambda problem: cpu_reasons(problem, ALL_DTYPES), _add_cpu),
     Implementation("torch", supports_all, _add_torch, automatic=False),
     Implementation("reference", supports_all, _add_reference),
 )
@@ -225,15 +162,15 @@ ADD_IMPLEMENTATIONS = (
 
 def _explain_layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     op = "layer_norm"
-    _check(op, input, normalized_shape, weight, bias, eps)
-    return op, IMPLEMENTATIONS, _problem(op, *_autocast(input, weight, bias))
+    check_norm(op, input, normalized_shape, weight, bias, eps)
+    return op, IMPLEMENTATIONS, _problem(op, *autocast(input, weight, bias))
 
 
 def _explain_add_layer_norm(input, residual, normalized_shape, weight=None, bias=None, eps=1e-5, *, dropout_p=0.0):
     op = "add_layer_norm"
-    input, residual = _check_residual(op, input, residual, dropout_p)
-    _check(op, input, normalized_shape, weight, bias, eps)
-    return op, ADD_IMPLEMENTATIONS, _problem(op, *_autocast(input, weight, bias, residual))
+    input, residual = check_residual(op, input, residual, dropout_p)
+    check_norm(op, input, normalized_shape, weight, bias, eps)
+    return op, ADD_IMPLEMENTATIONS, _problem(op, *autocast(input, weight, bias, residual))
 
 
 layer_norm.explain_problem = _explain_layer_norm
@@ -303,17 +240,14 @@ if extension._C is not None:
     _add_forward = torch.ops.transfuse.add_layer_norm_forward.default
     _backward = torch.ops.transfuse.layer_norm_backward.default
 
-    def _fake_statistics(input: Tensor, ndim: int) -> Tensor:
-        return input.new_empty((*input.shape[: input.dim() - ndim], *(1 for _ in range(ndim))), dtype=torch.float32)
-
     @torch.library.register_fake("transfuse::layer_norm_forward")
     def _(input, weight, bias, normalized_ndim, eps):
-        statistics = (_fake_statistics(input, normalized_ndim) for _ in range(2))
+        statistics = (fake_statistics(input, normalized_ndim) for _ in range(2))
         return input.new_empty(input.shape), *statistics
 
     @torch.library.register_fake("transfuse::add_layer_norm_forward")
     def _(input, residual, weight, bias, normalized_ndim, eps):
-        statistics = (_fake_statistics(input, normalized_ndim) for _ in range(2))
+        statistics = (fake_statistics(input, normalized_ndim) for _ in range(2))
         return input.new_empty(input.shape), input.new_empty(input.shape), *statistics
 
     @torch.library.register_fake("transfuse::layer_norm_backward")

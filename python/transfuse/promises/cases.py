@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import transfuse
 from transfuse.testing import draw, error_budget
 
-OPS = ("attention", "varlen_attention", "masked_softmax", "layer_norm", "add_layer_norm", "gelu")
+OPS = ("attention", "varlen_attention", "masked_softmax", "layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "gelu")
 FUNCTIONS = {"attention": "scaled_dot_product_attention"}  # where the public name is not the stem
 DTYPES = (torch.float32, torch.bfloat16)  # what models run, and `transfuse bench` times
 DIRECTIONS = ("forward", "backward")
@@ -260,23 +260,26 @@ def _masked_softmax(name, batch, heads, queries, keys, *, causal=False, mask=Tru
     )
 
 
-def _layer_norm(name, rows, columns, *, add=False, quick=False):
+def _norm(op, name, rows, columns, *, quick=False):
+    """op: layer_norm (with a bias), rms_norm (without), or one of them behind an addition."""
+    stem, add = op.removeprefix("add_"), op.startswith("add_")
+    stock_norm, parameters = getattr(F, stem), 2 if stem == "layer_norm" else 1
     eps = 1e-5 if rows > 100 else 0.3  # the small cases show a wrong eps; the large ones are what models run
 
     def make(dtype):
-        weights = [draw(columns, dtype=dtype, seed=2, shift=1.0), draw(columns, dtype=dtype, seed=3)]
+        weights = [draw(columns, dtype=dtype, seed=2, shift=1.0), draw(columns, dtype=dtype, seed=3)][:parameters]
         return [draw(rows, columns, dtype=dtype, seed=seed, shift=0.5) for seed in ((1, 4) if add else (1,))] + weights
 
     def call(function, *tensors):
-        return function(*tensors[:-2], (columns,), *tensors[-2:], eps)
+        return function(*tensors[:-parameters], (columns,), *tensors[-parameters:], eps)
 
     def stock(*tensors):
         summed = tensors[0] + tensors[1] if add else tensors[0]
-        return F.layer_norm(summed, (columns,), *tensors[-2:], eps)
+        return stock_norm(summed, (columns,), *tensors[-parameters:], eps)
 
     size = rows * columns
     return Case(
-        "add_layer_norm" if add else "layer_norm",
+        op,
         name,
         f"[{rows}, {columns}]",
         make,
@@ -319,11 +322,15 @@ BENCH_CASES = (
     _varlen("bert_arrival", [6, 180, 24, 50, 33, 12, 97, 44, 20, 512, 28, 79, 16, 58, 38, 256], 12, 64),
     _masked_softmax("bert_128", 8, 12, 128, 128, quick=True),
     _masked_softmax("gpt2_causal_512", 1, 12, 512, 512, causal=True, mask=False),
-    _layer_norm("minilm", 4096, 384, quick=True),
-    _layer_norm("bert", 4096, 768),
-    _layer_norm("wide", 1024, 4096),
-    _layer_norm("minilm", 4096, 384, add=True, quick=True),
-    _layer_norm("bert", 4096, 768, add=True),
+    _norm("layer_norm", "minilm", 4096, 384, quick=True),
+    _norm("layer_norm", "bert", 4096, 768),
+    _norm("layer_norm", "wide", 1024, 4096),
+    _norm("add_layer_norm", "minilm", 4096, 384, quick=True),
+    _norm("add_layer_norm", "bert", 4096, 768),
+    _norm("rms_norm", "t5", 4096, 768, quick=True),
+    _norm("rms_norm", "llama", 1024, 4096),
+    _norm("add_rms_norm", "t5", 4096, 768, quick=True),
+    _norm("add_rms_norm", "llama", 1024, 4096),
     _gelu("minilm_erf_bias", 2048, 1536, bias=True, quick=True),
     _gelu("bert_erf", 2048, 3072),
     _gelu("gpt2_tanh", 2048, 3072, approximate="tanh"),
@@ -344,10 +351,14 @@ PARITY_CASES = (
     _masked_softmax("padding", 2, 2, 9, 129),
     _masked_softmax("causal", 1, 2, 33, 33, causal=True),
     _masked_softmax("one_key", 2, 1, 5, 1, mask=False),
-    _layer_norm("ragged", 7, 129),
-    _layer_norm("one_row", 1, 768),
-    _layer_norm("one_column", 5, 1),
-    _layer_norm("ragged", 7, 129, add=True),
+    _norm("layer_norm", "ragged", 7, 129),
+    _norm("layer_norm", "one_row", 1, 768),
+    _norm("layer_norm", "one_column", 5, 1),
+    _norm("add_layer_norm", "ragged", 7, 129),
+    _norm("rms_norm", "ragged", 7, 129),
+    _norm("rms_norm", "one_row", 1, 768),
+    _norm("rms_norm", "one_column", 5, 1),
+    _norm("add_rms_norm", "ragged", 7, 129),
     _gelu("erf", 5, 67),
     _gelu("tanh", 5, 67, approximate="tanh"),
     _gelu("erf_bias", 9, 33, bias=True),

@@ -1,0 +1,404 @@
+// The rows of LayerNorm and RMSNorm, forward and backward, for a Norm (layer_norm.cpp, rms_norm.cpp) that says
+//
+//   centered                       whether it has a mean, and with it a bias
+//   statistics(x, cols, eps)       a row's Statistics; of float64 rows in a pass of their own
+//
+// Policy: the float32 forward stays in double to its end and rounds once; where four roundings in float do no harm, in
+// the forward of the 16-bit types and in the backward, a row is normalised in float against a mean of two floats; a
+// float64 row in double against a mean and an rstd of two doubles. Rows go in pairs that share the loads of the weights,
+// and a pair is still in L1 when its last pass starts. No residual is taken from an FMA: the baseline level has none.
+#pragma once
+
+#include "cpu/norm.h"
+#include "cpu/vec.h"
+
+namespace transfuse::cpu::TRANSFUSE_ISA {
+
+namespace {
+
+// Rows that go through the last pass together, so that a vector of weights is loaded and widened once for both. More
+// rows gain nothing measurable and leave L1 at 4096 columns.
+constexpr int64_t group_rows = 2;
+static_assert(group_rows == 2, "the last group is a pair or a single row");
+static_assert(norm_block == lanes, "reduce works in whole vectors");
+// Columns whose terms are added in lanes before the lanes are added to the row's sum, in double: rounding errors grow
+// with the lengths of both sums instead of their product.
+constexpr int64_t sum_block = 32 * lanes;
+
+// Of one row times `scale`, a power of two: 1 but for float64, whose squares could leave double's range and whose mean
+// and rstd are sums of two doubles.
+struct Statistics {
+  double mean, rstd;
+  double mean_tail = 0, rstd_tail = 0;
+  double scale = 1;
+};
+
+// ---- statistics of float64 rows: what they need beyond double is a sum of two, without an FMA ----
+
+struct Pair {
+  double hi, lo;
+};
+TRANSFUSE_INLINE Pair exact_sum(double x, double y) {
+  const double sum = x + y, from_x = sum - x;
+  return {sum, (x - (sum - from_x)) + (y - from_x)};
+}
+// For factors below 2^996, each cut into two halves of 26 bits.
+TRANSFUSE_INLINE Pair exact_product(double x, double y) {
+  constexpr double cut = 0x1p27 + 1;
+  const double x_hi = cut * x - (cut * x - x), x_lo = x - x_hi;
+  const double y_hi = cut * y - (cut * y - y), y_lo = y - y_hi;
+  const double product = x * y;
+  return {product, x_lo * y_lo - (((product - x_hi * y_hi) - x_lo * y_hi) - x_hi * y_lo)};
+}
+
+// Sum of term(i, n) over a row. Only the sums in the lanes of a block round as they go.
+template <class Term>
+TRANSFUSE_INLINE double row_sum(int64_t cols, Term term) {
+  Pair sum = {0, 0};
+  for (int64_t block = 0; block < cols; block += sum_block) {
+    wide block_sum = set1w(0);
+    for_each_vec(cols - block < sum_block ? cols - block : sum_block,
+                 [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+                   const wide value = term(block + i, n);
+                   block_sum = block_sum + (n == lanes ? value : select(first_n_wide(n), value, set1w(0)));
+                 });
+    const Pair longer = exact_sum(sum.hi, reduce_add(block_sum));
+    sum = {longer.hi, sum.lo + longer.lo};
+  }
+  return sum.lo == sum.lo ? sum.hi + sum.lo : sum.hi;  // an infinite sum has no remainder
+}
+
+// The largest power of two <= x, for a normal x > 0.
+TRANSFUSE_INLINE double power_of_two_below(double x) {
+  uint64_t u;
+  __builtin_memcpy(&u, &x, sizeof u);
+  u &= uint64_t{0x7FF} << 52;
+  __builtin_memcpy(&x, &u, sizeof u);
+  return x;
+}
+TRANSFUSE_INLINE double smaller(double x, double y) { return x < y ? x : y; }
+TRANSFUSE_INLINE double larger(double x, double y) { return x > y ? x : y; }
+
+// The power of two that brings the larger of sqrt(eps) and the row's largest |x| to between 1 and 2, as far as one
+// double can. Neither a NaN nor an infinity shows here: both pass through the sums.
+TRANSFUSE_INLINE double unit_scale(const double* x, int64_t cols, double eps) {
+  constexpr double smallest = 0x1p-1022, largest = 0x1.fffffffffffffp1023;
+  wide size = set1w(larger(__builtin_sqrt(eps), smallest));
+  for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    size = max(abs(load_wide(x + i, n)), size);
+  });
+  return 1 / power_of_two_below(smaller(reduce_max(size), largest));
+}
+// 1/sqrt(square + eps) of a row whose `square` was taken at `scale`: the rounded one and a Newton step from it, whose
+// residual is exact. eps stays above 0 at any scale, so that a constant row is 0 and not 0/0.
+TRANSFUSE_INLINE Pair scaled_rstd(double square, double eps, double scale) {
+  constexpr double smallest = 0x1p-900;  // far below the square of any row that is not constant
+  const Pair radicand = exact_sum(square, eps > 0 ? larger(eps * scale * scale, smallest) : 0);
+  const double rstd = 1 / __builtin_sqrt(radicand.hi);
+  const Pair inverse = exact_product(rstd, rstd), one = exact_product(radicand.hi, inverse.hi);
+  const double residual = ((1 - one.hi) - one.lo) - radicand.hi * inverse.lo - radicand.lo * inverse.hi;
+  const double step = rstd * residual / 2;
+  return {rstd, step == step ? step : 0};  // no step from 0 or infinity
+}
+
+// ---- one row's normalisation, xhat = (x - mean) * rstd, where rstd = scale * rest and scale is a power of two ----
+
+// float32 in double.
+template <bool centered>
+struct WideRow {
+  using V = wide;
+  double mean, rstd;
+
+  WideRow() = default;
+  TRANSFUSE_INLINE explicit WideRow(const Statistics& row) : mean(row.mean), rstd(row.rstd) {}
+  TRANSFUSE_INLINE wide normalize(wide x) const { return (centered ? x - set1w(mean) : x) * set1w(rstd); }
+};
+
+// 16-bit types, and float32 in the backward, in float: good to 1.5 ULP at every size of x. The row is first scaled by a
+// power of two near rstd, exactly, so that neither x = 1e37 nor rstd = 1e37 leaves float's range; the mean is a sum of
+// two floats, and x minus the first of them is exact wherever the mean is large against the deviation.
+template <bool centered>
+struct FloatRow {
+  using Real = float;
+  using V = f32;
+  float scale;
+  float mean;  // scale * the row's mean, rounded
+  float rest;
+  float remainder;  // rest * (what `mean` was rounded by)
+
+  FloatRow() = default;
+  TRANSFUSE_INLINE explicit FloatRow(const Statistics& row) {
+    constexpr double smallest = 0x1p-126, largest = 0x1p126;
+    double power = smaller(power_of_two_below(row.rstd), largest);
+    // A constant row may have a mean * rstd beyond float's range.
+    if (centered) power = smaller(power, power_of_two_below(largest / __builtin_fabs(row.mean)));
+    power = power < smallest ? smallest : power;
+    scale = static_cast<float>(power);
+    mean = static_cast<float>(row.mean * power);
+    rest = static_cast<float>(row.rstd / power);
+    remainder = static_cast<float>((mean - row.mean * power) * (row.rstd / power));
+  }
+  TRANSFUSE_INLINE f32 normalize(f32 x) const {
+    if constexpr (centered) return fma(fms(x, set1(scale), set1(mean)), set1(rest), set1(remainder));
+    return x * set1(scale) * set1(rest);
+  }
+};
+
+// float64 in double.
+template <bool centered>
+struct DoubleRow {
+  using Real = double;
+  using V = wide;
+  double scale, mean, rest;
+  double rest_tail;  // what `rest` was rounded by
+  double remainder;  // rest * (what `mean` was rounded by)
+
+  DoubleRow() = default;
+  TRANSFUSE_INLINE explicit DoubleRow(const Statistics& row)
+      : scale(row.scale),
+        mean(row.mean),
+        rest(row.rstd),
+        rest_tail(row.rstd_tail),
+        remainder(row.mean_tail * row.rstd) {}
+  TRANSFUSE_INLINE wide normalize(wide x) const {
+    const wide deviation = centered ? x * set1w(scale) - set1w(mean) : x * set1w(scale);
+    const wide tail = deviation * set1w(rest_tail);
+    return fma(deviation, set1w(rest), centered ? tail - set1w(remainder) : tail);
+  }
+};
+
+// How rows of storage type T are normalised.
+template <class T, bool centered>
+struct RowOf {
+  using Forward = FloatRow<centered>;
+  using Backward = FloatRow<centered>;
+  using Statistic = float;  // what the forward saves
+};
+template <bool centered>
+struct RowOf<float, centered> {
+  using Forward = WideRow<centered>;
+  using Backward = FloatRow<centered>;
+  using Statistic = float;
+};
+template <bool centered>
+struct RowOf<double, centered> {
+  using Forward = DoubleRow<centered>;
+  using Backward = DoubleRow<centered>;
+  using Statistic = double;
+};
+
+// ---- forward ----
+
+template <class V, class T>
+TRANSFUSE_INLINE void add_rows(const T* x, const T* y, T* sum, int64_t size) {
+  for_each_vec(size, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    store_as(sum + i, load_as<V>(x + i, n) + load_as<V>(y + i, n), n);
+  });
+}
+
+// `count` consecutive rows, their statistics known.
+template <class Norm, int64_t count, class T, class W>
+TRANSFUSE_INLINE void normalize_rows(const T* x, const Statistics* statistics, const W* weight, const W* bias,
+                                     T* output, int64_t cols) {
+  using Row = typename RowOf<T, Norm::centered>::Forward;
+  using V = typename Row::V;
+  Row rows[count];
+  for (int64_t r = 0; r < count; ++r) rows[r] = Row(statistics[r]);
+  for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    const V scale = weight ? load_as<V>(weight + i, n) : splat<V>(1);
+    const V offset = bias ? load_as<V>(bias + i, n) : splat<V>(0);
+    for (int64_t r = 0; r < count; ++r) {
+      const V normalized = rows[r].normalize(load_as<V>(x + r * cols + i, n));
+      store_as(output + r * cols + i, Norm::centered ? fma(normalized, scale, offset) : normalized * scale, n);
+    }
+  });
+}
+
+template <class Norm, class T, class W>
+void forward_rows(const NormForwardParams& p, int64_t begin, int64_t end) {
+  const int64_t cols = p.cols;
+  const W* weight = static_cast<const W*>(p.weight);
+  const W* bias = static_cast<const W*>(p.bias);
+  using Row = RowOf<T, Norm::centered>;
+  using Statistic = typename Row::Statistic;
+  for (int64_t row = begin; row < end; row += group_rows) {
+    const int64_t count = end - row < group_rows ? end - row : group_rows;
+    const T* x = static_cast<const T*>(p.input) + row * cols;
+    if (p.residual) {
+      T* sum = static_cast<T*>(p.sum) + row * cols;
+      add_rows<typename Row::Backward::V>(x, static_cast<const T*>(p.residual) + row * cols, sum, count * cols);
+      x = sum;
+    }
+    Statistics rows[group_rows];
+    for (int64_t r = 0; r < count; ++r) {
+      rows[r] = Norm::statistics(x + r * cols, cols, p.eps);
+      const double mean = (rows[r].mean + rows[r].mean_tail) / rows[r].scale, rstd = rows[r].rstd * rows[r].scale;
+      if (Norm::centered) static_cast<Statistic*>(p.mean)[row + r] = static_cast<Statistic>(mean);
+      static_cast<Statistic*>(p.rstd)[row + r] = static_cast<Statistic>(rstd);
+    }
+    T* output = static_cast<T*>(p.output) + row * cols;
+    if (count == group_rows)
+      normalize_rows<Norm, group_rows>(x, rows, weight, bias, output, cols);
+    else
+      normalize_rows<Norm, 1>(x, rows, weight, bias, output, cols);
+  }
+}
+
+// ---- backward ----
+
+// What the backward of one row needs besides the row. With g = grad_output * weight and xhat the normalised row,
+//   grad_input = rstd * (g - mean(g) - xhat * mean(g * xhat)), without mean(g) where the norm is not centered
+template <class Row>
+struct Projections {
+  Row row;
+  typename Row::Real mean_g, mean_g_xhat;
+};
+
+// The statistics are taken anew from the input: the saved ones are float32, and a mean rounded to float32 is off by a
+// tenth of a standard deviation at mean/std 1e6. The two means here are sums of products in the row's own type, over a
+// block of columns (their errors are divided by cols), and in double over the blocks.
+template <class Norm, class T, class W>
+TRANSFUSE_INLINE auto project_row(const T* x, const T* grad_output, const W* weight, int64_t cols, double eps) {
+  using Row = typename RowOf<T, Norm::centered>::Backward;
+  using V = typename Row::V;
+  using Real = typename Row::Real;
+  const Row row(Norm::statistics(x, cols, eps));
+  double mean_g = 0, mean_g_xhat = 0;
+  for (int64_t block = 0; block < cols; block += sum_block) {
+    V sum_g = splat<V>(0), sum_g_xhat = splat<V>(0);
+    for_each_vec(cols - block < sum_block ? cols - block : sum_block,
+                 [&](int64_t offset, int64_t n) __attribute__((always_inline)) {
+                   const int64_t i = block + offset;
+                   const V grad = load_as<V>(grad_output + i, n);  // 0 past the end of the row: adds nothing
+                   const V g = weight ? grad * load_as<V>(weight + i, n) : grad;
+                   if (Norm::centered) sum_g = sum_g + g;
+                   sum_g_xhat = fma(g, row.normalize(load_as<V>(x + i, n)), sum_g_xhat);
+                 });
+    mean_g += reduce_add(widen(sum_g));
+    mean_g_xhat += reduce_add(widen(sum_g_xhat));
+  }
+  return Projections<Row>{row, static_cast<Real>(mean_g / cols), static_cast<Real>(mean_g_xhat / cols)};
+}
+
+template <class Norm, int64_t count, class T, class W, class Row>
+TRANSFUSE_INLINE void differentiate_rows(const NormBackwardParams& p, int64_t row, const Projections<Row>* rows,
+                                         double* weight_sums, double* bias_sums) {
+  using V = typename Row::V;
+  const int64_t cols = p.cols;
+  const T* x = static_cast<const T*>(p.input) + row * cols;
+  const T* grad_output = static_cast<const T*>(p.grad_output) + row * cols;
+  const T* grad_sum = p.grad_sum ? static_cast<const T*>(p.grad_sum) + row * cols : nullptr;
+  T* grad_input = p.grad_input ? static_cast<T*>(p.grad_input) + row * cols : nullptr;
+  const W* weight = static_cast<const W*>(p.weight);
+  for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    const V scale = weight ? load_as<V>(weight + i, n) : splat<V>(1);
+    V weight_sum = splat<V>(0), bias_sum = splat<V>(0);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t at = r * cols + i;
+      const V xhat = rows[r].row.normalize(load_as<V>(x + at, n));
+      const V grad = load_as<V>(grad_output + at, n);
+      weight_sum = fma(grad, xhat, weight_sum);
+      bias_sum = bias_sum + grad;
+      if (!grad_input) continue;
+      const V g = Norm::centered ? grad * scale - splat<V>(rows[r].mean_g) : grad * scale;
+      const V projected = fnma(xhat, splat<V>(rows[r].mean_g_xhat), g);
+      const V past_norm = grad_sum ? load_as<V>(grad_sum + at, n) : splat<V>(0);
+      store_as(grad_input + at, fma(projected * splat<V>(rows[r].row.rest), splat<V>(rows[r].row.scale), past_norm), n);
+    }
+    if (weight_sums) store_wide(weight_sums + i, load_wide(weight_sums + i) + widen(weight_sum));
+    if (bias_sums) store_wide(bias_sums + i, load_wide(bias_sums + i) + widen(bias_sum));
+  });
+}
+
+template <class Norm, class T, class W>
+void backward_chunks(const NormBackwardParams& p, int64_t begin, int64_t end) {
+  const int64_t cols = p.cols, padded = norm_padded_cols(cols);
+  const T* input = static_cast<const T*>(p.input);
+  const T* grad_output = static_cast<const T*>(p.grad_output);
+  const W* weight = static_cast<const W*>(p.weight);
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    const int64_t row_begin = p.rows * chunk / p.chunks, row_end = p.rows * (chunk + 1) / p.chunks;
+    double* weight_sums = p.weight_sums ? p.weight_sums + chunk * padded : nullptr;
+    double* bias_sums = p.bias_sums ? p.bias_sums + chunk * padded : nullptr;
+    for (int64_t i = 0; i < padded; ++i) {
+      if (weight_sums) weight_sums[i] = 0;
+      if (bias_sums) bias_sums[i] = 0;
+    }
+    for (int64_t row = row_begin; row < row_end; row += group_rows) {
+      const int64_t count = row_end - row < group_rows ? row_end - row : group_rows;
+      Projections<typename RowOf<T, Norm::centered>::Backward> rows[group_rows];
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t at = (row + r) * cols;
+        rows[r] = project_row<Norm>(input + at, grad_output + at, weight, cols, p.eps);
+      }
+      if (count == group_rows)
+        differentiate_rows<Norm, group_rows, T, W>(p, row, rows, weight_sums, bias_sums);
+      else
+        differentiate_rows<Norm, 1, T, W>(p, row, rows, weight_sums, bias_sums);
+    }
+  }
+}
+
+template <class W>
+TRANSFUSE_INLINE void add_lines(const double* lines, void* total, const NormBackwardParams& p, int64_t begin,
+                                int64_t end) {
+  const int64_t padded = norm_padded_cols(p.cols);
+  for (int64_t i = begin * lanes; i < p.cols && i < end * lanes; i += lanes) {
+    wide sum = set1w(0);
+    for (int64_t chunk = 0; chunk < p.chunks; ++chunk) sum = sum + load_wide(lines + chunk * padded + i);
+    store_wide(static_cast<W*>(total) + i, sum, p.cols - i < lanes ? p.cols - i : lanes);
+  }
+}
+
+// ---- from run-time dtypes to types ----
+
+template <class T, class W>
+struct Storage {
+  using Element = T;
+  using Parameter = W;
+};
+template <class Run>
+void with_storage(DType dtype, DType param_dtype, const Run& run) {
+  const bool float_parameters = param_dtype == DType::f32;
+  switch (dtype) {
+    case DType::f32:
+      return run(Storage<float, float>{});
+    case DType::bf16:
+      return float_parameters ? run(Storage<bf16, float>{}) : run(Storage<bf16, bf16>{});
+    case DType::f16:
+      return float_parameters ? run(Storage<f16, float>{}) : run(Storage<f16, f16>{});
+    case DType::f64:
+      return run(Storage<double, double>{});
+  }
+}
+
+template <class Norm>
+void forward(const NormForwardParams& p, int64_t begin, int64_t end) {
+  with_storage(p.dtype, p.param_dtype, [&](auto storage) {
+    forward_rows<Norm, typename decltype(storage)::Element, typename decltype(storage)::Parameter>(p, begin, end);
+  });
+}
+
+template <class Norm>
+void backward(const NormBackwardParams& p, int64_t begin, int64_t end) {
+  with_storage(p.dtype, p.param_dtype, [&](auto storage) {
+    backward_chunks<Norm, typename decltype(storage)::Element, typename decltype(storage)::Parameter>(p, begin, end);
+  });
+}
+
+void reduce(const NormBackwardParams& p, int64_t begin, int64_t end) {
+  with_storage(p.dtype, p.param_dtype, [&](auto storage) {
+    using W = typename decltype(storage)::Parameter;
+    if (p.weight_sums) add_lines<W>(p.weight_sums, p.grad_weight, p, begin, end);
+    if (p.bias_sums) add_lines<W>(p.bias_sums, p.grad_bias, p, begin, end);
+  });
+}
+
+template <class Norm>
+constexpr NormKernels norm_kernels() {
+  return {forward<Norm>, backward<Norm>, reduce};
+}
+
+}  // namespace
+
+}  // namespace transfuse::cpu::TRANSFUSE_ISA
