@@ -84,7 +84,7 @@ TRANSFUSE_INLINE f64 exp(f64 x) {
 
 // ---- double to the last place ----
 
-constexpr double exp_full_lowest = -746.0;                 // rounds to 0, and so does everything below
+constexpr double exp_full_lowest = -800.0;                 // rounds to 0, times any factor up to 1e22 too
 constexpr double exp_full_highest = 710.0;                 // overflows, and so does everything above
 constexpr double exp_full_ln2_hi = 0x1.62e42fefa3000p-1;   // 41 bits: n * ln2_hi is exact for |n| < 2^12
 constexpr double exp_full_ln2_lo = 0x1.3de6af278ece6p-42;  // ln 2 - ln2_hi
@@ -94,7 +94,7 @@ struct Exponential {
   f64 fraction, power;
 };
 
-// a * 2^n for integral |n| <= 1100. Two steps, the first exact, so that a subnormal result is rounded once.
+// a * 2^n for integral |n| <= 1200. Two steps, the first exact, so that a subnormal result is rounded once.
 TRANSFUSE_INLINE f64 scale_by_power(f64 a, f64 n) {
   const f64 half = round(n * set1d(0.5));
   return ldexp(ldexp(a, half), n - half);
