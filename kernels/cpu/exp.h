@@ -133,4 +133,8 @@ TRANSFUSE_INLINE f64 exp_full(f64 x, f64 residual) {
 
 TRANSFUSE_INLINE f64 exp_full(f64 x) { return exp_full(x, zero64()); }
 
+TRANSFUSE_INLINE wide exp(wide x) { return {exp(x.lo), exp(x.hi)}; }
+TRANSFUSE_INLINE wide exp_full(wide x) { return {exp_full(x.lo), exp_full(x.hi)}; }
+TRANSFUSE_INLINE wide exp_full(wide x, wide residual) { return {exp_full(x.lo, residual.lo), exp_full(x.hi, residual.hi)}; }
+
 }  // namespace transfuse::cpu::TRANSFUSE_ISA

@@ -83,7 +83,8 @@ struct ErfFull {
     return exp_parts(square.hi * set1d(-0.5), square.lo * set1d(-0.5));
   }
   struct Mills {
-    f64 w, factor;  // R(t) = w * factor
+    f64 w;
+    Pair factor;  // R(t) = w * factor
   };
   // w, the rounded 1 / (t + 4), stands for a point beside t. There R is read, and moved to t along its slope t R - phi(0);
   // the move joins the polynomial before its last addition.
@@ -93,7 +94,7 @@ struct ErfFull {
     const f64 miss = ((one.hi - set1d(1.0)) + one.lo + w * (t - (s - shift))) * s;
     const f64 first = set1d(mills_far[0]), rest = w * horner<1>(mills_far, w);
     const f64 move = (t * w * (first + rest) - set1d(phi0_hi)) * miss * s;
-    return {w, first + (rest + move)};
+    return {w, two_sum(first, rest + move)};
   }
   // t * Phi(-t)
   TRANSFUSE_INLINE static f64 tail(f64 t) {
@@ -102,7 +103,8 @@ struct ErfFull {
         [](f64 t) __attribute__((always_inline)) {
           const Exponential e = gaussian(t);
           const Mills m = mills(t);
-          return scale_by_power(t * m.w * m.factor * e.fraction, e.power);
+          const f64 rest = t * m.w * e.fraction;
+          return scale_by_power(fma(rest, m.factor.lo, rest * m.factor.hi), e.power);
         });
   }
   // Phi(-t) - t phi(t)
@@ -115,7 +117,7 @@ struct ErfFull {
         [](f64 t) __attribute__((always_inline)) {
           const Exponential e = gaussian(t);
           const Mills m = mills(t);
-          const f64 difference = fnma(t, set1d(phi0_hi), fnma(t, set1d(phi0_lo), m.w * m.factor));
+          const f64 difference = fnma(t, set1d(phi0_hi), fnma(t, set1d(phi0_lo), fma(m.w, m.factor.lo, m.w * m.factor.hi)));
           return scale_by_power(difference * e.fraction, e.power);
         });
   }
@@ -131,7 +133,7 @@ struct TanhFull {
     const Pair rate = two_sum(set1d(z_c0_hi), cubic.hi);
     const f64 rate_lo = rate.lo + (set1d(z_c0_lo) + cubic.lo + square.hi * set1d(z_c1_lo) + square.lo * set1d(z_c1_hi));
     const Pair z = two_product(t, rate.hi);
-    return exp_parts(set1d(0.0) - z.hi, set1d(0.0) - (z.lo + t * rate_lo));
+    return exp_parts(-z.hi, -(z.lo + t * rate_lo));
   }
   // t * E / (1 + E), E = exp(-z)
   TRANSFUSE_INLINE static f64 tail(f64 t) {
@@ -153,7 +155,7 @@ struct TanhFull {
           const Pair below = two_sum(set1d(1.0), scale_by_power(e.fraction, e.power));
           const Pair inner = two_sum(set1d(z_c0_hi), t * t * set1d(3 * z_c1_hi));
           const Pair rate = two_product(t, inner.hi);
-          const f64 minus_rate = rate.hi * set1d(-1.0), rounded = below.hi + minus_rate;
+          const f64 minus_rate = -rate.hi, rounded = below.hi + minus_rate;
           const f64 lost = sum_residual(below.hi, minus_rate, rounded) - (rate.lo + t * inner.lo);
           const f64 difference = rounded + (lost + below.lo * (set1d(1.0) - rounded - rounded));
           return scale_by_power(e.fraction * difference / (below.hi * below.hi), e.power);
@@ -165,7 +167,7 @@ struct TanhFull {
 template <class Form>
 TRANSFUSE_INLINE f64 gelu_full(f64 x) {
   const f64 tail = Form::tail(min(set1d(Form::cut), abs(x)));
-  return select(x < zero64(), tail * set1d(-1.0), x - tail);
+  return select(x < zero64(), -tail, x - tail);
 }
 
 template <class Form>
