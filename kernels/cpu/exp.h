@@ -86,6 +86,7 @@ TRANSFUSE_INLINE f64 exp(f64 x) {
 
 constexpr double exp_full_lowest = -800.0;                 // rounds to 0, times any factor up to 1e22 too
 constexpr double exp_full_highest = 710.0;                 // overflows, and so does everything above
+constexpr double exp_full_residual = 0x1p-10;              // the largest
 constexpr double exp_full_ln2_hi = 0x1.62e42fefa3000p-1;   // 41 bits: n * ln2_hi is exact for |n| < 2^12
 constexpr double exp_full_ln2_lo = 0x1.3de6af278ece6p-42;  // ln 2 - ln2_hi
 

@@ -164,9 +164,20 @@ TRANSFUSE_INLINE void for_each_sum(const GeluParams& p, int64_t begin, int64_t e
   }
 }
 
-template <class Form>
+// A double rounded to float, for storage as T. Twice rounded, two of float16's results would be the wrong neighbour; none
+// of bfloat16's is (all of them were tried).
+template <class T>
+TRANSFUSE_INLINE f32 narrow_for(wide x) {
+  if constexpr (std::is_same_v<T, f16>) {
+    return narrow_to_odd(x);
+  } else {
+    return narrow(x);
+  }
+}
+
+template <class Form, class T>
 TRANSFUSE_INLINE f32 gelu_everywhere(f32 x) {
-  return narrow(gelu_everywhere<Form>(low(x)), gelu_everywhere<Form>(high(x)));
+  return narrow_for<T>(wide{gelu_everywhere<Form>(low(x)), gelu_everywhere<Form>(high(x))});
 }
 
 // The few lanes that lie outside the core wait here until there are sixteen of them.
@@ -184,7 +195,7 @@ struct WaitingLanes {
   }
   void flush() {
     alignas(64) T results[lanes];
-    store(results, gelu_everywhere<Form>(load(x)));
+    store(results, gelu_everywhere<Form, T>(load(x)));
     for (int64_t i = 0; i < count; ++i) output[at[i]] = results[i];
     count = 0;
   }
@@ -199,11 +210,11 @@ void forward_rows(const GeluParams& p, int64_t begin, int64_t end) {
   WaitingLanes<Form, T> waiting{output};
   for_each_sum<T, B>(p, begin, end, [&](int64_t at, int64_t, int64_t n, f32 x) __attribute__((always_inline)) {
     if constexpr (Form::has_core) {
-      const f32 core = narrow(Form::core(low(x)), Form::core(high(x)));
+      const f32 core = narrow_for<T>(wide{Form::core(low(x)), Form::core(high(x))});
       const mask outside = abs(x) > set1(core_limit);
       uint32_t bits = to_bits(outside);
       if (__builtin_popcount(bits) >= many_outside)
-        return store_n(output + at, select(outside, gelu_everywhere<Form>(x), core), n);
+        return store_n(output + at, select(outside, gelu_everywhere<Form, T>(x), core), n);
       store_n(output + at, core, n);
       if (bits == 0) return;
       alignas(64) float values[lanes];
@@ -213,7 +224,7 @@ void forward_rows(const GeluParams& p, int64_t begin, int64_t end) {
         waiting.add(values[lane], at + lane);
       }
     } else {
-      store_n(output + at, gelu_everywhere<Form>(x), n);
+      store_n(output + at, gelu_everywhere<Form, T>(x), n);
     }
   });
   waiting.flush();
@@ -239,7 +250,7 @@ TRANSFUSE_INLINE wide in_double(f32 x) { return widen(x); }
 TRANSFUSE_INLINE wide in_double(wide x) { return x; }
 template <class T>
 TRANSFUSE_INLINE void store_rounded(T* p, wide x, int64_t n) {
-  store_n(p, narrow(x), n);
+  store_n(p, narrow_for<T>(x), n);
 }
 TRANSFUSE_INLINE void store_rounded(double* p, wide x, int64_t n) { store_wide(p, x, n); }
 

@@ -218,4 +218,4 @@ if extension._C is not None:
 
     @torch.library.register_fake("transfuse::masked_softmax_mask_backward")
     def _(grad_output, output, mask):
-        return output.new_empty(mask.shape, dtype=torch.float32)
+        return output.new_empty(mask.shape, dtype=torch.float64 if output.dtype == torch.float64 else torch.float32)
