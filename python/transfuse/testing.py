@@ -30,11 +30,19 @@ MAX_ULP = {
     "masked_softmax_forward": 4.0,
     "layer_norm_forward": 2.0,
 }
+# The same in units of float64's last place, for float64.
+MAX_ULP_FLOAT64 = {
+    "gelu_forward": 4.0,
+    "gelu_backward": 4.0,
+    "masked_softmax_forward": 4.0,
+}
 # The gradient of GELU crosses 0: within this distance of the root the bound is absolute.
+GELU_ROOT = {"none": -0.7517915246935645, "tanh": -0.7524614220710163}
 GELU_ROOT_ZONE = 1e-4
 GELU_ROOT_ERROR = 1e-7
-# A row of softmax weights sums to 1 within this.
+# A row of softmax weights sums to 1 within this, in float32 and in float64.
 SOFTMAX_ROW_SUM_ERROR = 1e-6
+SOFTMAX_ROW_SUM_ERROR_FLOAT64 = 1e-14
 # Attention: pooled rms against float64, relative to the peer's; the largest row, relative to the peer's.
 ATTENTION_RMS_RATIO = 1.02
 ATTENTION_ROUNDING_RATIO = 1.05
