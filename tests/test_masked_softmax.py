@@ -146,16 +146,26 @@ def _golden_masks():
 def test_golden_masks(case, dtype):
     _, scores, mask, causal, alignment, expected = case
     expected = torch.tensor(expected, dtype=torch.float64)
-    mask = mask if mask is None or mask.dtype == torch.bool else mask.float()
-    for backend, kind in (("cpu", dtype), ("reference", torch.float64)):
-        if kind == torch.float64 and mask is not None and mask.dtype != torch.bool:
-            mask = mask.double()
+    masks = [mask]
+    if mask is not None and mask.dtype != torch.bool:
+        own = mask.to(dtype)
+        masks = [mask.float()] + ([own] if torch.equal(own.nan_to_num(1.0).double(), mask.nan_to_num(1.0).double()) else [])
+    for backend, mask in itertools.product(("cpu", "reference"), masks):
         with transfuse.use_backend(backend):
-            output = masked_softmax(scores.to(kind), mask, is_causal=causal, causal_alignment=alignment)
+            output = masked_softmax(scores.to(dtype), mask, is_causal=causal, causal_alignment=alignment)
         assert_close(output, expected)
         zero = expected == 0
         assert torch.equal(output[zero], torch.zeros_like(output[zero])) and not output[zero].signbit().any()
         assert torch.equal(output[expected == 1], torch.ones_like(output[expected == 1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lowest_number_of_a_dtype_is_a_number(dtype):
+    lowest = torch.finfo(dtype).min
+    x = torch.tensor([[2.0, 2.0, 2.0]], dtype=dtype)
+    assert_close(masked_softmax(x, torch.full((1, 3), lowest, dtype=dtype)), torch.full((1, 3), 1 / 3, dtype=torch.float64))
+    assert masked_softmax(x, torch.tensor([[0, lowest, 0]], dtype=dtype)).tolist() == [[0.5, 0, 0.5]]
+    assert masked_softmax(torch.tensor([[-lowest, lowest, 0]], dtype=dtype)).tolist() == [[1, 0, 0]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
