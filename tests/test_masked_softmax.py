@@ -138,6 +138,8 @@ def _golden_masks():
     yield "NaN in an additive mask", zeros, torch.tensor([[0, NAN, -INF]]), False, "top_left", [[NAN, NAN, 0]]
     yield "+inf score", torch.tensor([[INF, 0, 0]]), None, False, "top_left", [[NAN, NAN, NAN]]
     yield "-inf score beside others", torch.tensor([[-INF, 0, 0]]), None, False, "top_left", [[0, 0.5, 0.5]]
+    yield "-inf score beside large ones", torch.tensor([[-INF, 3e4, 3e4]]), None, False, "top_left", [[0, 0.5, 0.5]]
+    yield "-inf score and a mask", torch.tensor([[-INF, 0, 3]]), torch.tensor([[1.0, 3.0, 0.0]]), False, "top_left", [[0, 0.5, 0.5]]
     yield "only -inf scores, as torch", torch.full((1, 3), -INF), None, False, "top_left", [[NAN, NAN, NAN]]
 
 

@@ -137,7 +137,7 @@ TRANSFUSE_INLINE float largest_score(const Row<T, M>& row, const Split<float>& s
 // Writes exp(score - largest) to weights and returns their sum.
 template <class T, class M>
 TRANSFUSE_INLINE double exponentials(const Row<T, M>& row, const Split<float>& scale, float largest, float* weights) {
-  f64 sum_low = zero64(), sum_high = zero64();
+  wide sum = set1w(0.0);
   const f32 shift = set1(-largest);
   for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     const Keys<T> keys = load_keys(row, i, n);
@@ -148,47 +148,34 @@ TRANSFUSE_INLINE double exponentials(const Row<T, M>& row, const Split<float>& s
     residual = max(min(residual, set1(largest_residual)), set1(-largest_residual));
     const f32 weight = select(keys.valid, exp_nonpositive(exponent, residual), zero());
     store_n(weights + i, weight, n);
-    sum_low = sum_low + low(weight);
-    sum_high = sum_high + high(weight);
+    sum = sum + widen(weight);
   });
-  return reduce_add(sum_low + sum_high);
+  return reduce_add(sum);
 }
 
-struct WideScores {
-  f64 low, high;
-};
-
-// The scores of a row of large scores, in double; an excluded key's is -inf.
+// The scores of a row of large scores, in double; an excluded key's is -inf. Products of floats are exact there.
 template <class T, class M>
-TRANSFUSE_INLINE WideScores wide_scores(const Row<T, M>& row, double scale, int64_t i, int64_t n) {
+TRANSFUSE_INLINE wide wide_scores(const Row<T, M>& row, const Split<float>& scale, int64_t i, int64_t n) {
   const Keys<T> keys = load_keys(row, i, n);
-  const f32 x = select(keys.valid, keys.x, zero());
-  const f32 bias = select(keys.valid, keys.bias, set1(-infinity));
-  return {fma(low(x), set1d(scale), low(bias)), fma(high(x), set1d(scale), high(bias))};
+  const f32 x = select(keys.valid, keys.x, zero()), finite = select(abs(x) < set1(infinity), x, zero());
+  const wide bias = widen(select(keys.valid, keys.bias, set1(-infinity)));
+  return (widen(x) * widen(scale.hi) + bias) + widen(finite) * widen(scale.lo);
 }
 
 template <class T, class M>
-double wide_exponentials(const Row<T, M>& row, double scale, float* weights) {
-  f64 largest_lanes = set1d(-infinity);
+double wide_exponentials(const Row<T, M>& row, const Split<float>& scale, float* weights) {
+  wide largest = set1w(-infinity);
   for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    const WideScores s = wide_scores(row, scale, i, n);
-    largest_lanes = max(largest_lanes, max(s.low, s.high));
+    largest = max(largest, wide_scores(row, scale, i, n));
   });
-  alignas(64) double values[lanes64];
-  store(values, largest_lanes);
-  double largest = values[0];
-  for (int64_t i = 1; i < lanes64; ++i) largest = values[i] > largest ? values[i] : largest;
-
-  f64 sum_low = zero64(), sum_high = zero64();
+  const wide shift = set1w(-reduce_max(largest)), lowest = set1w(lowest_exponent);
+  wide sum = set1w(0.0);
   for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    const WideScores s = wide_scores(row, scale, i, n);
-    const f64 shift = set1d(-largest), lowest = set1d(lowest_exponent);
-    const f32 weight = narrow(exp(max(s.low + shift, lowest)), exp(max(s.high + shift, lowest)));
+    const f32 weight = narrow(exp(max(wide_scores(row, scale, i, n) + shift, lowest)));
     store_n(weights + i, weight, n);
-    sum_low = sum_low + low(weight);
-    sum_high = sum_high + high(weight);
+    sum = sum + widen(weight);
   });
-  return reduce_add(sum_low + sum_high);
+  return reduce_add(sum);
 }
 
 template <class T>
@@ -215,7 +202,7 @@ TRANSFUSE_INLINE void softmax_row(const Row<T, M>& row, double scale, T* output,
   if (!any_valid) return fill_zero(output, 0, row.length);
   if (!(__builtin_fabsf(largest) < infinity)) return fill_nan(row, output);
   const double sum = __builtin_fabsf(largest) <= wide_score ? exponentials(row, split, largest, weights)
-                                                            : wide_exponentials(row, scale, weights);
+                                                            : wide_exponentials(row, split, weights);
   const Split<float> inverse(1.0 / sum);
   for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     const f32 weight = load_n(weights + i, n);
