@@ -22,8 +22,9 @@ void check_bias(const Tensor& input, const std::optional<Tensor>& bias) {
   check_cpu(op, "bias", *bias);
   const ScalarType type = input.scalar_type();
   const bool narrow_input = type == ScalarType::BFloat16 || type == ScalarType::Half;
-  check(bias->scalar_type() == type || (narrow_input && bias->scalar_type() == ScalarType::Float), op, ": bias has dtype ",
-        name_of(bias->scalar_type()), ", expected ", name_of(type), " (input's)", narrow_input ? " or float32" : "");
+  check(bias->scalar_type() == type || (narrow_input && bias->scalar_type() == ScalarType::Float), op,
+        ": bias has dtype ", name_of(bias->scalar_type()), ", expected ", name_of(type), " (input's)",
+        narrow_input ? " or float32" : "");
   check(input.dim() >= 1, op, ": input has shape (), expected at least one dimension to add bias to");
   check(bias->dim() == 1 && bias->size(0) == input.size(input.dim() - 1), op, ": bias has shape ", shape_of(*bias), ", expected (",
         input.size(input.dim() - 1), ",) (input's last dimension)");

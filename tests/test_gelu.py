@@ -9,7 +9,16 @@ import transfuse
 from transfuse import nn, sweeps, testing
 from transfuse.ops.gelu import gelu
 from transfuse.reference.gelu import gelu_reference
-from transfuse.testing import GELU_ROOT, MAX_ULP, MAX_ULP_FLOAT64, assert_close, assert_matches_reference, draw, nan_filled_empty, ulp_distance
+from transfuse.testing import (
+    GELU_ROOT,
+    MAX_ULP,
+    MAX_ULP_FLOAT64,
+    assert_close,
+    assert_matches_reference,
+    draw,
+    nan_filled_empty,
+    ulp_distance,
+)
 
 FORMS = ["none", "tanh"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -11,7 +11,15 @@ import transfuse
 from transfuse import nn, sweeps, testing
 from transfuse.ops.masked_softmax import masked_softmax
 from transfuse.reference.masked_softmax import masked_softmax_reference
-from transfuse.testing import MAX_ULP, MAX_ULP_FLOAT64, assert_close, assert_matches_reference, draw, nan_filled_empty, ulp_distance
+from transfuse.testing import (
+    MAX_ULP,
+    MAX_ULP_FLOAT64,
+    assert_close,
+    assert_matches_reference,
+    draw,
+    nan_filled_empty,
+    ulp_distance,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SWEEP_STRIDE = 509  # prime: every exponent, and every residue of the mantissa's low bits

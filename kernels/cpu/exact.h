@@ -1,4 +1,4 @@
-// Sums and products of vectors with what their rounding took. No FMA is used, so that double precision has its residuals on
+// Sums and products of vectors with what their rounding took. No FMA is used: double precision has its residuals on
 // every ISA level (the baseline has no double FMA), and the bits are the same on all of them.
 #pragma once
 

@@ -1,12 +1,13 @@
 // GELU of doubles to the last places: what gelu.cpp runs for float64 tensors.
 //
-// As for floats, gelu(x) = max(x, 0) - t Phi(-t) with t = |x|, and gelu'(x) = h(t) or 1 - h(t), h(t) = Phi(-t) - t phi(t);
-// but here everything must hold to 2^-53:
-//   t <= 1.5     polynomials in 1.5 - t >= 0, where all large terms have one sign: erf's Phi(-t), and both forms' h(t) as
-//                (t - root) times a polynomial, so that the slope keeps its relative accuracy around its root;
-//   t > 1.5      erf:  exp(-t^2/2) times the Mills ratio, a polynomial in 1 / (t + 4);  tanh:  exp(-z) / (1 + exp(-z)).
-// The exponents t^2/2 and z are carried as hi + lo: near 745 a rounded one alone would cost 300 ULP. The power of two of
-// exp is applied last, so that a subnormal result is rounded once.
+// As for floats, gelu(x) = max(x, 0) - t Phi(-t) with t = |x|, and gelu'(x) = h(t) for x < 0 and 1 - h(t) else, where
+// h(t) = Phi(-t) - t phi(t); but here everything must hold to 2^-53:
+//   t <= 1.5   polynomials in 1.5 - t >= 0, where all large terms have one sign: erf's Phi(-t), and both forms' h(t) as
+//              (t - root) times a polynomial, so that the slope keeps its relative accuracy around its root;
+//   t > 1.5    erf: exp(-t^2/2) times the Mills ratio, a polynomial in 1 / (t + 4); tanh: exp(-z) / (1 + exp(-z)),
+//              which also serves tanh's Phi(-t) everywhere.
+// The exponents t^2/2 and z are carried as hi + lo: near 745 a rounded one alone would cost 300 ULP. The power of two
+// of exp is applied last, so that a subnormal result is rounded once.
 //
 // | largest error in ULP of double, measured on 600,000 points | with FMA | without |
 // |------------------------------------------------------------|----------|---------|
@@ -86,8 +87,8 @@ struct ErfFull {
     f64 w;
     Pair factor;  // R(t) = w * factor
   };
-  // w, the rounded 1 / (t + 4), stands for a point beside t. There R is read, and moved to t along its slope t R - phi(0);
-  // the move joins the polynomial before its last addition.
+  // w, the rounded 1 / (t + 4), stands for a point beside t. There R is read, and moved to t along its slope
+  // t R - phi(0); the move joins the polynomial before its last addition.
   TRANSFUSE_INLINE static Mills mills(f64 t) {
     const f64 shift = set1d(mills_shift), s = t + shift, w = set1d(1.0) / s;
     const Pair one = two_product(w, s);
@@ -117,7 +118,8 @@ struct ErfFull {
         [](f64 t) __attribute__((always_inline)) {
           const Exponential e = gaussian(t);
           const Mills m = mills(t);
-          const f64 difference = fnma(t, set1d(phi0_hi), fnma(t, set1d(phi0_lo), fma(m.w, m.factor.lo, m.w * m.factor.hi)));
+          const f64 ratio = fma(m.w, m.factor.lo, m.w * m.factor.hi);
+          const f64 difference = fnma(t, set1d(phi0_hi), fnma(t, set1d(phi0_lo), ratio));
           return scale_by_power(difference * e.fraction, e.power);
         });
   }

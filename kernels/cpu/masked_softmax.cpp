@@ -5,8 +5,8 @@
 // the quotient is one rounding. Error <= 3 ULP per element (exp 0.9, its share in the sum, the quotient 0.5).
 //
 // Rows by their largest score m:  no valid key: 0.  m NaN or infinite: NaN at the valid keys.  |m| > 1024: the residuals
-// are no longer small, the row is done in double.  Else: sixteen floats at a time. Rows of doubles are done in double with
-// the same hi + lo, and their weights are summed with a residual too.
+// are no longer small, the row is done in double.  Else: sixteen floats at a time. Rows of doubles are done in double
+// with the same hi + lo, and their weights are summed with a residual too.
 // Reductions run over keys in lanes (key % 16) and one fixed tree, so excluded keys at the end of a row change no bit.
 #include "masked_softmax.h"
 
@@ -92,7 +92,8 @@ TRANSFUSE_INLINE Keys<T> load_keys(const Row<T, uint8_t>& row, int64_t i, int64_
 template <class T, class M>
 TRANSFUSE_INLINE Keys<T> load_keys(const Row<T, M>& row, int64_t i, int64_t n) {
   const VecOf<T> bias = load_bias<VecOf<T>>(row.mask + i * row.mask_stride, row.mask_stride, n);
-  return {load_as<VecOf<T>>(row.input + i, n), bias, lanes_where<VecOf<T>>(first_n(n)) & ~(bias == splat<VecOf<T>>(-infinity))};
+  const MaskOf<T> excluded = bias == splat<VecOf<T>>(-infinity);
+  return {load_as<VecOf<T>>(row.input + i, n), bias, lanes_where<VecOf<T>>(first_n(n)) & ~excluded};
 }
 
 // A double in every lane as hi + lo, so that arithmetic in Real keeps its residual (of a double there is none).
@@ -111,8 +112,8 @@ TRANSFUSE_INLINE Score score_of(const Keys<T>& keys, const Split<float>& scale) 
   const f32 product = keys.x * scale.hi;
   const f32 residual = fma(keys.x, scale.lo, fms(keys.x, scale.hi, product));
   if constexpr (is_additive<M>) {
-    // Where the bias takes most of the product away, the residual is no longer small beside the sum: it joins it. That of
-    // an infinite score is NaN and stays out.
+    // Where the bias takes most of the product away, the residual is no longer small beside the sum: it joins it. That
+    // of an infinite score is NaN and stays out.
     const f32 sum = product + keys.bias, rest = residual + sum_residual(product, keys.bias, sum);
     const f32 joined = select(isnan(rest), sum, sum + rest);
     return {joined, rest - (joined - sum)};

@@ -25,6 +25,8 @@ CHUNK = 2**20  # larger ones leave the cache and take twice the time
 SOFTMAX_RANGE = 104.5
 
 Progress = Callable[[int, int], None]
+# inputs -> error in ULP, whether the contract is broken, absolute error near the root
+Check = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def _chunks(end: int, stride: int, start: int) -> Iterator[Tensor]:
         yield torch.where(patterns < 2**31, patterns, patterns - PATTERNS).to(torch.int32).view(torch.float32)
 
 
-def _sweep(check: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], end: int, stride: int, start: int, progress: Progress | None) -> Sweep:
+def _sweep(check: Check, end: int, stride: int, start: int, progress: Progress | None) -> Sweep:
     if stride < 1 or not 0 <= start < end:
         raise ValueError(f"sweep: stride is {stride} and start {start}, expected stride >= 1 and 0 <= start < {end}")
     began, total = time.perf_counter(), len(range(start, end, stride))
