@@ -20,8 +20,11 @@ constexpr int64_t bias_chunk_rows = 64;   // rows whose bias gradient is summed 
 void check_bias(const Tensor& input, const std::optional<Tensor>& bias) {
   if (!bias) return;
   check_cpu(op, "bias", *bias);
-  check(bias->scalar_type() == input.scalar_type() || bias->scalar_type() == ScalarType::Float, op, ": bias has dtype ",
-        name_of(bias->scalar_type()), ", expected ", name_of(input.scalar_type()), " (input's) or float32");
+  const ScalarType type = input.scalar_type();
+  const bool narrow_input = type == ScalarType::BFloat16 || type == ScalarType::Half;
+  check(bias->scalar_type() == type || (narrow_input && bias->scalar_type() == ScalarType::Float), op,
+        ": bias has dtype ", name_of(bias->scalar_type()), ", expected ", name_of(type), " (input's)",
+        narrow_input ? " or float32" : "");
   check(input.dim() >= 1, op, ": input has shape (), expected at least one dimension to add bias to");
   check(bias->dim() == 1 && bias->size(0) == input.size(input.dim() - 1), op, ": bias has shape ", shape_of(*bias), ", expected (",
         input.size(input.dim() - 1), ",) (input's last dimension)");

@@ -20,18 +20,12 @@ int64_t rows_per_task(int64_t keys) { return std::max<int64_t>(1, elements_per_t
 
 void check_scale(double scale) { check(std::isfinite(static_cast<float>(scale)), op, ": scale is ", scale, ", expected a finite float32"); }
 
-cpu::MaskKind mask_kind(const Tensor& mask) {
-  switch (mask.scalar_type()) {
-    case ScalarType::Bool:
-      return cpu::MaskKind::keep;
-    case ScalarType::Float:
-      return cpu::MaskKind::additive_f32;
-    case ScalarType::BFloat16:
-      return cpu::MaskKind::additive_bf16;
-    default:
-      check(false, op, ": mask has dtype ", name_of(mask.scalar_type()), ", expected bool, float32 or bfloat16");
-      return cpu::MaskKind::none;
-  }
+cpu::MaskKind mask_kind(const Tensor& mask, const Tensor& input) {
+  if (mask.scalar_type() == ScalarType::Bool) return cpu::MaskKind::keep;
+  if (mask.scalar_type() == input.scalar_type()) return cpu::MaskKind::additive;
+  check(mask.scalar_type() == ScalarType::Float, op, ": mask has dtype ", name_of(mask.scalar_type()), ", expected bool, ",
+        name_of(input.scalar_type()), " (input's) or float32");
+  return cpu::MaskKind::additive_f32;
 }
 
 // mask is expanded to input's shape (stride 0 where it is broadcast).
@@ -45,7 +39,7 @@ Tensor masked_softmax_forward(Tensor input, std::optional<Tensor> mask, double s
   if (mask) {
     check_cpu(op, "mask", *mask);
     check_same_shape(op, "mask", *mask, input, "input");
-    p.mask_kind = mask_kind(*mask);
+    p.mask_kind = mask_kind(*mask, input);
     p.mask = mask->const_data_ptr();
   }
   input = contiguous(op, input);
@@ -69,7 +63,7 @@ Tensor masked_softmax_forward(Tensor input, std::optional<Tensor> mask, double s
   p.causal_offset = bottom_right ? p.keys - p.queries : 0;
   const auto& kernels = cpu::pick_masked_softmax_kernels();
   parallel_for(0, input.numel() / p.keys, rows_per_task(p.keys), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(p.keys);
+    std::vector<float> scratch(p.dtype == cpu::DType::f64 ? 0 : p.keys);
     kernels.forward(p, begin, end, scratch.data());
   });
   return output;
@@ -140,7 +134,8 @@ RowsOfMask group_rows(const Tensor& output, const Tensor& mask) {
 }
 
 // Gradient of an additive mask of as many dimensions as output, size 1 where it was broadcast. Each mask element sums its
-// rows in ascending order in double, whatever the number of threads; float32, the caller rounds to the mask's dtype.
+// rows in ascending order in double, whatever the number of threads. The result is float64 beside a float64 output, else
+// float32; the caller rounds to the mask's dtype.
 Tensor masked_softmax_mask_backward(Tensor grad_output, Tensor output, Tensor mask) {
   check_backward(grad_output, output);
   check(mask.dim() == output.dim(), op, ": mask has ", mask.dim(), " dimensions, expected ", output.dim(), " (output's)");
@@ -149,12 +144,20 @@ Tensor masked_softmax_mask_backward(Tensor grad_output, Tensor output, Tensor ma
           ", expected one that broadcasts to ", shape_of(output), " (output's)");
   grad_output = contiguous(op, grad_output);
   output = contiguous(op, output);
-  Tensor grad_mask = zeros_cpu(op, std::vector<int64_t>(mask.sizes().begin(), mask.sizes().end()), ScalarType::Float);
+  const ScalarType result_type = output.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor grad_mask = zeros_cpu(op, std::vector<int64_t>(mask.sizes().begin(), mask.sizes().end()), result_type);
   if (output.numel() == 0) return grad_mask;
   const cpu::MaskedSoftmaxGradParams p = grad_params(grad_output, output, 1.0);
   const RowsOfMask groups = group_rows(output, mask);
   const int64_t mask_keys = mask.size(mask.dim() - 1);
-  float* result = static_cast<float*>(grad_mask.mutable_data_ptr());
+  void* result = grad_mask.mutable_data_ptr();
+  const auto put = [&](int64_t at, double sum) {
+    if (result_type == ScalarType::Double) {
+      static_cast<double*>(result)[at] = sum;
+    } else {
+      static_cast<float*>(result)[at] = static_cast<float>(sum);
+    }
+  };
   const auto& kernels = cpu::pick_masked_softmax_kernels();
   parallel_for(0, static_cast<int64_t>(groups.first.size()) - 1, 1, [&](int64_t begin, int64_t end) {
     std::vector<double> sums(p.keys);
@@ -162,11 +165,11 @@ Tensor masked_softmax_mask_backward(Tensor grad_output, Tensor output, Tensor ma
       std::fill(sums.begin(), sums.end(), 0.0);
       for (int64_t i = groups.first[m]; i < groups.first[m + 1]; ++i) kernels.add_score_gradient(p, groups.rows[i], sums.data());
       if (mask_keys == p.keys) {
-        for (int64_t j = 0; j < p.keys; ++j) result[m * mask_keys + j] = static_cast<float>(sums[j]);
+        for (int64_t j = 0; j < p.keys; ++j) put(m * mask_keys + j, sums[j]);
       } else {
         double total = 0.0;
         for (double sum : sums) total += sum;
-        result[m] = static_cast<float>(total);
+        put(m, total);
       }
     }
   });

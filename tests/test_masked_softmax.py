@@ -1,19 +1,28 @@
 """masked_softmax: masks, bounds per element, gradients, strides, invariance, torch's transforms and wording."""
 
 import itertools
-import warnings
 
+import mpmath
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 import transfuse
-from transfuse import nn, testing
+from transfuse import nn, sweeps, testing
 from transfuse.ops.masked_softmax import masked_softmax
 from transfuse.reference.masked_softmax import masked_softmax_reference
-from transfuse.testing import MAX_ULP, assert_close, assert_matches_reference, draw, nan_filled_empty, ulp_distance
+from transfuse.testing import (
+    MAX_ULP,
+    MAX_ULP_FLOAT64,
+    assert_close,
+    assert_matches_reference,
+    draw,
+    nan_filled_empty,
+    ulp_distance,
+)
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SWEEP_STRIDE = 509  # prime: every exponent, and every residue of the mantissa's low bits
 INF, NAN = float("inf"), float("nan")
 LENGTHS = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 300]
 
@@ -37,6 +46,70 @@ def test_float32_ulp(std, scale):
     x, bias, keep = draw(100, 257, seed=1, scale=std), draw(100, 257, seed=2), _keep(100, 257)
     for mask in (None, bias, keep):
         _assert_bounds(masked_softmax(x, mask, scale=scale), masked_softmax_reference(x.double(), mask, scale))
+
+
+def test_strided_sweep_of_the_exponential():
+    """The command for all of them: transfuse verify --op masked_softmax --full."""
+    found = sweeps.sweep_masked_softmax(stride=SWEEP_STRIDE)
+    assert found.inputs > 2**21 and found.errors == 0, found
+    assert 0.5 < found.worst_ulp <= 3, found  # what ops/masked_softmax.py says
+
+
+@pytest.mark.parametrize("scale", [1.0, 64**-0.5, 80**-0.5])
+def test_a_bias_that_cancels_a_large_product(scale):
+    """What is left is the product's rounding error and the small bias, and both count."""
+    for size in (1e3, 1e6, 1e30):
+        x = draw(20, 65, seed=1, scale=size)
+        bias = -(x * scale) + draw(20, 65, seed=2)
+        _assert_bounds(masked_softmax(x, bias, scale=scale), masked_softmax_reference(x.double(), bias, scale))
+
+
+def _worst_float64_ulp(x, bias, keep, scale):
+    """Largest error per element and of a row's sum, against 50 digits."""
+    output = masked_softmax(x, bias if keep is None else keep, scale=scale)
+    worst = sum_error = 0.0
+    with mpmath.workdps(50):
+        for r, ours in enumerate(output.tolist()):
+            valid = [True] * x.shape[1] if keep is None else keep[r].tolist()
+            scores = [mpmath.mpf(v) * scale for v in x[r].tolist()]
+            if bias is not None:
+                scores = [s + b for s, b in zip(scores, bias[r].tolist(), strict=True)]
+            largest = max(s for s, v in zip(scores, valid, strict=True) if v)
+            weights = [mpmath.exp(s - largest) if v else mpmath.mpf(0) for s, v in zip(scores, valid, strict=True)]
+            total = mpmath.fsum(weights)
+            for y, weight, v in zip(ours, weights, valid, strict=True):
+                assert v or (y == 0 and str(y) == "0.0")
+                exact = weight / total
+                unit = mpmath.ldexp(1, max(mpmath.frexp(exact)[1] - 1, -1022) - 52)
+                worst = max(worst, float(abs(y - exact) / unit))
+            sum_error = max(sum_error, float(abs(mpmath.fsum(ours) - 1)))
+    return worst, sum_error
+
+
+@pytest.mark.parametrize("std", [1.0, 30.0, 100.0, 1e3, 1e7, 1e14, 1e290])
+@pytest.mark.parametrize("scale", [1.0, 80**-0.5])
+def test_float64_ulp(std, scale):
+    x = draw(3, 133, dtype=torch.float64, seed=1, scale=std)
+    bias, cancelling = draw(3, 133, dtype=torch.float64, seed=2), draw(3, 133, dtype=torch.float64, seed=3) - x * scale
+    for args in ((None, None), (bias, None), (None, _keep(3, 133)), (cancelling, None)):
+        worst, sum_error = _worst_float64_ulp(x, *args, scale)
+        assert worst <= MAX_ULP_FLOAT64["masked_softmax_forward"]
+        assert sum_error <= testing.SOFTMAX_ROW_SUM_ERROR_FLOAT64
+
+
+def test_float64_of_a_long_row():
+    """Equal weights round the same way at every addition: a plain sum would be off by a hundred ULP."""
+    x = torch.full((1, 40_000), -0.1, dtype=torch.float64)
+    x[0, 0] = 0
+    worst, sum_error = _worst_float64_ulp(x, None, None, 1.0)
+    assert worst <= MAX_ULP_FLOAT64["masked_softmax_forward"] and sum_error <= testing.SOFTMAX_ROW_SUM_ERROR_FLOAT64
+
+
+def test_float64_scores_whose_rounding_error_is_theirs_alone():
+    """Around 2^50 neighbouring scores lie 0.25 apart, these ones 0.3: what rounding took from the largest counts too."""
+    x = 2.0**60 + 2.0**8 * torch.arange(40, dtype=torch.float64)[None]
+    assert _worst_float64_ulp(x, None, None, 0.3 / 256)[0] <= MAX_ULP_FLOAT64["masked_softmax_forward"]
+    assert _worst_float64_ulp(x, draw(1, 40, dtype=torch.float64), None, 0.3 / 256)[0] <= MAX_ULP_FLOAT64["masked_softmax_forward"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -74,6 +147,8 @@ def _golden_masks():
     yield "NaN in an additive mask", zeros, torch.tensor([[0, NAN, -INF]]), False, "top_left", [[NAN, NAN, 0]]
     yield "+inf score", torch.tensor([[INF, 0, 0]]), None, False, "top_left", [[NAN, NAN, NAN]]
     yield "-inf score beside others", torch.tensor([[-INF, 0, 0]]), None, False, "top_left", [[0, 0.5, 0.5]]
+    yield "-inf score beside large ones", torch.tensor([[-INF, 3e4, 3e4]]), None, False, "top_left", [[0, 0.5, 0.5]]
+    yield "-inf score and a mask", torch.tensor([[-INF, 0, 3]]), torch.tensor([[1.0, 3.0, 0.0]]), False, "top_left", [[0, 0.5, 0.5]]
     yield "only -inf scores, as torch", torch.full((1, 3), -INF), None, False, "top_left", [[NAN, NAN, NAN]]
 
 
@@ -82,22 +157,35 @@ def _golden_masks():
 def test_golden_masks(case, dtype):
     _, scores, mask, causal, alignment, expected = case
     expected = torch.tensor(expected, dtype=torch.float64)
-    mask = mask if mask is None or mask.dtype == torch.bool else mask.float()
-    for backend, kind in (("cpu", dtype), ("reference", torch.float64)):
-        if kind == torch.float64 and mask is not None and mask.dtype != torch.bool:
-            mask = mask.double()
+    masks = [mask]
+    if mask is not None and mask.dtype != torch.bool:
+        own = mask.to(dtype)
+        masks = [mask.float()] + ([own] if torch.equal(own.nan_to_num(1.0).double(), mask.nan_to_num(1.0).double()) else [])
+    for backend, mask in itertools.product(("cpu", "reference"), masks):
         with transfuse.use_backend(backend):
-            output = masked_softmax(scores.to(kind), mask, is_causal=causal, causal_alignment=alignment)
+            output = masked_softmax(scores.to(dtype), mask, is_causal=causal, causal_alignment=alignment)
         assert_close(output, expected)
         zero = expected == 0
         assert torch.equal(output[zero], torch.zeros_like(output[zero])) and not output[zero].signbit().any()
         assert torch.equal(output[expected == 1], torch.ones_like(output[expected == 1]))
 
 
-def test_rows_of_one_key_are_exactly_one():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lowest_number_of_a_dtype_is_a_number(dtype):
+    lowest = torch.finfo(dtype).min
+    x = torch.tensor([[2.0, 2.0, 2.0]], dtype=dtype)
+    assert_close(masked_softmax(x, torch.full((1, 3), lowest, dtype=dtype)), torch.full((1, 3), 1 / 3, dtype=torch.float64))
+    assert masked_softmax(x, torch.tensor([[0, lowest, 0]], dtype=dtype)).tolist() == [[0.5, 0, 0.5]]
+    assert masked_softmax(torch.tensor([[-lowest, lowest, 0]], dtype=dtype)).tolist() == [[1, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_one_key_are_exactly_one(dtype):
     for scale in (1.0, 0.3, 1e-3, 7.7):
-        assert torch.equal(masked_softmax(draw(50, 1, scale=1e4), scale=scale), torch.ones(50, 1))
-        assert torch.equal(masked_softmax(draw(9, 9, scale=30), scale=scale, is_causal=True)[0, 0], torch.tensor(1.0))
+        x = draw(50, 1, dtype=dtype, scale=1e3)
+        assert torch.equal(masked_softmax(x, scale=scale), torch.ones_like(x))
+        assert torch.equal(masked_softmax(x, draw(50, 1, dtype=dtype), scale=scale), torch.ones_like(x))
+        assert float(masked_softmax(draw(9, 9, dtype=dtype, scale=30), scale=scale, is_causal=True)[0, 0]) == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -138,10 +226,17 @@ def test_mask_gradient_has_the_masks_shape(shape, dtype):
         assert float(error) <= slack * testing.error_budget(dtype, 720) * size
 
 
-def test_gradcheck_of_the_reference():
+def test_gradcheck():
     x = draw(3, 4, dtype=torch.float64, requires_grad=True)
     bias = draw(3, 1, dtype=torch.float64, seed=1, requires_grad=True)
     keep = torch.tensor([[True, False, True, True], [False] * 4, [True] * 4])
+    for function, inputs in (
+        (lambda x: masked_softmax(x, keep, scale=0.7), (x,)),
+        (lambda x: masked_softmax(x, scale=0.7, is_causal=True, causal_alignment="bottom_right"), (x,)),
+        (lambda x, b: masked_softmax(x, b, scale=0.7, is_causal=True), (x, bias)),
+        (lambda x, b: masked_softmax(x, b.mT, dim=-2), (x, draw(4, 3, dtype=torch.float64, seed=2, requires_grad=True))),
+    ):
+        assert torch.autograd.gradcheck(function, inputs)
     for function, inputs in (
         (lambda x: masked_softmax_reference(x, keep, 0.7), (x,)),
         (lambda x: masked_softmax_reference(x, None, 0.7, True, True), (x,)),
@@ -300,15 +395,15 @@ def test_autocast_policy_is_torchs():
             assert masked_softmax(draw(4, dtype=dtype)).dtype == torch.softmax(draw(4, dtype=dtype), -1).dtype
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_other_dtypes_fall_back_visibly(dtype):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", transfuse.TransfuseWarning)
-        output = masked_softmax(draw(5, 9, dtype=dtype), draw(9, dtype=dtype), is_causal=True)
-    exact = masked_softmax_reference(draw(5, 9, dtype=dtype).double(), draw(9, dtype=dtype).double(), 1.0, True)
-    assert output.dtype == dtype and float(ulp_distance(output, exact).max()) <= 1
-    assert transfuse.explain(masked_softmax, draw(3, dtype=dtype)).chosen == "reference"
-    assert transfuse.explain(masked_softmax, draw(3), _keep(3)).chosen == "cpu"
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_and_mask_is_the_kernels(dtype):
+    x = draw(5, 9, dtype=dtype, scale=3)
+    for mask in (None, _keep(5, 9), draw(9, dtype=dtype), draw(9)):
+        assert transfuse.explain(masked_softmax, x, mask).chosen == "cpu"
+        exact = masked_softmax_reference(x.double(), mask if mask is None or mask.dtype == torch.bool else mask.double(), 1.0, True)
+        output = masked_softmax(x, mask, is_causal=True)
+        assert output.dtype == dtype
+        assert_close(output, exact, 9)
 
 
 @pytest.mark.parametrize(("mask", "causal"), list(itertools.product(("none", "bool", "float"), (False, True))))
@@ -350,12 +445,14 @@ def test_refuses_in_words(call, kind, text):
 
 
 @pytest.mark.parametrize(("name", "args", "text"), [
-    ("forward", (draw(3, dtype=torch.float64), None, 1.0, False, False),
-     "masked_softmax: input has dtype float64, expected float32 or bfloat16"),
+    ("forward", (torch.ones(3, dtype=torch.int64), None, 1.0, False, False),
+     "masked_softmax: input has dtype int64, expected float32, bfloat16, float16 or float64"),
     ("forward", (draw(3), None, 1.0, True, False), "masked_softmax: input has shape (3,), expected at least 2 dimensions"),
     ("forward", (draw(2, 3), _keep(3), 1.0, False, False), "masked_softmax: mask has shape (3,), expected (2, 3) (input's)"),
     ("forward", (draw(3), draw(3, dtype=torch.float64), 1.0, False, False),
-     "masked_softmax: mask has dtype float64, expected bool, float32 or bfloat16"),
+     "masked_softmax: mask has dtype float64, expected bool, float32 (input's) or float32"),
+    ("forward", (draw(3, dtype=torch.float16), draw(3, dtype=torch.bfloat16), 1.0, False, False),
+     "masked_softmax: mask has dtype bfloat16, expected bool, float16 (input's) or float32"),
     ("forward", (draw(3), None, NAN, False, False), "masked_softmax: scale is nan, expected a finite float32"),
     ("backward", (draw(4), draw(3), 1.0), "masked_softmax: grad_output has shape (4,), expected (3,) (output's)"),
     ("backward", (draw(3).bfloat16(), draw(3), 1.0), "masked_softmax: grad_output has dtype bfloat16, expected float32"),

@@ -1,4 +1,4 @@
-// GELU, erf and tanh form: x * Phi(x), evaluated in double and rounded once.
+// GELU, erf and tanh form: x * Phi(x), evaluated in double and rounded once. Tensors of doubles: gelu_f64.h.
 //
 // Both forms are written with t = |x| as  gelu(x) = max(x, 0) - t * tail(t),  where tail(t) = Phi(-t) falls to 0:
 //   erf:   Phi(-t) = exp(-t^2/2) * R(t), R the Mills ratio over sqrt(2 pi), a rational function of t;
@@ -13,7 +13,10 @@
 // Beyond t = 16 every tail is far below the last subnormal, so t is cut there: infinities and huge inputs need no case.
 #include "gelu.h"
 
+#include <type_traits>
+
 #include "exp.h"
+#include "gelu_f64.h"
 #include "vec.h"
 
 namespace transfuse::cpu::TRANSFUSE_ISA {
@@ -72,6 +75,7 @@ constexpr double inverse_sqrt_2pi = 0x1.9884533d43651p-2;
 constexpr double tanh_c0 = 0x1.9884533d43651p+0, tanh_c1 = 0x1.2444f2a4d8b4bp-4;
 
 struct Erf {
+  using Full = ErfFull;
   static constexpr bool has_core = true;
   TRANSFUSE_INLINE static f64 core(f64 x) { return x * fma(long_polynomial(core_forward, x * x), x, set1d(0.5)); }
   TRANSFUSE_INLINE static f64 core_derivative(f64 x) { return fma(long_polynomial(core_slope, x * x), x, set1d(0.5)); }
@@ -86,6 +90,7 @@ struct Erf {
 };
 
 struct Tanh {
+  using Full = TanhFull;
   static constexpr bool has_core = false;
   TRANSFUSE_INLINE static f64 tail(f64 t) {
     const f64 e = exp(t * fma(t * t, set1d(-tanh_c1), set1d(-tanh_c0)));
@@ -125,8 +130,18 @@ TRANSFUSE_INLINE f64 gelu_slope(f64 x) {
   }
 }
 
-// A float rounded to the storage type: fused equals unfused, where input + bias is a tensor of that type.
+// What the sum of input and bias is computed in.
+template <class T>
+using SumOf = Vec<std::conditional_t<std::is_same_v<T, double>, double, float>>;
+
+// A sum rounded to the storage type: fused equals unfused, where input + bias is a tensor of that type.
 TRANSFUSE_INLINE f32 rounded(f32 x, float) { return x; }
+TRANSFUSE_INLINE wide rounded(wide x, double) { return x; }
+TRANSFUSE_INLINE f32 rounded(f32 x, f16) {
+  f16 half[lanes];
+  store(half, x);
+  return load(half);
+}
 TRANSFUSE_INLINE f32 rounded(f32 x, bf16) {
   const i32 odd = shift_right<16>(bits(x)) & set1i(1);
   const i32 r = (bits(x) + odd + set1i(0x7FFF)) & set1i(static_cast<int32_t>(0xFFFF0000u));
@@ -142,16 +157,27 @@ TRANSFUSE_INLINE void for_each_sum(const GeluParams& p, int64_t begin, int64_t e
     const int64_t first = row * p.columns;
     const int64_t length = p.size - first < p.columns ? p.size - first : p.columns;
     for_each_vec(length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-      f32 x = load_n(input + first + i, n);
-      if (bias) x = rounded(x + load_n(bias + i, n), T{});
+      auto x = load_as<SumOf<T>>(input + first + i, n);
+      if (bias) x = rounded(x + load_as<SumOf<T>>(bias + i, n), T{});
       body(first + i, i, n, x);
     });
   }
 }
 
-template <class Form>
+// A double rounded to float, for storage as T. Twice rounded, two of float16's results would be the wrong neighbour; none
+// of bfloat16's is (all of them were tried).
+template <class T>
+TRANSFUSE_INLINE f32 narrow_for(wide x) {
+  if constexpr (std::is_same_v<T, f16>) {
+    return narrow_to_odd(x);
+  } else {
+    return narrow(x);
+  }
+}
+
+template <class Form, class T>
 TRANSFUSE_INLINE f32 gelu_everywhere(f32 x) {
-  return narrow(gelu_everywhere<Form>(low(x)), gelu_everywhere<Form>(high(x)));
+  return narrow_for<T>(wide{gelu_everywhere<Form>(low(x)), gelu_everywhere<Form>(high(x))});
 }
 
 // The few lanes that lie outside the core wait here until there are sixteen of them.
@@ -169,7 +195,7 @@ struct WaitingLanes {
   }
   void flush() {
     alignas(64) T results[lanes];
-    store(results, gelu_everywhere<Form>(load(x)));
+    store(results, gelu_everywhere<Form, T>(load(x)));
     for (int64_t i = 0; i < count; ++i) output[at[i]] = results[i];
     count = 0;
   }
@@ -184,11 +210,11 @@ void forward_rows(const GeluParams& p, int64_t begin, int64_t end) {
   WaitingLanes<Form, T> waiting{output};
   for_each_sum<T, B>(p, begin, end, [&](int64_t at, int64_t, int64_t n, f32 x) __attribute__((always_inline)) {
     if constexpr (Form::has_core) {
-      const f32 core = narrow(Form::core(low(x)), Form::core(high(x)));
+      const f32 core = narrow_for<T>(wide{Form::core(low(x)), Form::core(high(x))});
       const mask outside = abs(x) > set1(core_limit);
       uint32_t bits = to_bits(outside);
       if (__builtin_popcount(bits) >= many_outside)
-        return store_n(output + at, select(outside, gelu_everywhere<Form>(x), core), n);
+        return store_n(output + at, select(outside, gelu_everywhere<Form, T>(x), core), n);
       store_n(output + at, core, n);
       if (bits == 0) return;
       alignas(64) float values[lanes];
@@ -198,24 +224,46 @@ void forward_rows(const GeluParams& p, int64_t begin, int64_t end) {
         waiting.add(values[lane], at + lane);
       }
     } else {
-      store_n(output + at, gelu_everywhere<Form>(x), n);
+      store_n(output + at, gelu_everywhere<Form, T>(x), n);
     }
   });
   waiting.flush();
 }
 
+template <class Form>
+void forward_rows_of_doubles(const GeluParams& p, int64_t begin, int64_t end) {
+  double* output = static_cast<double*>(p.output);
+  for_each_sum<double, double>(p, begin, end, [&](int64_t at, int64_t, int64_t n, wide x) __attribute__((always_inline)) {
+    store_wide(output + at, wide{gelu_full<typename Form::Full>(x.lo), gelu_full<typename Form::Full>(x.hi)}, n);
+  });
+}
+
+template <class Form>
+TRANSFUSE_INLINE wide slope_of(f32 x) {
+  return {gelu_slope<Form>(low(x)), gelu_slope<Form>(high(x))};
+}
+template <class Form>
+TRANSFUSE_INLINE wide slope_of(wide x) {
+  return {gelu_slope_full<typename Form::Full>(x.lo), gelu_slope_full<typename Form::Full>(x.hi)};
+}
+TRANSFUSE_INLINE wide in_double(f32 x) { return widen(x); }
+TRANSFUSE_INLINE wide in_double(wide x) { return x; }
+template <class T>
+TRANSFUSE_INLINE void store_rounded(T* p, wide x, int64_t n) {
+  store_n(p, narrow_for<T>(x), n);
+}
+TRANSFUSE_INLINE void store_rounded(double* p, wide x, int64_t n) { store_wide(p, x, n); }
+
 template <class Form, class T, class B>
 void backward_rows(const GeluParams& p, int64_t begin, int64_t end, double* bias_sum) {
   const T* grad_output = static_cast<const T*>(p.grad_output);
   T* output = static_cast<T*>(p.output);
-  for_each_sum<T, B>(p, begin, end, [&](int64_t at, int64_t column, int64_t n, f32 x) __attribute__((always_inline)) {
-    const f32 dy = load_n(grad_output + at, n);
-    const f64 lo = low(dy) * gelu_slope<Form>(low(x)), hi = high(dy) * gelu_slope<Form>(high(x));
-    store_n(output + at, narrow(lo, hi), n);
+  for_each_sum<T, B>(p, begin, end, [&](int64_t at, int64_t column, int64_t n, auto x) __attribute__((always_inline)) {
+    const wide gradient = in_double(load_as<SumOf<T>>(grad_output + at, n)) * slope_of<Form>(x);
+    store_rounded(output + at, gradient, n);
     if (bias_sum == nullptr) return;
     alignas(64) double gained[lanes];
-    store(gained, lo);
-    store(gained + lanes64, hi);
+    store_wide(gained, gradient);
     for (int64_t i = 0; i < n; ++i) bias_sum[column + i] += gained[i];
   });
 }
@@ -223,11 +271,20 @@ void backward_rows(const GeluParams& p, int64_t begin, int64_t end, double* bias
 // One function per (form, storage type, bias type), chosen by the parameters.
 template <class Form, class T, class Call>
 TRANSFUSE_INLINE void with_bias_type(const GeluParams& p, Call call) {
-  p.bias_dtype == DType::f32 ? call(Form{}, T{}, float{}) : call(Form{}, T{}, bf16{});
+  p.bias_dtype == DType::f32 ? call(Form{}, T{}, float{}) : call(Form{}, T{}, T{});
 }
 template <class Form, class Call>
 TRANSFUSE_INLINE void with_types(const GeluParams& p, Call call) {
-  p.dtype == DType::f32 ? with_bias_type<Form, float>(p, call) : with_bias_type<Form, bf16>(p, call);
+  switch (p.dtype) {
+    case DType::f32:
+      return call(Form{}, float{}, float{});
+    case DType::bf16:
+      return with_bias_type<Form, bf16>(p, call);
+    case DType::f16:
+      return with_bias_type<Form, f16>(p, call);
+    case DType::f64:
+      return call(Form{}, double{}, double{});
+  }
 }
 template <class Call>
 TRANSFUSE_INLINE void with_form(const GeluParams& p, Call call) {
@@ -236,7 +293,12 @@ TRANSFUSE_INLINE void with_form(const GeluParams& p, Call call) {
 
 void forward(const GeluParams& p, int64_t begin, int64_t end) {
   with_form(p, [&](auto form, auto type, auto bias_type) {
-    forward_rows<decltype(form), decltype(type), decltype(bias_type)>(p, begin, end);
+    using T = decltype(type);
+    if constexpr (std::is_same_v<T, double>) {
+      forward_rows_of_doubles<decltype(form)>(p, begin, end);
+    } else {
+      forward_rows<decltype(form), T, decltype(bias_type)>(p, begin, end);
+    }
   });
 }
 
@@ -247,17 +309,24 @@ void backward(const GeluParams& p, int64_t begin, int64_t end, double* bias_sum)
 }
 
 template <class B>
-void round_to(const double* sums, B* out, int64_t columns) {
+void round_to(const double* sums, void* grad_bias, int64_t columns) {
+  B* out = static_cast<B*>(grad_bias);
   for_each_vec(columns, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    alignas(64) double part[lanes] = {};
-    for (int64_t j = 0; j < n; ++j) part[j] = sums[i + j];
-    store_n(out + i, narrow(load(part), load(part + lanes64)), n);
+    store_rounded(out + i, load_wide(sums + i, n), n);
   });
 }
 
 void round_sums(const double* sums, void* grad_bias, int64_t columns, DType bias_dtype) {
-  bias_dtype == DType::f32 ? round_to(sums, static_cast<float*>(grad_bias), columns)
-                           : round_to(sums, static_cast<bf16*>(grad_bias), columns);
+  switch (bias_dtype) {
+    case DType::f32:
+      return round_to<float>(sums, grad_bias, columns);
+    case DType::bf16:
+      return round_to<bf16>(sums, grad_bias, columns);
+    case DType::f16:
+      return round_to<f16>(sums, grad_bias, columns);
+    case DType::f64:
+      return round_to<double>(sums, grad_bias, columns);
+  }
 }
 
 }  // namespace

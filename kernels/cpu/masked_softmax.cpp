@@ -5,10 +5,14 @@
 // the quotient is one rounding. Error <= 3 ULP per element (exp 0.9, its share in the sum, the quotient 0.5).
 //
 // Rows by their largest score m:  no valid key: 0.  m NaN or infinite: NaN at the valid keys.  |m| > 1024: the residuals
-// are no longer small, the row is done in double.  Else: sixteen floats at a time.
+// are no longer small, the row is done in double.  Else: sixteen floats at a time. Rows of doubles are done in double
+// with the same hi + lo, and their weights are summed with a residual too.
 // Reductions run over keys in lanes (key % 16) and one fixed tree, so excluded keys at the end of a row change no bit.
 #include "masked_softmax.h"
 
+#include <type_traits>
+
+#include "exact.h"
 #include "exp.h"
 #include "vec.h"
 
@@ -20,14 +24,30 @@ constexpr float wide_score = 1024.0f;
 // A score within exp's reach of |m| <= 1024 has a residual below this; a weight of 0 must not be disturbed by its own.
 constexpr float largest_residual = 0x1p-12f;
 constexpr double lowest_exponent = -690.0;  // of exp(f64); rounds to a weight of 0
+// A double above this has a residual that its weight feels.
+constexpr double residual_counts = 0x1p40;
 
 struct NoMask {};
 template <class M>
-constexpr bool is_additive = false;
-template <>
-constexpr bool is_additive<float> = true;
-template <>
-constexpr bool is_additive<bf16> = true;
+constexpr bool is_additive = !std::is_same_v<M, NoMask> && !std::is_same_v<M, uint8_t>;
+
+// What rows of storage type T are computed in: sixteen floats, or sixteen doubles for doubles.
+template <class T>
+using RealOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+template <class T>
+using VecOf = Vec<RealOf<T>>;
+template <class T>
+using MaskOf = typename Lanes<RealOf<T>>::mask_type;
+TRANSFUSE_INLINE wide in_double(f32 x) { return widen(x); }
+TRANSFUSE_INLINE wide in_double(wide x) { return x; }
+template <class V>
+TRANSFUSE_INLINE auto lanes_where(mask m) {
+  if constexpr (std::is_same_v<V, f32>) {
+    return m;
+  } else {
+    return widen(m);
+  }
+}
 
 // The valid keys of one row: [0, length) where the mask keeps them.
 template <class T, class M>
@@ -39,17 +59,18 @@ struct Row {
 };
 
 // Sixteen keys of a row: input, what is added to it, and which of them are valid.
+template <class T>
 struct Keys {
-  f32 x, bias;
-  mask valid;
+  VecOf<T> x, bias;
+  MaskOf<T> valid;
 };
 
-template <class M>
-TRANSFUSE_INLINE f32 load_bias(const M* p, int64_t stride, int64_t n) {
-  if (stride == 1) return load_n(p, n);
-  alignas(64) float values[lanes] = {};
-  for (int64_t i = 0; i < n; ++i) values[i] = to_float(p[i * stride]);
-  return load(values);
+template <class V, class M>
+TRANSFUSE_INLINE V load_bias(const M* p, int64_t stride, int64_t n) {
+  if (stride == 1) return load_as<V>(p, n);
+  alignas(64) M values[lanes] = {};
+  for (int64_t i = 0; i < n; ++i) values[i] = p[i * stride];
+  return load_as<V>(values);
 }
 // A boolean mask comes as bytes; a strided or short stretch is brought together first.
 TRANSFUSE_INLINE mask load_keep(const uint8_t* p, int64_t stride, int64_t n) {
@@ -60,54 +81,53 @@ TRANSFUSE_INLINE mask load_keep(const uint8_t* p, int64_t stride, int64_t n) {
 }
 
 template <class T>
-TRANSFUSE_INLINE Keys load_keys(const Row<T, NoMask>& row, int64_t i, int64_t n) {
-  return {load_n(row.input + i, n), zero(), first_n(n)};
+TRANSFUSE_INLINE Keys<T> load_keys(const Row<T, NoMask>& row, int64_t i, int64_t n) {
+  return {load_as<VecOf<T>>(row.input + i, n), splat<VecOf<T>>(0.0), lanes_where<VecOf<T>>(first_n(n))};
 }
 template <class T>
-TRANSFUSE_INLINE Keys load_keys(const Row<T, uint8_t>& row, int64_t i, int64_t n) {
+TRANSFUSE_INLINE Keys<T> load_keys(const Row<T, uint8_t>& row, int64_t i, int64_t n) {
   const mask keep = load_keep(row.mask + i * row.mask_stride, row.mask_stride, n);
-  return {load_n(row.input + i, n), zero(), first_n(n) & keep};
+  return {load_as<VecOf<T>>(row.input + i, n), splat<VecOf<T>>(0.0), lanes_where<VecOf<T>>(first_n(n) & keep)};
 }
 template <class T, class M>
-TRANSFUSE_INLINE Keys load_keys(const Row<T, M>& row, int64_t i, int64_t n) {
-  const f32 bias = load_bias(row.mask + i * row.mask_stride, row.mask_stride, n);
-  return {load_n(row.input + i, n), bias, first_n(n) & ~(bias == set1(-infinity))};
+TRANSFUSE_INLINE Keys<T> load_keys(const Row<T, M>& row, int64_t i, int64_t n) {
+  const VecOf<T> bias = load_bias<VecOf<T>>(row.mask + i * row.mask_stride, row.mask_stride, n);
+  const MaskOf<T> excluded = bias == splat<VecOf<T>>(-infinity);
+  return {load_as<VecOf<T>>(row.input + i, n), bias, lanes_where<VecOf<T>>(first_n(n)) & ~excluded};
 }
 
-// A double in every lane as hi + lo, so that float arithmetic with it keeps its residual.
+// A double in every lane as hi + lo, so that arithmetic in Real keeps its residual (of a double there is none).
+template <class Real>
 struct Split {
-  f32 hi, lo;
-  explicit Split(double x) : hi(set1(static_cast<float>(x))), lo(set1(static_cast<float>(x - static_cast<float>(x)))) {}
+  Vec<Real> hi, lo;
+  explicit Split(double x) : hi(splat<Vec<Real>>(x)), lo(splat<Vec<Real>>(x - static_cast<Real>(x))) {}
 };
 
 struct Score {
   f32 hi, lo;  // hi the rounded score, lo what rounding took
 };
 
-// a + b = sum + the returned residual, exactly.
-TRANSFUSE_INLINE f32 sum_residual(f32 a, f32 b, f32 sum) {
-  const f32 b_part = sum - a;
-  return (a - (sum - b_part)) + (b - b_part);
-}
-
-template <class M>
-TRANSFUSE_INLINE Score score_of(const Keys& keys, const Split& scale) {
+template <class M, class T>
+TRANSFUSE_INLINE Score score_of(const Keys<T>& keys, const Split<float>& scale) {
   const f32 product = keys.x * scale.hi;
   const f32 residual = fma(keys.x, scale.lo, fms(keys.x, scale.hi, product));
   if constexpr (is_additive<M>) {
-    const f32 sum = product + keys.bias;
-    return {sum, residual + sum_residual(product, keys.bias, sum)};
+    // Where the bias takes most of the product away, the residual is no longer small beside the sum: it joins it. That
+    // of an infinite score is NaN and stays out.
+    const f32 sum = product + keys.bias, rest = residual + sum_residual(product, keys.bias, sum);
+    const f32 joined = select(isnan(rest), sum, sum + rest);
+    return {joined, rest - (joined - sum)};
   } else {
     return {product, residual};
   }
 }
 
 template <class T, class M>
-TRANSFUSE_INLINE float largest_score(const Row<T, M>& row, const Split& scale, bool& any_valid) {
+TRANSFUSE_INLINE float largest_score(const Row<T, M>& row, const Split<float>& scale, bool& any_valid) {
   f32 largest = set1(-infinity);
   mask seen = first_n(0);
   for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    const Keys keys = load_keys(row, i, n);
+    const Keys<T> keys = load_keys(row, i, n);
     seen = seen | keys.valid;
     largest = max_nan(select(keys.valid, score_of<M>(keys, scale).hi, set1(-infinity)), largest);
   });
@@ -117,11 +137,11 @@ TRANSFUSE_INLINE float largest_score(const Row<T, M>& row, const Split& scale, b
 
 // Writes exp(score - largest) to weights and returns their sum.
 template <class T, class M>
-TRANSFUSE_INLINE double exponentials(const Row<T, M>& row, const Split& scale, float largest, float* weights) {
-  f64 sum_low = zero64(), sum_high = zero64();
+TRANSFUSE_INLINE double exponentials(const Row<T, M>& row, const Split<float>& scale, float largest, float* weights) {
+  wide sum = set1w(0.0);
   const f32 shift = set1(-largest);
   for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    const Keys keys = load_keys(row, i, n);
+    const Keys<T> keys = load_keys(row, i, n);
     const Score score = score_of<M>(keys, scale);
     const f32 exponent = score.hi + shift;
     // An infinite input makes its residual NaN; min and max give their second operand there.
@@ -129,75 +149,158 @@ TRANSFUSE_INLINE double exponentials(const Row<T, M>& row, const Split& scale, f
     residual = max(min(residual, set1(largest_residual)), set1(-largest_residual));
     const f32 weight = select(keys.valid, exp_nonpositive(exponent, residual), zero());
     store_n(weights + i, weight, n);
-    sum_low = sum_low + low(weight);
-    sum_high = sum_high + high(weight);
+    sum = sum + widen(weight);
   });
-  return reduce_add(sum_low + sum_high);
+  return reduce_add(sum);
 }
 
-struct WideScores {
-  f64 low, high;
-};
-
-// The scores of a row of large scores, in double; an excluded key's is -inf.
+// The scores of a row of large scores, in double; an excluded key's is -inf. Products of floats are exact there.
 template <class T, class M>
-TRANSFUSE_INLINE WideScores wide_scores(const Row<T, M>& row, double scale, int64_t i, int64_t n) {
-  const Keys keys = load_keys(row, i, n);
-  const f32 x = select(keys.valid, keys.x, zero());
-  const f32 bias = select(keys.valid, keys.bias, set1(-infinity));
-  return {fma(low(x), set1d(scale), low(bias)), fma(high(x), set1d(scale), high(bias))};
+TRANSFUSE_INLINE wide wide_scores(const Row<T, M>& row, const Split<float>& scale, int64_t i, int64_t n) {
+  const Keys<T> keys = load_keys(row, i, n);
+  const f32 x = select(keys.valid, keys.x, zero()), finite = select(abs(x) < set1(infinity), x, zero());
+  const wide bias = widen(select(keys.valid, keys.bias, set1(-infinity)));
+  return (widen(x) * widen(scale.hi) + bias) + widen(finite) * widen(scale.lo);
 }
 
 template <class T, class M>
-double wide_exponentials(const Row<T, M>& row, double scale, float* weights) {
-  f64 largest_lanes = set1d(-infinity);
+double wide_exponentials(const Row<T, M>& row, const Split<float>& scale, float* weights) {
+  wide largest = set1w(-infinity);
   for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    const WideScores s = wide_scores(row, scale, i, n);
-    largest_lanes = max(largest_lanes, max(s.low, s.high));
+    largest = max(largest, wide_scores(row, scale, i, n));
   });
-  alignas(64) double values[lanes64];
-  store(values, largest_lanes);
-  double largest = values[0];
-  for (int64_t i = 1; i < lanes64; ++i) largest = values[i] > largest ? values[i] : largest;
-
-  f64 sum_low = zero64(), sum_high = zero64();
+  const wide shift = set1w(-reduce_max(largest)), lowest = set1w(lowest_exponent);
+  wide sum = set1w(0.0);
   for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    const WideScores s = wide_scores(row, scale, i, n);
-    const f64 shift = set1d(-largest), lowest = set1d(lowest_exponent);
-    const f32 weight = narrow(exp(max(s.low + shift, lowest)), exp(max(s.high + shift, lowest)));
+    const f32 weight = narrow(exp(max(wide_scores(row, scale, i, n) + shift, lowest)));
     store_n(weights + i, weight, n);
-    sum_low = sum_low + low(weight);
-    sum_high = sum_high + high(weight);
+    sum = sum + widen(weight);
   });
-  return reduce_add(sum_low + sum_high);
+  return reduce_add(sum);
 }
 
 template <class T>
 TRANSFUSE_INLINE void fill_zero(T* output, int64_t begin, int64_t end) {
   for_each_vec(end - begin, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    store_n(output + begin + i, zero(), n);
+    store_as(output + begin + i, splat<VecOf<T>>(0.0), n);
+  });
+}
+
+// A row whose largest score is NaN or infinite.
+template <class T, class M>
+TRANSFUSE_INLINE void fill_nan(const Row<T, M>& row, T* output) {
+  const VecOf<T> nan = splat<VecOf<T>>(__builtin_nan(""));
+  for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    store_as(output + i, select(load_keys(row, i, n).valid, nan, splat<VecOf<T>>(0.0)), n);
   });
 }
 
 template <class T, class M>
 TRANSFUSE_INLINE void softmax_row(const Row<T, M>& row, double scale, T* output, float* weights) {
-  const Split split(scale);
+  const Split<float> split(scale);
   bool any_valid = false;
   const float largest = largest_score(row, split, any_valid);
   if (!any_valid) return fill_zero(output, 0, row.length);
-  if (!(__builtin_fabsf(largest) < infinity)) {
-    const f32 nan = set1(__builtin_nanf(""));
-    for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-      store_n(output + i, select(load_keys(row, i, n).valid, nan, zero()), n);
-    });
-    return;
-  }
+  if (!(__builtin_fabsf(largest) < infinity)) return fill_nan(row, output);
   const double sum = __builtin_fabsf(largest) <= wide_score ? exponentials(row, split, largest, weights)
-                                                            : wide_exponentials(row, scale, weights);
-  const Split inverse(1.0 / sum);
+                                                            : wide_exponentials(row, split, weights);
+  const Split<float> inverse(1.0 / sum);
   for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     const f32 weight = load_n(weights + i, n);
     store_n(output + i, fma(weight, inverse.hi, weight * inverse.lo), n);
+  });
+}
+
+// ---- rows of doubles ----
+
+// The residual of an infinite score is NaN, and so is that of a product beyond 2^996: they count as 0.
+TRANSFUSE_INLINE f64 nan_as_zero(f64 x) { return select(isnan(x), zero64(), x); }
+
+template <class M>
+TRANSFUSE_INLINE Pair exact_score(f64 x, f64 bias, f64 scale) {
+  const Pair product = two_product(x, scale);
+  if constexpr (is_additive<M>) {
+    const Pair sum = two_sum(product.hi, bias);
+    const f64 rest = nan_as_zero(product.lo + sum.lo), joined = sum.hi + rest;
+    return {joined, rest - (joined - sum.hi)};
+  } else {
+    return {product.hi, nan_as_zero(product.lo)};
+  }
+}
+
+struct WidePair {
+  wide hi, lo;
+};
+template <class M>
+TRANSFUSE_INLINE WidePair exact_scores(const Keys<double>& keys, double scale) {
+  const Pair low = exact_score<M>(keys.x.lo, keys.bias.lo, set1d(scale));
+  const Pair high = exact_score<M>(keys.x.hi, keys.bias.hi, set1d(scale));
+  return {{low.hi, high.hi}, {low.lo, high.lo}};
+}
+
+// exp(score - largest), both of them exact.
+TRANSFUSE_INLINE f64 exact_weight(f64 score, f64 score_rest, f64 largest, f64 largest_rest) {
+  const Pair difference = two_sum(score, -largest);
+  const f64 rest = nan_as_zero(difference.lo + (score_rest - largest_rest));
+  const f64 exponent = difference.hi + rest;
+  const f64 limit = set1d(exp_full_residual);  // only a weight of 0 has a larger one
+  return exp_full(exponent, max(min(sum_residual(difference.hi, rest, exponent), limit), -limit));
+}
+
+// The sum of sixteen lanes and of what their rounding took, rounded once.
+TRANSFUSE_INLINE double sum_of_lanes(wide sum, wide lost) {
+  alignas(64) double part[lanes];
+  store_wide(part, sum);
+  double total = 0.0, rest = reduce_add(lost);
+  for (int64_t i = 0; i < lanes; ++i) {
+    const double next = total + part[i];
+    rest += sum_residual(total, part[i], next);
+    total = next;
+  }
+  return total + rest;
+}
+
+template <class M>
+TRANSFUSE_INLINE void softmax_row(const Row<double, M>& row, double scale, double* output, float*) {
+  const wide lowest = set1w(-infinity);
+  wide largest_lanes = lowest;
+  wide_mask seen = first_n_wide(0);
+  for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    const Keys<double> keys = load_keys(row, i, n);
+    seen = seen | keys.valid;
+    largest_lanes = max_nan(select(keys.valid, exact_scores<M>(keys, scale).hi, lowest), largest_lanes);
+  });
+  const double largest = reduce_max(largest_lanes);
+  if (!any(seen)) return fill_zero(output, 0, row.length);
+  if (!(__builtin_fabs(largest) < __builtin_inf())) return fill_nan(row, output);
+
+  // Between scores beyond exp's reach of each other the residual of the largest decides nothing; near 2^53 it does.
+  double largest_rest = 0.0;
+  if (__builtin_fabs(largest) > residual_counts) {
+    wide rest_lanes = lowest;
+    for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+      const Keys<double> keys = load_keys(row, i, n);
+      const WidePair score = exact_scores<M>(keys, scale);
+      rest_lanes = max(rest_lanes, select(keys.valid & (score.hi == set1w(largest)), score.lo, lowest));
+    });
+    largest_rest = reduce_max(rest_lanes);
+  }
+
+  wide sum = set1w(0.0), lost = set1w(0.0);
+  const f64 most = set1d(largest), most_rest = set1d(largest_rest);
+  for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    const Keys<double> keys = load_keys(row, i, n);
+    const WidePair score = exact_scores<M>(keys, scale);
+    const wide weight = select(keys.valid, wide{exact_weight(score.hi.lo, score.lo.lo, most, most_rest),
+                                                exact_weight(score.hi.hi, score.lo.hi, most, most_rest)}, set1w(0.0));
+    store_wide(output + i, weight, n);
+    const wide next = sum + weight;
+    lost = lost + sum_residual(sum, weight, next);
+    sum = next;
+  });
+  const wide total = set1w(sum_of_lanes(sum, lost));
+  for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    store_wide(output + i, load_wide(output + i, n) / total, n);
   });
 }
 
@@ -238,13 +341,27 @@ void forward_type(const MaskedSoftmaxParams& p, int64_t begin, int64_t end, floa
       return forward_rows<T, uint8_t>(p, begin, end, scratch);
     case MaskKind::additive_f32:
       return forward_rows<T, float>(p, begin, end, scratch);
-    case MaskKind::additive_bf16:
-      return forward_rows<T, bf16>(p, begin, end, scratch);
+    case MaskKind::additive:
+      return forward_rows<T, T>(p, begin, end, scratch);
+  }
+}
+
+template <class Call>
+TRANSFUSE_INLINE void with_type(DType dtype, Call call) {
+  switch (dtype) {
+    case DType::f32:
+      return call(float{});
+    case DType::bf16:
+      return call(bf16{});
+    case DType::f16:
+      return call(f16{});
+    case DType::f64:
+      return call(double{});
   }
 }
 
 void forward(const MaskedSoftmaxParams& p, int64_t begin, int64_t end, float* scratch) {
-  p.dtype == DType::f32 ? forward_type<float>(p, begin, end, scratch) : forward_type<bf16>(p, begin, end, scratch);
+  with_type(p.dtype, [&](auto type) { forward_type<decltype(type)>(p, begin, end, scratch); });
 }
 
 // The gradient of the scores is y * (dy - mean), mean = sum(dy * y). A weight of 0 takes and gives none, whatever its dy:
@@ -258,25 +375,25 @@ struct GradRow {
 
 // dy * y of the keys [i, i + 16); a weight of 0 is skipped where asked, so that an infinite dy beside it does no harm.
 template <bool skip_zero, class T>
-TRANSFUSE_INLINE f32 product(const GradRow<T>& row, int64_t i) {
+TRANSFUSE_INLINE VecOf<T> product(const GradRow<T>& row, int64_t i) {
+  using V = VecOf<T>;
   const int64_t n = row.keys - i < lanes ? row.keys - i : lanes;
-  if (n <= 0) return zero();
-  const f32 weight = load_n(row.y + i, n), incoming = load_n(row.dy + i, n);
+  if (n <= 0) return splat<V>(0.0);
+  const V weight = load_as<V>(row.y + i, n), incoming = load_as<V>(row.dy + i, n);
   if constexpr (!skip_zero) return weight * incoming;
-  return select(weight == zero(), zero(), weight * incoming);
+  return select(weight == splat<V>(0.0), splat<V>(0.0), weight * incoming);
 }
 
-// Four products of sixteen keys are added in float, those sums in double; by key number alone, whatever the row's length.
+// Four products of sixteen keys are added as they are, those sums in double; by key number alone, whatever the row's length.
 template <bool skip_zero, class T>
 TRANSFUSE_INLINE double sum_of_products(const GradRow<T>& row) {
-  f64 sum_low = zero64(), sum_high = zero64();
+  wide sum = set1w(0.0);
   for (int64_t i = 0; i < row.keys; i += 4 * lanes) {
-    const f32 four = (product<skip_zero>(row, i) + product<skip_zero>(row, i + lanes)) +
-                     (product<skip_zero>(row, i + 2 * lanes) + product<skip_zero>(row, i + 3 * lanes));
-    sum_low = sum_low + low(four);
-    sum_high = sum_high + high(four);
+    const VecOf<T> four = (product<skip_zero>(row, i) + product<skip_zero>(row, i + lanes)) +
+                          (product<skip_zero>(row, i + 2 * lanes) + product<skip_zero>(row, i + 3 * lanes));
+    sum = sum + in_double(four);
   }
-  return reduce_add(sum_low + sum_high);
+  return reduce_add(sum);
 }
 
 template <class T>
@@ -286,10 +403,11 @@ TRANSFUSE_INLINE double mean_gradient(const GradRow<T>& row) {
 }
 
 template <class T>
-TRANSFUSE_INLINE f32 score_gradient(const GradRow<T>& row, int64_t i, int64_t n, const Split& mean) {
-  const f32 weight = load_n(row.y + i, n);
-  const f32 centred = (load_n(row.dy + i, n) - mean.hi) - mean.lo;
-  return select(weight == zero(), zero(), weight * centred);
+TRANSFUSE_INLINE VecOf<T> score_gradient(const GradRow<T>& row, int64_t i, int64_t n, const Split<RealOf<T>>& mean) {
+  using V = VecOf<T>;
+  const V weight = load_as<V>(row.y + i, n);
+  const V centred = (load_as<V>(row.dy + i, n) - mean.hi) - mean.lo;
+  return select(weight == splat<V>(0.0), splat<V>(0.0), weight * centred);
 }
 
 template <class T>
@@ -302,10 +420,10 @@ void backward_rows(const MaskedSoftmaxGradParams& p, int64_t begin, int64_t end)
   for (int64_t r = begin; r < end; ++r) {
     const GradRow<T> row = grad_row<T>(p, r);
     T* grad_input = static_cast<T*>(p.grad_input) + r * p.keys;
-    const Split mean(mean_gradient(row));
-    const f32 scale = set1(static_cast<float>(p.scale));
+    const Split<RealOf<T>> mean(mean_gradient(row));
+    const VecOf<T> scale = splat<VecOf<T>>(p.scale);
     for_each_vec(p.keys, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-      store_n(grad_input + i, score_gradient(row, i, n, mean) * scale, n);
+      store_as(grad_input + i, score_gradient(row, i, n, mean) * scale, n);
     });
   }
 }
@@ -313,20 +431,20 @@ void backward_rows(const MaskedSoftmaxGradParams& p, int64_t begin, int64_t end)
 template <class T>
 void add_row_gradient(const MaskedSoftmaxGradParams& p, int64_t r, double* sums) {
   const GradRow<T> row = grad_row<T>(p, r);
-  const Split mean(mean_gradient(row));
+  const Split<RealOf<T>> mean(mean_gradient(row));
   for_each_vec(p.keys, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    alignas(64) float gained[lanes];
-    store(gained, score_gradient(row, i, n, mean));
+    alignas(64) double gained[lanes];
+    store_wide(gained, in_double(score_gradient(row, i, n, mean)));
     for (int64_t j = 0; j < n; ++j) sums[i + j] += gained[j];
   });
 }
 
 void backward(const MaskedSoftmaxGradParams& p, int64_t begin, int64_t end) {
-  p.dtype == DType::f32 ? backward_rows<float>(p, begin, end) : backward_rows<bf16>(p, begin, end);
+  with_type(p.dtype, [&](auto type) { backward_rows<decltype(type)>(p, begin, end); });
 }
 
 void add_score_gradient(const MaskedSoftmaxGradParams& p, int64_t row, double* sums) {
-  p.dtype == DType::f32 ? add_row_gradient<float>(p, row, sums) : add_row_gradient<bf16>(p, row, sums);
+  with_type(p.dtype, [&](auto type) { add_row_gradient<decltype(type)>(p, row, sums); });
 }
 
 }  // namespace

@@ -7,7 +7,8 @@
 
 namespace transfuse::cpu {
 
-enum class MaskKind : int { none = 0, keep = 1, additive_f32 = 2, additive_bf16 = 3 };
+// keep: bytes, 0 excludes; additive: in the input's type; additive_f32: in float beside another input type.
+enum class MaskKind : int { none = 0, keep = 1, additive = 2, additive_f32 = 3 };
 
 // Rows are the outer dimensions of [..., queries, keys], flattened; input, output and gradients are contiguous.
 struct MaskedSoftmaxParams {
@@ -35,7 +36,7 @@ struct MaskedSoftmaxGradParams {
 };
 
 struct MaskedSoftmaxKernels {
-  // Rows [begin, end); scratch holds p.keys floats.
+  // Rows [begin, end); scratch holds p.keys floats (none for doubles).
   void (*forward)(const MaskedSoftmaxParams& p, int64_t begin, int64_t end, float* scratch);
   // grad_input = scale * output * (grad_output - sum(grad_output * output)) of rows [begin, end).
   void (*backward)(const MaskedSoftmaxGradParams& p, int64_t begin, int64_t end);

@@ -10,7 +10,7 @@ from torch import Tensor
 from transfuse import dispatch, extension
 from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
 from transfuse.checks import check_alignment, check_flag, check_scale, check_tensor
-from transfuse.dispatch import Implementation, cpu_reasons, dtype_name, supports_all
+from transfuse.dispatch import ALL_DTYPES, Implementation, cpu_reasons, dtype_name, supports_all
 from transfuse.reference.masked_softmax import masked_softmax_reference
 
 
@@ -40,9 +40,10 @@ def masked_softmax(
     Numerics:
         float32: within 3 ULP per element at any logit size, a row sums to 1 within 1e-6; a row of one valid key is exactly 1
         there; a row of none is 0, forward and backward. A NaN or +inf in a valid score, or -inf in all of them, gives NaN at
-        the row's valid keys. bfloat16: one rounding of the float32 result. Every row is computed alone, so its bits depend
-        neither on the batch nor on threads; excluded keys at its end change none. The gradient of a mask is summed in
-        float64 in a fixed order. On a GPU autocast runs it in float32, on the CPU in input's dtype, as torch does.
+        the row's valid keys. bfloat16 and float16: one rounding of the float32 result. float64: within 4 ULP, a row sums to
+        1 within 1e-14. Every row is computed alone, so its bits depend neither on the batch nor on threads; excluded keys at
+        its end change none. The gradient of a mask is summed in float64 in a fixed order. On a GPU autocast runs it in
+        float32, on the CPU in input's dtype, as torch does.
     Raises:
         TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape, dim, scale or alignment. RuntimeError:
         mask on another device; a second or forward-mode derivative of a compiled kernel.
@@ -155,7 +156,7 @@ def _run_torch(input, mask, scale, causal, bottom_right):
 
 
 IMPLEMENTATIONS = (
-    Implementation("cpu", cpu_reasons, _run_cpu),
+    Implementation("cpu", lambda problem: cpu_reasons(problem, ALL_DTYPES), _run_cpu),
     Implementation("torch", supports_all, _run_torch, automatic=False),
     Implementation("reference", supports_all, masked_softmax_reference),
 )
@@ -218,4 +219,4 @@ if extension._C is not None:
 
     @torch.library.register_fake("transfuse::masked_softmax_mask_backward")
     def _(grad_output, output, mask):
-        return output.new_empty(mask.shape, dtype=torch.float32)
+        return output.new_empty(mask.shape, dtype=torch.float64 if output.dtype == torch.float64 else torch.float32)

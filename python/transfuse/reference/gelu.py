@@ -27,9 +27,26 @@ def gelu_reference(input: Tensor, approximate: str = "none", bias: Tensor | None
         wide = torch.promote_types(input.dtype, torch.float32)
         x = (input.to(wide) + bias.to(wide)).to(input.dtype)
     x = x.double()
-    inner = x.clamp(-_CUT, _CUT)
+    # Not clamp(), whose derivative at NaN is 0.
+    outer = torch.where(x < -_CUT, -_CUT, x)
+    inner = torch.where(outer > _CUT, _CUT, outer)
     if approximate == "tanh":
         phi = torch.sigmoid(2 * math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3))
     else:
         phi = 0.5 * torch.erfc(inner * -math.sqrt(0.5))
-    return (x.clamp(min=-_CUT) * phi).to(input.dtype)
+    return _rounded_once(outer * phi, input.dtype)
+
+
+def _rounded_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """``exact.to(dtype)`` with one rounding. torch goes from float64 to a 16-bit type through float32 and rounds twice.
+
+    Rounding to odd on the way (the last bit of the float32 says that something was cut off) makes two roundings one.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return exact.to(dtype)
+    near = exact.to(torch.float32)
+    with torch.no_grad():
+        too_large, bits = near.double().abs() > exact.abs(), near.view(torch.int32)
+        odd = ((bits - too_large.int()) | 1).view(torch.float32)
+        cut_off = (near.double() != exact) & exact.isfinite()
+    return torch.where(cut_off, near + (odd - near).detach(), near).to(dtype)
