@@ -189,10 +189,15 @@ void forward(const AttentionForwardParams& params, void* memory, int64_t begin, 
   }
 }
 
+void add_sequences(const double* parts, int64_t sequences, int64_t num_heads, double* total) {
+  for (int64_t i = 0; i < sequences; ++i)
+    for (int64_t head = 0; head < num_heads; ++head) total[head] += parts[i * num_heads + head];
+}
+
 }  // namespace
 
 const AttentionKernels TRANSFUSE_ATTENTION_NAME(attention_kernels) = {
     forward_scratch_bytes, TRANSFUSE_ATTENTION_NAME(attention_backward_scratch_bytes), forward,
-    TRANSFUSE_ATTENTION_NAME(attention_backward)};
+    TRANSFUSE_ATTENTION_NAME(attention_backward), add_sequences};
 
 }  // namespace transfuse::cpu::TRANSFUSE_ISA

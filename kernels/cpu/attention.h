@@ -90,6 +90,8 @@ struct AttentionKernels {
   void (*forward)(const AttentionForwardParams&, void* scratch, int64_t begin, int64_t end);
   // One key/value head of one sequence with all query heads that share it.
   void (*backward)(const AttentionBackwardParams&, void* scratch, int64_t sequence, int64_t kv_head);
+  // total[head] += parts[sequence][head], sequences in order.
+  void (*add_sequences)(const double* parts, int64_t sequences, int64_t num_heads, double* total);
 };
 
 TRANSFUSE_DECLARE_KERNELS(AttentionKernels, attention_kernels)      // float32, bfloat16, float16: computed in float

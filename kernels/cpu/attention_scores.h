@@ -14,6 +14,13 @@
 namespace transfuse::cpu::TRANSFUSE_ISA {
 namespace {
 
+TRANSFUSE_INLINE wide exp_full(wide x) {  // TEMPORARY until exp.h has it
+  double v[16];
+  store_wide(v, x);
+  for (double& e : v) e = __builtin_exp(e);
+  return load_wide(v);
+}
+
 constexpr int64_t key_block = 128;  // one panel of scores is 8 KiB of floats: it stays in the first-level cache
 
 // ---- which keys ----

@@ -65,6 +65,34 @@ def reference_options(features: dict, device: torch.device) -> dict:
     return options
 
 
+_NO_KERNEL_OPTIONS = (None, None, None, -1, -1, 0.0, 0.0)
+
+
+def kernel_options(features: dict, device: torch.device) -> tuple:
+    """The same as the raw ops take it: alibi_slopes, sinks, dropout_seed, window_left, window_right, softcap, dropout_p."""
+    if not features:
+        return _NO_KERNEL_OPTIONS
+    left, right = (-1 if side is None else min(side, INT64_MAX) for side in features.get("window", (None, None)))
+    dropout_p = features.get("dropout_p", 0.0)
+    seed = dropout_seed(device) if dropout_p else None
+    return features.get("alibi_slopes"), features.get("sinks"), seed, left, right, features.get("softcap", 0.0), dropout_p
+
+
+def statistics_dtype(query: Tensor) -> torch.dtype:
+    """Of lse: float32, float64 for float64."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def fake_extra_grads(query, bias, alibi_slopes, sinks, bias_shape, need_bias, need_alibi_slopes, need_sinks) -> tuple:
+    """Gradients of bias, alibi_slopes and sinks without values; empty where none is wanted."""
+    bias_shape = bias_shape if need_bias else (0,)
+    result = [query.new_empty(bias_shape, dtype=query.dtype if bias is None else bias.dtype)]
+    for tensor, need in ((alibi_slopes, need_alibi_slopes), (sinks, need_sinks)):
+        like = query if tensor is None else tensor
+        result.append(like.new_empty(like.shape if need else (0,)))
+    return tuple(result)
+
+
 def dropout_seed(device: torch.device) -> Tensor:
     """Drawn on the device by torch's generator: checkpointing, graphs and compile replay it."""
     return torch.randint(_INT64_MIN, INT64_MAX, (2,), dtype=torch.int64, device=device)
