@@ -119,8 +119,7 @@ def test_offsets_of_either_type_any_stride_and_loose_bounds():
         assert torch.equal(varlen_attention(query, key, value, cu_seqlens, max_seqlen_q=500, max_seqlen_k=70), expected)
 
 
-@pytest.mark.filterwarnings("ignore::transfuse.TransfuseWarning")
-def test_options_of_the_reference_act_per_sequence():
+def test_options_act_per_sequence():
     """bias, window, softcap, alibi and sinks: each sequence gets what attention gives it alone."""
     lengths, lengths_k = (3, 5), (6, 5)
     query, key, value = packed_inputs(lengths=lengths, lengths_k=lengths_k)
@@ -137,17 +136,29 @@ def test_options_of_the_reference_act_per_sequence():
         assert torch.equal(alone.transpose(0, 1), output[rows]) and torch.equal(alone_lse, lse[:, rows])
 
 
-@pytest.mark.parametrize("option", ({"attn_bias": torch.zeros(1, 1, 64, 64)}, {"dropout_p": 0.1}, {"window": (1, 1)}), ids=str)
-def test_what_the_kernel_lacks_falls_back_in_sight(option, monkeypatch):
+OPTIONS_OF_THE_KERNEL = {
+    "attn_bias": torch.zeros(1, 1, 64, 64), "dropout_p": 0.1, "window": (1, 1), "softcap": 3.0, "alibi_slopes": torch.ones(HEADS),
+    "sinks": torch.ones(HEADS),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS_OF_THE_KERNEL)
+def test_every_option_takes_the_kernel(option):
+    tensors, cu_seqlens, options = packed_inputs(), offsets(LENGTHS), {option: OPTIONS_OF_THE_KERNEL[option]}
+    explanation = explain(varlen_attention, *tensors, cu_seqlens, **options)
+    assert explanation.chosen == "cpu" and explanation.problem.features == (option,)
+    with use_backend("cpu"):
+        varlen_attention(*tensors, cu_seqlens, **options)
+
+
+def test_what_the_kernel_lacks_falls_back_in_sight(monkeypatch):
     from transfuse import dispatch
 
     monkeypatch.setattr(dispatch, "_warned", set())
-    tensors, cu_seqlens = packed_inputs(), offsets(LENGTHS)
-    reason = f"{next(iter(option))} has no CPU kernel yet"
-    with pytest.warns(TransfuseWarning, match=reason):
-        varlen_attention(*tensors, cu_seqlens, **option)
-    assert reason in str(explain(varlen_attention, *tensors, cu_seqlens, **option))
-    assert explain(varlen_attention, *tensors, cu_seqlens).chosen == "cpu"
+    wide, cu_seqlens = draw(5, 1, 513), offsets((2, 3))
+    with pytest.warns(TransfuseWarning, match="head_dim is 513, the kernel takes up to 512"):
+        varlen_attention(wide, wide, wide, cu_seqlens)
+    assert explain(varlen_attention, wide, wide, wide, cu_seqlens).chosen == "reference"
 
 
 T = torch.zeros(5, 4, 8)
@@ -184,12 +195,16 @@ def test_refusals_say_what_was_expected(error, message, args, kwargs, backend):
     assert str(raised.value) == message
 
 
-MUTANTS = {
-    "scale * 1.01": lambda a: (*a[:7], a[7] * 1.01, *a[8:]),
-    "value * 1.001": lambda a: (*a[:2], a[2] * 1.001, *a[3:]),
-    "causal ignored": lambda a: (*a[:8], False, a[9]),
-    "alignment ignored": lambda a: (*a[:9], not a[9]),
-    "sequences merged": lambda a: (*a[:3], a[3][[0, -1]], a[4][[0, -1]], 1000, 1000, *a[7:]),
+def replaced(index, value):
+    return lambda arguments: (*arguments[:index], value(arguments[index]), *arguments[index + 1 :])
+
+
+MUTANTS = {  # of the raw forward's arguments
+    "value * 1.001": replaced(2, lambda value: value * 1.001),
+    "scale * 1.01": replaced(11, lambda scale: scale * 1.01),
+    "causal ignored": replaced(12, lambda is_causal: False),
+    "alignment ignored": replaced(13, lambda bottom_right: not bottom_right),
+    "sequences merged": lambda a: (*a[:3], a[3][[0, -1]], a[4][[0, -1]], *a[5:9], 1000, 1000, *a[11:]),
 }
 
 

@@ -29,6 +29,8 @@ MAX_ULP = {
     "gelu_backward": 4.0,
     "masked_softmax_forward": 4.0,
     "layer_norm_forward": 2.0,
+    "attention_softcap": 4.0,
+    "attention_softcap_slope": 4.0,
 }
 # The gradient of GELU crosses 0: within this distance of the root the bound is absolute.
 GELU_ROOT_ZONE = 1e-4
