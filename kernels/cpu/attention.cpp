@@ -53,13 +53,14 @@ void softmax_panel(const ScorePanel& t, const Scratch& s, int64_t r, bool first,
   const ScaledExp weight(scale);
   real* scores = s.scores;
   const real* keep = excludes ? s.keep : nullptr;
-  const vec before = load_row(s.maximum + r);
-  vec anchor = load_row(s.anchor + r);
+  vec before = load_row(s.maximum + r), anchor = load_row(s.anchor + r);
   vec maximum = row_maximum(scores, keep, t.keys);
   const vec_mask refine = saturated(maximum, scale) | ~(anchor == fill(0));
   if (any(refine)) {
-    const vec_mask no_key_yet = before == fill(-infinity);
-    store_row(s.anchor + r, anchor = select(refine & no_key_yet, maximum, anchor));
+    // The anchor follows the maximum: far from it a score would be rounded at the size of the distance.
+    const vec higher = select(refine & (maximum > before + anchor), maximum, anchor);
+    before = before + (anchor - higher);
+    store_row(s.anchor + r, anchor = higher);
     refine_scores(t, s.queries + r * p.head_dim, s.keys, key_block * panel, s.bias,
                   {refine, anchor, max(maximum, before + anchor)}, scores);
     maximum = row_maximum(scores, keep, t.keys);
@@ -108,7 +109,7 @@ void write_rows(const AttentionForwardParams& params, const AttentionSequence& s
     const bool nothing = sum == 0;  // the largest weight of a row is 1, so only a row without keys sums to 0
     const double top = nothing ? -__builtin_inf() : (static_cast<double>(s.maximum[r]) + s.anchor[r]) * logit_scale(p);
     real log_sum = nothing ? -infinity : static_cast<real>(top + natural_log(sum));
-    if (p.sinks) {
+    if (p.sinks && p.sinks[head] != -__builtin_inf()) {
       const double sink = p.sinks[head], total = sum + sink_weight(sink, top);
       if (total > 0) log_sum = static_cast<real>(total < __builtin_inf() ? top + __builtin_log(total) : sink);
       if (total != total) log_sum = static_cast<real>(total);

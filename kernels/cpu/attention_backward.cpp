@@ -204,7 +204,7 @@ void differentiate_panel(const Tile& t, int64_t r, Maximum maximum, vec sum) {
   const vec part = exp_any(fma(maximum.value, scale, fms(maximum.anchor, scale, lse))) * total;
   const vec size = max(abs(lse), abs((maximum.value + maximum.anchor) * scale));
   const vec rounding = fma(size, fill(lse_rounding), fill(lse_rounding));
-  const vec_mask whole = ~(abs(part - fill(1)) > rounding);
+  const vec_mask whole = ~(abs(part - fill(1)) > rounding) | (total == fill(infinity));  // inf: all weight is the sink's
   const vec share = select(whole, fill(1), part) / total;
   const vec normaliser = select(sum > fill(0), share, select(isnan(sum), sum, fill(0)));
 

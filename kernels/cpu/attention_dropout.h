@@ -33,7 +33,7 @@ TRANSFUSE_INLINE void for_each_draw(const ScorePanel& t, Body body) {
 }
 
 // Weights that are dropped become 0; the division by 1 - probability is left to whoever divides by the sum.
-void drop_weights(const ScorePanel& t, real* weights) {
+TRANSFUSE_INLINE void drop_weights(const ScorePanel& t, real* weights) {
   for_each_draw(t, [&](int64_t j, vec kept) { store_row(weights + j * panel, load_row(weights + j * panel) * kept); });
 }
 

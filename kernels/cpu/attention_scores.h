@@ -235,7 +235,7 @@ vec row_maximum(const real* scores, const real* keep, int64_t n) {
   return max(max(most[0], most[1]), max(most[2], most[3]));
 }
 
-// What a sink adds to a sum of weights exp(logit - top); top is -inf where no key takes part. NaN for a NaN or +inf sink.
+// What a sink adds to a sum of weights exp(logit - top); top is -inf where no key takes part. A NaN or +inf sink gives NaN.
 TRANSFUSE_INLINE double sink_weight(double sink, double top) {
   if (sink == -__builtin_inf()) return 0.0;
   if (sink == __builtin_inf()) return __builtin_nan("");

@@ -72,7 +72,7 @@ def kernel_options(features: dict, device: torch.device) -> tuple:
     """The same as the raw ops take it: alibi_slopes, sinks, dropout_seed, window_left, window_right, softcap, dropout_p."""
     if not features:
         return _NO_KERNEL_OPTIONS
-    left, right = (-1 if side is None else min(side, INT64_MAX) for side in features.get("window", (None, None)))
+    left, right = (-1 if side is None else side for side in features.get("window", (None, None)))
     dropout_p = features.get("dropout_p", 0.0)
     seed = dropout_seed(device) if dropout_p else None
     return features.get("alibi_slopes"), features.get("sinks"), seed, left, right, features.get("softcap", 0.0), dropout_p
@@ -142,7 +142,7 @@ def check_window(op: str, window: tuple) -> tuple[int | None, int | None]:
             raise TypeError(f"{op}: window is {window!r}, expected (left, right), each int or None")
         if side is not None and side < 0:
             raise ValueError(f"{op}: window is {window!r}, expected (left, right) of at least 0")
-    return tuple(window)
+    return tuple(None if side is None else min(side, INT64_MAX) for side in window)
 
 
 def check_softcap(op: str, softcap: float) -> float:
