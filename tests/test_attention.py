@@ -69,7 +69,7 @@ MASKS = {
     "float": lambda dtype: {"attn_mask": bias(BATCH, HEADS, LEN_Q, LEN_K, dtype=dtype)},
     "float with -inf": lambda dtype: {"attn_mask": half_excluded()},
     "finfo.min": lambda dtype: {
-        "attn_mask": torch.where(keep_mask(BATCH, 1, LEN_Q, LEN_K), 0.0, torch.finfo(dtype).min).to(dtype)
+        "attn_mask": torch.zeros(BATCH, 1, LEN_Q, LEN_K, dtype=dtype).masked_fill(~keep_mask(BATCH, 1, LEN_Q, LEN_K), torch.finfo(dtype).min)
     },
     "bias [H, Lq, Lk]": lambda dtype: {"attn_bias": bias(1, HEADS, LEN_Q, LEN_K)},
     "bias [B, 1, 1, Lk]": lambda dtype: {"attn_bias": bias(BATCH, 1, 1, LEN_K)},

@@ -14,13 +14,6 @@
 namespace transfuse::cpu::TRANSFUSE_ISA {
 namespace {
 
-TRANSFUSE_INLINE wide exp_full(wide x) {  // TEMPORARY until exp.h has it
-  double v[16];
-  store_wide(v, x);
-  for (double& e : v) e = __builtin_exp(e);
-  return load_wide(v);
-}
-
 constexpr int64_t key_block = 128;  // one panel of scores is 8 KiB of floats: it stays in the first-level cache
 
 // ---- which keys ----
@@ -193,21 +186,22 @@ bool finish_scores(const ScorePanel& t, real* scores, real* keep, real* bias, re
 
 // ---- from score to weight ----
 
-// exp(scale * difference) for difference <= 0.
+// exp(scale * difference) for difference <= 0, <= 1 ULP, since the product is not rounded.
 struct ScaledExp {
 #ifdef TRANSFUSE_ATTENTION_DOUBLE
-  vec scale;
+  wide scale, lowest;
 
-  TRANSFUSE_INLINE explicit ScaledExp(real s) : scale(fill(s)) {}
-  TRANSFUSE_INLINE vec operator()(vec difference) const { return exp_full(difference * scale); }
+  TRANSFUSE_INLINE explicit ScaledExp(double s) : scale(fill(s)), lowest(fill(finite_bound(exp_full_lowest, s))) {}
+  TRANSFUSE_INLINE wide operator()(wide difference) const {
+    const wide d = max(lowest, difference), x = d * scale;  // in this order a NaN is kept
+    return exp_full(x, fms(d, scale, x));                   // a level without FMA finds a residual of 0
+  }
 #else
-  // <= 1 ULP, since the product is not rounded. Weights below 2^-126 are 0.
   f32 scale, scale_log2e, lowest;
 
   TRANSFUSE_INLINE explicit ScaledExp(float s) : scale(set1(s)), scale_log2e(set1(s * exp_log2e)) {
-    constexpr float zero_from = -88.0f, largest = 0x1.fffffep127f;  // e^-88 < 2^-126
-    // A finite bound, since -inf * scale - n ln 2 is NaN.
-    lowest = set1(s > 0.0f ? __builtin_fmaxf(-largest, zero_from / s) : 0.0f);
+    constexpr float zero_from = -88.0f;  // e^-88 < 2^-126: weights below that are 0
+    lowest = set1(finite_bound(zero_from, s));
   }
   TRANSFUSE_INLINE f32 operator()(f32 difference) const {
     const f32 integer = set1(exp_integer + 127.0f);  // the low bits of the sum are the biased exponent, 0 from e^-88 on
@@ -218,6 +212,11 @@ struct ScaledExp {
     return exp_polynomial(r) * from_bits(shift_left<23>(bits(shifted)));
   }
 #endif
+  // lowest / s, but finite, since -inf * scale - n ln 2 is NaN.
+  static real finite_bound(double lowest, real s) {
+    constexpr double largest = in_double ? 0x1.fffffffffffffp1023 : 0x1.fffffep127;
+    return s > 0 ? static_cast<real>(__builtin_fmax(-largest, lowest / s)) : 0;
+  }
 };
 
 // The largest kept score of each row; keep is null where all are. A NaN score is passed over: it shows in the sum.
