@@ -463,16 +463,19 @@ Gathered gather_extras(const char* op, const Problem& problem, const Options& op
   const auto per_sequence = [&](bool want) {
     return zeros_cpu(op, {want ? p.num_sequences : 0, p.num_heads}, ScalarType::Double);
   };
-  Gathered g{zeros_cpu(op, bias_shape, ScalarType::Double), per_sequence(wanted.alibi_slopes), per_sequence(wanted.sinks)};
-  const auto data = [](bool want, const Tensor& t) { return want ? static_cast<double*>(t.mutable_data_ptr()) : nullptr; };
+  Gathered g{zeros_cpu(op, bias_shape, ScalarType::Double), per_sequence(wanted.alibi_slopes),
+             per_sequence(wanted.sinks)};
+  const auto data = [](bool want, const Tensor& t) {
+    return want ? static_cast<double*>(t.mutable_data_ptr()) : nullptr;
+  };
   params.grad_bias.data = data(wanted.bias, g.bias);
   params.grad_alibi_slopes = data(wanted.alibi_slopes, g.alibi_slopes);
   params.grad_sinks = data(wanted.sinks, g.sinks);
   return g;
 }
 
-// The gradient in the argument's own shape and dtype, empty where none is wanted; where all sequences share the argument
-// their rows are added in order.
+// The gradient in the argument's own shape and dtype, empty where none is wanted; where all sequences share the
+// argument their rows are added in order.
 Tensor finish_extra(const char* op, bool wanted, const Tensor& gathered, const std::optional<Tensor>& argument,
                     const Tensor& query) {
   if (!wanted) return empty_cpu(op, {0}, argument ? argument->scalar_type() : query.scalar_type());
@@ -596,7 +599,8 @@ Grads varlen_attention_backward(const Tensor grad_output, std::optional<Tensor> 
 STABLE_TORCH_LIBRARY_FRAGMENT(transfuse, m) {
   m.def(
       "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? seqlens_k, "
-      "Tensor? alibi_slopes, Tensor? sinks, Tensor? dropout_seed, " TRANSFUSE_ATTENTION_OPTIONS ") -> (Tensor, Tensor)");
+      "Tensor? alibi_slopes, Tensor? sinks, Tensor? dropout_seed, " TRANSFUSE_ATTENTION_OPTIONS
+      ") -> (Tensor, Tensor)");
   m.def(
       "varlen_attention_forward(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
       "Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? dropout_seed, int max_seqlen_q, int max_seqlen_k, "

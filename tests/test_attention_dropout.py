@@ -1,4 +1,4 @@
-"""Dropout in attention: Philox's known answers, the layout of its counter, one mask on every backend, gradients, replay."""
+"""Dropout in attention: Philox's known answers, its counter's layout, one mask on every backend, gradients, replay."""
 
 import pytest
 import test_attention as suite
@@ -29,7 +29,11 @@ def one_seed(monkeypatch):
 PHILOX = (  # known answers of Philox4x32-10: Random123, kat_vectors
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
 )
 
 
@@ -57,8 +61,18 @@ def kept_weights(dtype, dropout_p, batch=2, heads=3, len_q=21, len_k=150, **opti
 
 # Kept (1) and dropped (0) weights of [2, 2, 3, 9] under SEED at p = 0.5, keys in a row: a golden vector.
 GOLDEN = (
-    "110111100", "111010111", "110111001", "111100010", "101100101", "000100100",
-    "011011001", "101111011", "101010110", "010101011", "101010001", "100100101",
+    "110111100",
+    "111010111",
+    "110111001",
+    "111100010",
+    "101100101",
+    "000100100",
+    "011011001",
+    "101111011",
+    "101010110",
+    "010101011",
+    "101010001",
+    "100100101",
 )
 
 
@@ -76,7 +90,9 @@ def test_the_kernels_mask_is_the_references(dropout_p, dtype, one_seed):
     output = kept_weights(dtype, dropout_p)
     assert torch.equal(output != 0, expected)
     share = torch.tensor(1 / (150 * (1 - dropout_p)), dtype=torch.float64)
-    torch.testing.assert_close(output[expected].double(), share.expand(int(expected.sum())), rtol=2 * torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(
+        output[expected].double(), share.expand(int(expected.sum())), rtol=2 * torch.finfo(dtype).eps, atol=0
+    )
 
 
 @in_every_dtype
@@ -97,8 +113,11 @@ OPTIONS = {
     "boolean": lambda: {"attn_mask": suite.keep_mask(suite.BATCH, 1, suite.LEN_Q, suite.LEN_K)},
     "lengths": lambda: {"seqlens_k": torch.tensor([0, 31])},
     "all": lambda: {
-        "window": (30, 5), "softcap": 3.0, "alibi_slopes": draw(suite.HEADS, seed=1, requires_grad=True),
-        "sinks": draw(suite.HEADS, seed=2, requires_grad=True), "attn_bias": suite.bias(suite.HEADS, suite.LEN_Q, suite.LEN_K),
+        "window": (30, 5),
+        "softcap": 3.0,
+        "alibi_slopes": draw(suite.HEADS, seed=1, requires_grad=True),
+        "sinks": draw(suite.HEADS, seed=2, requires_grad=True),
+        "attn_bias": suite.bias(suite.HEADS, suite.LEN_Q, suite.LEN_K),
         "causal_alignment": "bottom_right",
     },
 }
@@ -110,7 +129,11 @@ OPTIONS = {
 def test_matches_reference(name, dropout_p, dtype, one_seed):
     with nan_filled_empty():
         assert_matches_reference(
-            scaled_dot_product_attention, *suite.inputs(dtype, kv_heads=2), dropout_p=dropout_p, enable_gqa=True, return_lse=True,
+            scaled_dot_product_attention,
+            *suite.inputs(dtype, kv_heads=2),
+            dropout_p=dropout_p,
+            enable_gqa=True,
+            return_lse=True,
             **OPTIONS[name](),
         )
 
@@ -124,7 +147,13 @@ def test_varlen_matches_reference(dropout_p, dtype, one_seed):
     """Batch is the number of the sequence, query and key count within it."""
     tensors = [draw(tokens, 4, 16, dtype=dtype, seed=i, requires_grad=True) for i, tokens in enumerate((39, 150, 150))]
     assert_matches_reference(
-        varlen_attention, *tensors, CU_SEQLENS, CU_SEQLENS_K, dropout_p=dropout_p, is_causal=True, return_lse=True,
+        varlen_attention,
+        *tensors,
+        CU_SEQLENS,
+        CU_SEQLENS_K,
+        dropout_p=dropout_p,
+        is_causal=True,
+        return_lse=True,
         sinks=draw(4, seed=9, requires_grad=True),
     )
 
@@ -159,7 +188,9 @@ def test_follows_torchs_generator_and_keeps_the_mean(dtype):
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
     assert abs(float(run(1).double().mean()) - 1.0) < 0.02  # 65,536 weights: the mean's own deviation is below 0.006
     assert torch.equal(run(1, 1.0), torch.zeros_like(run(1)))
-    assert torch.equal(scaled_dot_product_attention(query, key, value, dropout_p=0.0), scaled_dot_product_attention(query, key, value))
+    assert torch.equal(
+        scaled_dot_product_attention(query, key, value, dropout_p=0.0), scaled_dot_product_attention(query, key, value)
+    )
 
 
 @pytest.mark.parametrize("dropout_p", (0.05, 0.5, 0.95))
@@ -194,7 +225,9 @@ def test_checkpoint_replays(use_reentrant):
 def test_compile_fullgraph_with_gradients():
     leaves = suite.inputs()
     torch.compiler.reset()
-    compiled = torch.compile(lambda *t: scaled_dot_product_attention(*t, dropout_p=0.5), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda *t: scaled_dot_product_attention(*t, dropout_p=0.5), fullgraph=True, backend="aot_eager"
+    )
     output = compiled(*leaves)
     grads = torch.autograd.grad(output, leaves, torch.ones_like(output))
     # dV is the kept weights of each key, summed over rows: the backward of the same draws

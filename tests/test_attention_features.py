@@ -1,4 +1,4 @@
-"""window, softcap, ALiBi and sinks in attention: alone, in pairs with everything else, at the edges, and bit for bit."""
+"""window, softcap, ALiBi and sinks in attention: alone, in pairs with all else, at the edges, and bit for bit."""
 
 import itertools
 import random
@@ -38,7 +38,11 @@ FEATURES = {
     "window over everything": lambda: {"window": (1000, 10**30)},
     "window, causal": lambda: {"window": (150, 2), "is_causal": True, **BOTTOM_RIGHT},
     "window of no key for the last rows": lambda: {"window": (3, 3), "seqlens_k": torch.tensor([9, 300])},
-    "window, boolean": lambda: {"window": (40, 20), "attn_mask": suite.keep_mask(BATCH, 1, LEN_Q, LEN_K), **BOTTOM_RIGHT},
+    "window, boolean": lambda: {
+        "window": (40, 20),
+        "attn_mask": suite.keep_mask(BATCH, 1, LEN_Q, LEN_K),
+        **BOTTOM_RIGHT,
+    },
     "softcap": lambda: {"softcap": 2.0},
     "softcap, small": lambda: {"softcap": 0.1},
     "softcap, large": lambda: {"softcap": 1e4},
@@ -50,10 +54,20 @@ FEATURES = {
     "sinks": lambda: {"sinks": per_head(HEADS)},
     "large sinks": lambda: {"sinks": per_head(HEADS, shift=6.0)},
     "sinks that weigh nothing": lambda: {"sinks": per_head(HEADS, shift=-60.0)},
-    "sinks, rows without keys": lambda: {"sinks": per_head(HEADS), "seqlens_k": torch.tensor([0, 20]), "is_causal": True, **BOTTOM_RIGHT},
+    "sinks, rows without keys": lambda: {
+        "sinks": per_head(HEADS),
+        "seqlens_k": torch.tensor([0, 20]),
+        "is_causal": True,
+        **BOTTOM_RIGHT,
+    },
     "all of them": lambda: {
-        "window": (200, 1), "softcap": 3.0, "alibi_slopes": per_head(BATCH, HEADS), "sinks": per_head(HEADS),
-        "attn_bias": suite.bias(1, HEADS, 1, LEN_K), "attn_mask": suite.keep_mask(BATCH, 1, LEN_Q, LEN_K), **BOTTOM_RIGHT,
+        "window": (200, 1),
+        "softcap": 3.0,
+        "alibi_slopes": per_head(BATCH, HEADS),
+        "sinks": per_head(HEADS),
+        "attn_bias": suite.bias(1, HEADS, 1, LEN_K),
+        "attn_mask": suite.keep_mask(BATCH, 1, LEN_Q, LEN_K),
+        **BOTTOM_RIGHT,
     },
 }
 
@@ -75,7 +89,10 @@ def test_slopes_and_sinks_alone_may_require_grad(name):
 @in_every_dtype
 @pytest.mark.parametrize("storage", (torch.float64, torch.bfloat16, torch.float16))
 def test_slopes_and_sinks_come_in_any_dtype(storage, dtype):
-    options = {"alibi_slopes": draw(HEADS, dtype=storage, requires_grad=True), "sinks": draw(HEADS, dtype=storage, seed=1, requires_grad=True)}
+    options = {
+        "alibi_slopes": draw(HEADS, dtype=storage, requires_grad=True),
+        "sinks": draw(HEADS, dtype=storage, seed=1, requires_grad=True),
+    }
     output = scaled_dot_product_attention(*inputs(dtype), **options)
     grads = torch.autograd.grad(output.sum(), list(options.values()))
     assert all(grad.dtype == storage and grad.shape == (HEADS,) for grad in grads)
@@ -107,7 +124,10 @@ def pairwise(axes, seed=0, tries=60):
     choose = random.Random(seed)
     names = list(axes)
     pairs = {
-        (a, i, b, j) for a, b in itertools.combinations(names, 2) for i in range(len(axes[a])) for j in range(len(axes[b]))
+        (a, i, b, j)
+        for a, b in itertools.combinations(names, 2)
+        for i in range(len(axes[a]))
+        for j in range(len(axes[b]))
     }
     cases = []
     while pairs:
@@ -138,7 +158,9 @@ def test_every_pair_of_options(index):
         None: None,
         "boolean": suite.keep_mask(BATCH, HEADS, len_q, len_k, seed=index),
         "padding": torch.arange(len_k) < torch.tensor([len_k // 2, len_k]).view(2, 1, 1, 1),
-        "float": torch.where(suite.keep_mask(len_q, len_k), draw(BATCH, 1, len_q, len_k, dtype=dtype, seed=index), -torch.inf),
+        "float": torch.where(
+            suite.keep_mask(len_q, len_k), draw(BATCH, 1, len_q, len_k, dtype=dtype, seed=index), -torch.inf
+        ),
     }
     biases = {None: None, "full": (BATCH, HEADS, len_q, len_k), "row": (HEADS, len_q, 1), "column": (len_k,)}
     bias_shape = biases[case["bias"]]
@@ -164,17 +186,34 @@ def test_every_pair_of_options(index):
 def test_gradcheck_of_every_argument():
     """The compiled kernels in float64 against finite differences, all options at once."""
     tensors = suite.inputs(torch.float64, batch=2, heads=2, kv_heads=1, len_q=3, len_k=5, head_dim=2, value_dim=3)
-    extra = [draw(*shape, dtype=torch.float64, seed=20 + i, requires_grad=True) for i, shape in enumerate(((2, 1, 3, 5), (2, 1, 5), (2, 2), (2,)))]
+    extra = [
+        draw(*shape, dtype=torch.float64, seed=20 + i, requires_grad=True)
+        for i, shape in enumerate(((2, 1, 3, 5), (2, 1, 5), (2, 2), (2,)))
+    ]
 
     def run(query, key, value, attn_mask, attn_bias, alibi_slopes, sinks):
         return scaled_dot_product_attention(
-            query, key, value, attn_mask, attn_bias=attn_bias, alibi_slopes=alibi_slopes, sinks=sinks, window=(3, 1), softcap=1.5,
-            seqlens_k=torch.tensor([5, 4]), enable_gqa=True, return_lse=True, scale=0.7, **BOTTOM_RIGHT,
+            query,
+            key,
+            value,
+            attn_mask,
+            attn_bias=attn_bias,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            window=(3, 1),
+            softcap=1.5,
+            seqlens_k=torch.tensor([5, 4]),
+            enable_gqa=True,
+            return_lse=True,
+            scale=0.7,
+            **BOTTOM_RIGHT,
         )
 
     with use_backend("cpu"):
         assert torch.autograd.gradcheck(run, (*tensors, *extra))
-        assert torch.autograd.gradcheck(lambda *t: scaled_dot_product_attention(*t, is_causal=True, enable_gqa=True), tensors)
+        assert torch.autograd.gradcheck(
+            lambda *t: scaled_dot_product_attention(*t, is_causal=True, enable_gqa=True), tensors
+        )
 
 
 # ---- window ----
@@ -240,7 +279,10 @@ def test_softcap_has_no_cancellation(dtype):
         exact_slope = exact.cosh().square().reciprocal()
         steepness = 1 + 2 * exact.abs()  # what the slope, near 4 exp(-2x), makes of the rounding of x
         near = exact.abs() < 40  # beyond, the slope is below 1e-34
-        assert float((ulp_distance(slope[..., 0], exact_slope) / steepness)[near].max()) <= testing.MAX_ULP["attention_softcap_slope"]
+        assert (
+            float((ulp_distance(slope[..., 0], exact_slope) / steepness)[near].max())
+            <= testing.MAX_ULP["attention_softcap_slope"]
+        )
         assert bool((slope[..., 0][~near] <= 1e-30).all())
 
 
@@ -276,7 +318,9 @@ def test_scores_of_a_thousand_keep_their_precision(name, dtype):
     options = SATURATED[name]()
     output, lse = scaled_dot_product_attention(query, key, value, return_lse=True, **options)
     with use_backend("reference"):
-        exact, exact_lse = scaled_dot_product_attention(*(t.double() for t in (query, key, value)), return_lse=True, **options)
+        exact, exact_lse = scaled_dot_product_attention(
+            *(t.double() for t in (query, key, value)), return_lse=True, **options
+        )
     if dtype == torch.float64:  # whose scores carry 1e3 * 2^-53, as do the oracle's
         assert_close(output, exact, LEN_K**2, slack=1e3)
     else:
@@ -303,7 +347,10 @@ def test_a_sink_may_take_all_the_weight(dtype):
     """Scores so far below the sink that its weight overflows when it is counted in theirs."""
     for bias in (-80.0, -95.0, -300.0, -800.0):
         assert_matches_reference(
-            scaled_dot_product_attention, *inputs(dtype), return_lse=True, sinks=per_head(HEADS),
+            scaled_dot_product_attention,
+            *inputs(dtype),
+            return_lse=True,
+            sinks=per_head(HEADS),
             attn_bias=torch.where(torch.arange(LEN_Q) % 2 == 0, bias, 0.0).view(-1, 1),
         )
 
@@ -341,8 +388,12 @@ def test_a_sink_in_the_sum_is_one_more_key(dtype):
 
 def everything():
     return {
-        "window": (90, 5), "softcap": 4.0, "alibi_slopes": draw(HEADS, seed=1).abs(), "sinks": draw(HEADS, seed=2),
-        "attn_bias": draw(HEADS, LEN_Q, LEN_K, seed=3), **BOTTOM_RIGHT,
+        "window": (90, 5),
+        "softcap": 4.0,
+        "alibi_slopes": draw(HEADS, seed=1).abs(),
+        "sinks": draw(HEADS, seed=2),
+        "attn_bias": draw(HEADS, LEN_Q, LEN_K, seed=3),
+        **BOTTOM_RIGHT,
     }
 
 
@@ -358,7 +409,10 @@ def run_everything(tensors, grad, grad_lse, options):
 @in_every_dtype
 def test_threads_and_repeats_change_no_bit(dtype):
     tensors = inputs(dtype, batch=3)
-    grads = draw(3, HEADS, LEN_Q, suite.VALUE_DIM, dtype=dtype, seed=8), draw(3, HEADS, LEN_Q, seed=9).to(suite_lse(dtype))
+    grads = (
+        draw(3, HEADS, LEN_Q, suite.VALUE_DIM, dtype=dtype, seed=8),
+        draw(3, HEADS, LEN_Q, seed=9).to(suite_lse(dtype)),
+    )
     expected = run_everything(tensors, *grads, everything())
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
@@ -373,10 +427,15 @@ def suite_lse(dtype):
 @in_every_dtype
 def test_an_entry_does_not_depend_on_its_batch(dtype):
     tensors = inputs(dtype, batch=5)
-    grads = draw(5, HEADS, LEN_Q, suite.VALUE_DIM, dtype=dtype, seed=8), draw(5, HEADS, LEN_Q, seed=9).to(suite_lse(dtype))
+    grads = (
+        draw(5, HEADS, LEN_Q, suite.VALUE_DIM, dtype=dtype, seed=8),
+        draw(5, HEADS, LEN_Q, seed=9).to(suite_lse(dtype)),
+    )
     whole = run_everything(tensors, *grads, everything())[:5]
     for entry in range(5):
-        alone = run_everything([t[entry : entry + 1] for t in tensors], *(g[entry : entry + 1] for g in grads), everything())[:5]
+        alone = run_everything(
+            [t[entry : entry + 1] for t in tensors], *(g[entry : entry + 1] for g in grads), everything()
+        )[:5]
         for one, all_of_them in zip(alone, whole):
             assert torch.equal(one[0], all_of_them[entry])
 

@@ -1,19 +1,19 @@
 // Attention forward: softmax(scores) V over blocks of keys, no matrix of Lq x Lk anywhere.
 //
-// A task packs a block of queries, then walks the key blocks of its sequence from the first that some row sees; per block
-// the keys and values are packed once, and each panel of 16 queries computes its scores, updates its maximum, sum and
-// output. A sink joins the sum at the end, dropout acts on weights that are already summed.
-// Policy: the maximum is exact and is that of stored scores, the scale enters inside exp, weights stay in the arithmetic
-// type, the division comes once at the end. A row's arithmetic depends on its own keys alone: an excluded key adds exact
-// zeros, and blocks count from the sequence's own key 0, so batch, packing, masks and threads leave every bit as it is.
+// A task packs a block of queries, then walks the key blocks of its sequence from the first that some row sees; per
+// block the keys and values are packed once, and each panel of 16 queries computes its scores, updates its maximum, sum
+// and output. Dropout acts on weights that are already summed, a sink joins the sum at the end.
+// Policy: the maximum is exact and is that of the stored scores, weights are never rounded to a storage type, the
+// division comes once at the end. A row's arithmetic depends on its own keys alone: an excluded key adds exact zeros,
+// and blocks count from the sequence's own key 0, so batch, packing, masks and threads leave every bit as it is.
 #include "attention_dropout.h"
 #include "attention_scores.h"
 
 namespace transfuse::cpu::TRANSFUSE_ISA {
 
 int64_t TRANSFUSE_ATTENTION_NAME(attention_backward_scratch_bytes)(const AttentionBackwardParams& params);
-void TRANSFUSE_ATTENTION_NAME(attention_backward)(const AttentionBackwardParams& params, void* scratch, int64_t sequence,
-                                                  int64_t kv_head);
+void TRANSFUSE_ATTENTION_NAME(attention_backward)(const AttentionBackwardParams& params, void* scratch,
+                                                  int64_t sequence, int64_t kv_head);
 
 namespace {
 
@@ -45,8 +45,8 @@ int64_t forward_scratch_bytes(const AttentionForwardParams& params) {
   return arena.bytes();
 }
 
-// Turns the scores of the panel at row r of the task into weights exp(logit - maximum), and brings the sum and output of
-// its rows to the new maximum.
+// Turns the scores of the panel at row r of the task into weights exp(logit - maximum), and brings the sum and output
+// of its rows to the new maximum.
 void softmax_panel(const ScorePanel& t, const Scratch& s, int64_t r, bool first, bool excludes) {
   const AttentionParams& p = t.p;
   const real scale = logit_scale(p);

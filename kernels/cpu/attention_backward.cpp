@@ -1,9 +1,12 @@
-// Attention backward: gradients of query, key, value, bias, ALiBi slopes and sinks for one key/value head of one sequence.
+// Attention backward: gradients of query, key, value, bias, slopes and sinks for one key/value head of one sequence.
 //
-//   P = softmax(scores)    D = what dropout keeps, over 1 - p    dV = (P * D)^T dO    dP = D * (dO V^T)
-//   dS = P * (dP - delta)    delta = sum of P * dP    dbias = dS, summed over the dimensions in which the bias broadcast
-//   dR = dS * cap_slope      dQ = scale * dR K        dK = scale * dR^T Q
-//   dslope = -sum of dS * distance                    dsink = -P_sink * delta, summed over rows
+//   P = softmax(scores)       D = 1 / (1 - p) where dropout keeps, else 0
+//   dV = (P * D)^T dO         dP = D * (dO V^T)
+//   dS = P * (dP - delta)     delta = sum of P * dP, less the gradient of lse
+//   dbias = dS                dslope = -dS * distance        dsink = -P_sink * delta
+//   dR = dS * cap_slope       dQ = scale * dR K              dK = scale * dR^T Q
+//
+// where dbias, dslope and dsink are summed over the dimensions in which their argument was broadcast.
 //
 // A tile of 32 queries holds its weights and dP against all keys of its sequence, [key][16 queries] as in the forward
 // (linear in the length, never Lq x Lk), so each of the five products is computed once.
@@ -204,14 +207,17 @@ void differentiate_panel(const Tile& t, int64_t r, Maximum maximum, vec sum) {
   const vec part = exp_any(fma(maximum.value, scale, fms(maximum.anchor, scale, lse))) * total;
   const vec size = max(abs(lse), abs((maximum.value + maximum.anchor) * scale));
   const vec rounding = fma(size, fill(lse_rounding), fill(lse_rounding));
-  const vec_mask whole = ~(abs(part - fill(1)) > rounding) | (total == fill(infinity));  // inf: all weight is the sink's
+  const vec_mask all_sink = total == fill(infinity);  // next to the sink the keys weigh nothing
+  const vec_mask whole = ~(abs(part - fill(1)) > rounding) | all_sink;
   const vec share = select(whole, fill(1), part) / total;
   const vec normaliser = select(sum > fill(0), share, select(isnan(sum), sum, fill(0)));
 
   const bool drops = s.draws;
   if (drops) {
-    const vec scaled = fill(static_cast<real>(t.p.dropout.probability < 1.0 ? 1.0 / (1.0 - t.p.dropout.probability) : 0.0));
-    for_each_draw(t.scores(r, 0, t.keys), [&](int64_t j, vec kept) { store_row(t.draws(r) + j * panel, kept * scaled); });
+    const double p = t.p.dropout.probability;
+    const vec scaled = fill(static_cast<real>(p < 1.0 ? 1.0 / (1.0 - p) : 0.0));
+    for_each_draw(t.scores(r, 0, t.keys),
+                  [&](int64_t j, vec kept) { store_row(t.draws(r) + j * panel, kept * scaled); });
   }
   vec deltas[2] = {fill(0), fill(0)};
   t.for_each_block([&](int64_t key, int64_t n) {
@@ -343,7 +349,8 @@ void write_grad(const AttentionOutput& grad, const AttentionSequence& sequence, 
                 const real* source, int64_t panel_rows, int64_t rows, int64_t cols, real factor) {
   const vec factors = fill(factor);
   with_storage(grad.dtype, [&](auto* type) {
-    auto* out = static_cast<decltype(type)>(grad.data) + sequence.batch * grad.batch + head * grad.head + row * grad.row;
+    const int64_t offset = sequence.batch * grad.batch + head * grad.head + row * grad.row;
+    auto* out = static_cast<decltype(type)>(grad.data) + offset;
     for_each_vec(cols, [&](int64_t c, int64_t n) {
       for (int64_t r = 0; r < rows; ++r)
         store_as(out + r * grad.row + c, load_row(source + c * panel_rows + r * panel) * factors, n);

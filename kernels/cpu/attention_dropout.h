@@ -1,7 +1,7 @@
 // Dropout of attention weights: one Philox word per weight, the same on every backend (CONTRACT section 3).
 //
-// Counter (key / 4, query, batch * H + head, offset), word key % 4, Philox key = seed; a weight is kept if its word is at
-// least probability * 2^32, and is then divided by 1 - probability. Positions count within the sequence.
+// Counter (key / 4, query, batch * H + head, offset), word key % 4, Philox key = seed; a weight is kept if its word is
+// at least probability * 2^32, and is then divided by 1 - probability. Positions count within the sequence.
 #pragma once
 
 #include "attention_scores.h"
@@ -15,7 +15,7 @@ template <class Body>
 TRANSFUSE_INLINE void for_each_draw(const ScorePanel& t, Body body) {
   constexpr int64_t words = 4;
   const AttentionDropout& dropout = t.p.dropout;
-  const double threshold = __builtin_ceil(dropout.probability * 0x1p32);  // an integer below it is below the product
+  const double threshold = __builtin_ceil(dropout.probability * 0x1p32);  // for an integer the same bound
   const bool drops_all = threshold >= 0x1p32;
   const i32 lowest_kept = set1i(static_cast<int32_t>(drops_all ? 0u : static_cast<uint32_t>(threshold)));
   const i32 query = iota() + set1i(static_cast<int32_t>(t.query));
@@ -32,7 +32,7 @@ TRANSFUSE_INLINE void for_each_draw(const ScorePanel& t, Body body) {
   }
 }
 
-// Weights that are dropped become 0; the division by 1 - probability is left to whoever divides by the sum.
+// Dropped weights become 0; the division by 1 - probability is left to whoever divides by the sum.
 TRANSFUSE_INLINE void drop_weights(const ScorePanel& t, real* weights) {
   for_each_draw(t, [&](int64_t j, vec kept) { store_row(weights + j * panel, load_row(weights + j * panel) * kept); });
 }

@@ -8,8 +8,8 @@
 // Policy: an element of a product is one chain of FMAs in the order of depth, restarted every `chain` terms and summed
 // in order. Tiles only choose which elements are computed together, so results do not depend on the tile shape.
 //
-// The kernels say `real` for what they compute in and `vec` for 16 of them: float, and double where a source is compiled
-// again with TRANSFUSE_ATTENTION_DOUBLE (attention_f64.cpp, attention_backward_f64.cpp) for float64.
+// The kernels say `real` for what they compute in and `vec` for 16 of it: float, and double where a source is compiled
+// again with TRANSFUSE_ATTENTION_DOUBLE, for float64 (attention_f64.cpp, attention_backward_f64.cpp).
 #pragma once
 
 #include <type_traits>

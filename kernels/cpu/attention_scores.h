@@ -3,13 +3,12 @@
 //   score = softcap(scale * q * k) + bias - slope * abs(query + offset - key)      softcap(s) = cap * tanh(s / cap)
 //
 // Forward and backward share every line of it, so that the backward meets the forward's scores bit for bit.
-// Policy: a plain score is kept without its scale, which enters inside exp where the product is not rounded; what has to
-// be added to needs the scale first. A kind of exclusion that starts a row later than key 0 (a window) may skip blocks of
-// keys, whole ones from the sequence's own key 0, so a row has the same bits whatever was skipped.
+// Policy: a plain score is kept without its scale, which enters inside exp, where the product is not rounded; a score
+// that something is added to needs the scale first. Where a window begins after key 0, whole blocks of keys are
+// skipped, counted from the sequence's own key 0, so a row has the same bits whatever was skipped.
 #pragma once
 
 #include "attention_panels.h"
-#include "philox.h"
 
 namespace transfuse::cpu::TRANSFUSE_ISA {
 namespace {
@@ -22,7 +21,7 @@ constexpr int64_t key_block = 128;  // one panel of scores is 8 KiB of floats: i
 TRANSFUSE_INLINE int64_t diagonal(const AttentionParams& p, const AttentionSequence& s) {
   return p.bottom_right ? s.seqlen_k - s.seqlen_q : 0;
 }
-// By window, causality and length, keys [key_begin, key_end) may take part in row `query`. Neither falls as query grows.
+// By window, causality and length keys [key_begin, key_end) take part in row `query`. Neither falls as query grows.
 TRANSFUSE_INLINE int64_t key_begin(const AttentionParams& p, const AttentionSequence& s, int64_t query) {
   return larger(0, smaller(query + diagonal(p, s) - p.window_left, s.seqlen_k));
 }
@@ -56,12 +55,13 @@ struct ScorePanel {
   int64_t lead() const { return query + diagonal(p, s) - key; }
   // Whether every row takes every key, as far as can be told without reading a mask or bias.
   bool takes_all() const {
-    return !p.mask.data && !p.bias.data && key + keys <= key_end(p, s, query) && key >= key_begin(p, s, query + rows - 1);
+    if (p.mask.data || p.bias.data) return false;
+    return key + keys <= key_end(p, s, query) && key >= key_begin(p, s, query + rows - 1);
   }
 };
 
-// keep = 1 where the pair takes part, 0 where it is excluded, by the one predicate of all kinds of exclusion. The mask's
-// tile is in `keep`, the bias' in `bias`. Says whether some pair is excluded.
+// keep = 1 where the pair takes part, 0 where it is excluded, by the one predicate of all kinds of exclusion. On entry
+// the mask's tile is in `keep`, the bias's in `bias`. Says whether some pair is excluded.
 bool find_excluded(const ScorePanel& t, const real* bias, real* keep) {
   const AttentionParams& p = t.p;
   const vec lane = lane_index(), one = fill(1), none = fill(0), nothing = fill(-infinity);
@@ -84,7 +84,9 @@ bool find_excluded(const ScorePanel& t, const real* bias, real* keep) {
 
 // A negative scale is moved into the queries, so that the largest score is the largest logit.
 TRANSFUSE_INLINE real query_sign(const AttentionParams& p) { return p.scale < 0 ? -1 : 1; }
-TRANSFUSE_INLINE real score_scale(const AttentionParams& p) { return static_cast<real>(p.scale < 0 ? -p.scale : p.scale); }
+TRANSFUSE_INLINE real score_scale(const AttentionParams& p) {
+  return static_cast<real>(p.scale < 0 ? -p.scale : p.scale);
+}
 // Whether a stored score is more than the product: it then has its scale.
 TRANSFUSE_INLINE bool transforms(const AttentionParams& p) { return p.bias.data || p.alibi_slopes || p.softcap > 0; }
 // What a stored score has still to be multiplied by.
@@ -131,39 +133,33 @@ TRANSFUSE_INLINE TanhAndSlope<wide> tanh_and_slope(wide x) { return tanh_and_slo
 // scale, softcap, bias and ALiBi of one head, in float or double.
 template <class V, class Real>
 struct ScoreTransform {
-  V scale, cap, scale_over_cap, slope, one;
+  V scale, cap, scale_over_cap, slope;
   bool capped, biased, sloped;
 
   ScoreTransform(const AttentionParams& p, const AttentionSequence& s, int64_t head)
       : capped(p.softcap > 0), biased(p.bias.data), sloped(p.alibi_slopes) {
     const double size = p.scale < 0 ? -p.scale : p.scale;
-    one = splat<V>(1);
     scale = splat<V>(static_cast<Real>(size));
     cap = splat<V>(static_cast<Real>(p.softcap));
     scale_over_cap = splat<V>(static_cast<Real>(capped ? size / p.softcap : 0.0));
     slope = splat<V>(static_cast<Real>(sloped ? p.alibi_slopes[s.batch * p.alibi_batch + head] : 0.0));
   }
-  struct Result {
-    V score, cap_slope;
-  };
-  // bias and distance are read only where there is one.
-  TRANSFUSE_INLINE Result operator()(V product, V bias, V distance) const {
-    Result r{product, one};
+  // The score, and d softcap(s) / ds into cap_slope. Without bias, slope or softcap theirs are not looked at.
+  TRANSFUSE_INLINE V operator()(V product, V bias, V distance, V& cap_slope) const {
+    V score;
     if (capped) {
       const TanhAndSlope<V> t = tanh_and_slope(product * scale_over_cap);
-      r = {t.value * cap, t.slope};
-      if (biased) r.score = r.score + bias;
+      score = biased ? fma(t.value, cap, bias) : t.value * cap;
+      cap_slope = t.slope;
     } else {
-      r.score = biased ? fma(product, scale, bias) : product * scale;
+      score = biased ? fma(product, scale, bias) : product * scale;
     }
-    if (sloped) r.score = fnma(slope, abs(distance), r.score);
-    return r;
+    return sloped ? fnma(slope, abs(distance), score) : score;
   }
 };
 
-// Finishes one panel of products, where there is something to finish: scores in place, keep and bias as scratch for
-// their tiles, cap_slopes = d softcap(s) / ds where wanted (else null). Says whether some pair is excluded; keep is
-// written unless the panel takes_all().
+// From products to scores, in place. `keep` receives which pairs take part unless the panel takes_all(), `bias` is
+// scratch for its tile, `cap_slopes`, null or not, receives d softcap(s) / ds. Says whether some pair is excluded.
 bool finish_scores(const ScorePanel& t, real* scores, real* keep, real* bias, real* cap_slopes) {
   const AttentionParams& p = t.p;
   const AttentionSequence& s = t.s;
@@ -173,12 +169,14 @@ bool finish_scores(const ScorePanel& t, real* scores, real* keep, real* bias, re
               [&](auto* first) { pack_tile(first, p.bias, t.rows, t.keys, bias); });
   if (transforms(p)) {
     const ScoreTransform<vec, real> transform(p, s, t.head);
-    const vec lead = lane_index() + fill(static_cast<real>(t.lead())), unused = fill(0);
+    const vec lead = lane_index() + fill(static_cast<real>(t.lead()));
+    const vec none = fill(0);
+    vec cap_slope = none;
     for (int64_t j = 0; j < t.keys; ++j) {
-      const auto r = transform(load_row(scores + j * panel), transform.biased ? load_row(bias + j * panel) : unused,
-                               lead - fill(static_cast<real>(j)));
-      store_row(scores + j * panel, r.score);
-      if (cap_slopes) store_row(cap_slopes + j * panel, r.cap_slope);
+      const vec added = transform.biased ? load_row(bias + j * panel) : none;
+      const vec distance = lead - fill(static_cast<real>(j));
+      store_row(scores + j * panel, transform(load_row(scores + j * panel), added, distance, cap_slope));
+      if (cap_slopes) store_row(cap_slopes + j * panel, cap_slope);
     }
   }
   return !t.takes_all() && find_excluded(t, bias, keep);
@@ -234,7 +232,7 @@ vec row_maximum(const real* scores, const real* keep, int64_t n) {
   return max(max(most[0], most[1]), max(most[2], most[3]));
 }
 
-// What a sink adds to a sum of weights exp(logit - top); top is -inf where no key takes part. A NaN or +inf sink gives NaN.
+// What a sink adds to a sum of weights exp(logit - top), NaN for a NaN or +inf sink; top is -inf without any key.
 TRANSFUSE_INLINE double sink_weight(double sink, double top) {
   if (sink == -__builtin_inf()) return 0.0;
   if (sink == __builtin_inf()) return __builtin_nan("");
@@ -267,7 +265,7 @@ struct RowState {
 void refine_scores(const ScorePanel& t, const real* queries, const real* keys, int64_t key_panel, const real* bias,
                    const RowState& row, real* scores) {
   const AttentionParams& p = t.p;
-  const vec lead = lane_index() + fill(static_cast<real>(t.lead())), unused = fill(0);
+  const vec lead = lane_index() + fill(static_cast<real>(t.lead()));
   const vec slack = fma(abs(row.maximum), fill(score_rounding), fill(leading_logits / logit_scale(p)));
   const vec leading = row.maximum - slack;
   const ScoreTransform<wide, double> transform(p, t.s, t.head);
@@ -280,9 +278,11 @@ void refine_scores(const ScorePanel& t, const real* queries, const real* keys, i
       for (int64_t d = 0; d < p.head_dim; ++d)
         exact = fma(to_wide(load_row(queries + d * panel)),
                     splat<wide>(keys[d / panel * key_panel + j * panel + d % panel]), exact);
-      if (transforms(p))
-        exact = transform(exact, to_wide(transform.biased ? load_row(bias + j * panel) : unused),
-                          to_wide(lead - fill(static_cast<real>(j)))).score;
+      if (transforms(p)) {
+        const wide added = transform.biased ? to_wide(load_row(bias + j * panel)) : exact;
+        wide cap_slope = exact;
+        exact = transform(exact, added, to_wide(lead - fill(static_cast<real>(j))), cap_slope);
+      }
       shifted = select(leads, from_wide(exact - to_wide(row.anchor)), shifted);
     }
     store_row(scores + j * panel, shifted);

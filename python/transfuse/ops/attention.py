@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from transfuse import dispatch, extension
-from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
+from transfuse.autograd import distinct, refuse_tangents, wants_grad
 from transfuse.checks import check_alignment, check_flag, check_scale
 from transfuse.ops import attention_checks as checks
 from transfuse.reference.attention import attention_reference
@@ -161,27 +161,12 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.options = inputs[_NUM_TENSORS:]
-        ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
-        ctx.set_materialize_grads(False)
+        checks.save_for_backward(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx, grad_output, grad_lse):
-        *tensors, output, lse = ctx.saved_tensors
-        if grad_output is None:
-            grad_output = torch.zeros_like(output)
-        wanted = [ctx.needs_input_grad[i] for i in _EXTRA_GRADS]
-        grads = first_derivative(
-            _OP, _backward, grad_output, grad_lse, *tensors[:3], output, lse, *tensors[3:], *ctx.options, *wanted
-        )
-        result = [*grads[:3], *(None,) * (_NUM_TENSORS - 3 + len(ctx.options))]
-        for i, grad, want in zip(_EXTRA_GRADS, grads[3:], wanted):
-            result[i] = grad if want else None
-        return tuple(result)
-
-
-_NUM_TENSORS = 9  # query, key, value, bias, mask, seqlens_k, alibi_slopes, sinks, dropout_seed
-_EXTRA_GRADS = (3, 6, 7)  # bias, alibi_slopes, sinks
+        extras = (3, 6, 7)  # bias, alibi_slopes, sinks
+        return checks.input_gradients(ctx, _OP, _backward, extras, grad_output, grad_lse)
 
 
 def _backward(grad_output, grad_lse, query, key, value, output, lse, bias, mask, *rest):
@@ -364,7 +349,8 @@ if not extension.cpu_unavailable:
         return output, query.new_empty(batch, heads, len_q, dtype=checks.statistics_dtype(query))
 
     @torch.library.register_fake("transfuse::attention_backward")
-    def _attention_backward_fake(grad_output, grad_lse, query, key, value, output, lse, bias, mask, seqlens_k, alibi_slopes,
-                                 sinks, *rest):
+    def _attention_backward_fake(
+        grad_output, grad_lse, query, key, value, output, lse, bias, mask, seqlens_k, alibi_slopes, sinks, *rest
+    ):
         grads = [tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2) for tensor in (query, key, value)]
         return *grads, *checks.fake_extra_grads(query, bias, alibi_slopes, sinks, *rest[-4:])

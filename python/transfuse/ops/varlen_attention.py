@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from transfuse import dispatch, extension
-from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
+from transfuse.autograd import distinct, refuse_tangents, wants_grad
 from transfuse.checks import check_alignment, check_flag, check_scale
 from transfuse.ops import attention_checks as checks
 from transfuse.reference.varlen_attention import varlen_attention_reference
@@ -131,8 +131,8 @@ IMPLEMENTATIONS = (
 
 def _forward(query, key, value, cu_q, cu_k, bias, alibi_slopes, sinks, dropout_seed, max_q, max_k, *numbers):
     return torch.ops.transfuse.varlen_attention_forward.default(
-        query, key, value, cu_q, cu_k, _expand(bias, query, cu_q, max_q, max_k), alibi_slopes, sinks, dropout_seed, max_q,
-        max_k, *numbers,
+        query, key, value, cu_q, cu_k, _expand(bias, query, cu_q, max_q, max_k), alibi_slopes, sinks, dropout_seed,
+        max_q, max_k, *numbers,
     )
 
 
@@ -152,27 +152,12 @@ class VarlenAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.options = inputs[_NUM_TENSORS:]
-        ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
-        ctx.set_materialize_grads(False)
+        checks.save_for_backward(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx, grad_output, grad_lse):
-        *tensors, output, lse = ctx.saved_tensors
-        if grad_output is None:
-            grad_output = torch.zeros_like(output)
-        wanted = [ctx.needs_input_grad[i] for i in _EXTRA_GRADS]
-        grads = first_derivative(
-            _OP, _backward, grad_output, grad_lse, *tensors[:3], output, lse, *tensors[3:], *ctx.options, *wanted
-        )
-        result = [*grads[:3], *(None,) * (_NUM_TENSORS - 3 + len(ctx.options))]
-        for i, grad, want in zip(_EXTRA_GRADS, grads[3:], wanted):
-            result[i] = grad if want else None
-        return tuple(result)
-
-
-_NUM_TENSORS = 9  # query, key, value, cu_q, cu_k, bias, alibi_slopes, sinks, dropout_seed
-_EXTRA_GRADS = (5, 6, 7)  # bias, alibi_slopes, sinks
+        extras = (5, 6, 7)  # bias, alibi_slopes, sinks
+        return checks.input_gradients(ctx, _OP, _backward, extras, grad_output, grad_lse)
 
 
 def _backward(
@@ -295,7 +280,8 @@ if not extension.cpu_unavailable:
         return query.new_empty(tokens_q, heads, value.shape[2]), lse
 
     @torch.library.register_fake("transfuse::varlen_attention_backward")
-    def _varlen_attention_backward_fake(grad_output, grad_lse, query, key, value, output, lse, cu_q, cu_k, bias,
-                                        alibi_slopes, sinks, *rest):
+    def _varlen_attention_backward_fake(
+        grad_output, grad_lse, query, key, value, output, lse, cu_q, cu_k, bias, alibi_slopes, sinks, *rest
+    ):
         grads = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
         return *grads, *checks.fake_extra_grads(query, bias, alibi_slopes, sinks, *rest[-4:])
