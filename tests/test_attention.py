@@ -352,14 +352,14 @@ def family(len_q=64, len_k=96, head_dim=64, heads=2, scale=1.0):
     return make
 
 
-def saturated(logit):
+def saturated(logit, len_k=96):
     """Scores of that size, with near ties in every row: elsewhere a saturated softmax has no error to compare.
 
     Keys come in pairs that differ in the last 16 dimensions only, where queries are so small that scores move by about 1.
     """
 
     def make(dtype):
-        query, key, value = (t.detach() for t in family(scale=logit**0.5)(dtype))
+        query, key, value = (t.detach() for t in family(len_k=len_k, scale=logit**0.5)(dtype))
         half = key.shape[2] // 2
         key[:, :, half:, :48] = key[:, :, :half, :48]
         query[..., 48:] /= logit
@@ -381,6 +381,7 @@ def subnormal(dtype):
 
 FAMILIES = {
     "normal": family(), "logits 1e2": saturated(1e2), "logits 1e3": saturated(1e3), "logits 1e4": saturated(1e4),
+    "logits 1e3 over three blocks of keys": saturated(1e3, 300),
     "very negative": very_negative, "subnormal": subnormal, "causal": family(96, 96, 32),
     **{f"length {length}": family(16, length) for length in (1, 31, 32, 33, 63, 64, 65, 127, 128, 129)},
 }
