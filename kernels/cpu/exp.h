@@ -1,20 +1,21 @@
 // exp of sixteen floats (and of eight doubles), the one that every CPU row kernel shares.
 //
-// | function                     | range of x    | error      | special values                                         |
-// |------------------------------|---------------|------------|--------------------------------------------------------|
-// | exp(x)                       | (-inf, 88.72] | <= 1 ULP   | exp(0) = 1, exp(-inf) = 0, above 88.72 inf, NaN stays   |
-// | exp(x, residual)             | (-inf, 88.72] | <= 1 ULP   | of exp(x + residual), |residual| <= 1e-4 and finite     |
-// | exp_nonpositive(x[, residual]) | (-inf, 70]  | <= 1 ULP   | the same bits as exp, fewer instructions               |
-// | exp(f64 x)                   | [-690, 690]   | 2^-40 relative, for results rounded to float afterwards; NaN stays   |
-// | exp_full(f64 x[, residual])    | (-inf, 709.78] | <= 1 ULP | exp(0) = 1, exp(-inf) = 0, above 709.78 inf, NaN stays; |residual| <= 2^-10 |
+// | function                       | range of x     | error    | special values                                  |
+// |--------------------------------|----------------|----------|-------------------------------------------------|
+// | exp(x)                         | (-inf, 88.72]  | <= 1 ULP | exp(0) = 1, exp(-inf) = 0, above inf, NaN stays |
+// | exp(x, residual)               | (-inf, 88.72]  | <= 1 ULP | |residual| <= 1e-4 and finite                   |
+// | exp_nonpositive(x[, residual]) | (-inf, 70]     | <= 1 ULP | the bits of exp, fewer instructions             |
+// | exp(f64 x)                     | [-690, 690]    | 2^-40    | for results rounded to float later; NaN stays   |
+// | exp_full(f64 x[, residual])    | (-inf, 709.78] | <= 1 ULP | of double; as exp(x); |residual| <= 2^-10       |
 //
 // The bounds hold for every float of the range, subnormal results included (measured over all of them: 0.895 ULP).
-// exp_full needs no FMA for its bound (measured on 500,000 points against 160-bit arithmetic, with FMA and without: 0.76
-// ULP of double, just above and in the subnormals).
+// exp_full needs no FMA for its bound (measured on 500,000 points against 160-bit arithmetic, with FMA and without:
+// 0.76 ULP of double, just above and in the subnormals). The doubles' functions take `wide` too.
 //
-// Policy: x = n ln 2 + r with |r| <= ln 2 / 2, where n ln2_hi is exact in float; e^r = 1 + r (1 + r q(r)), q a minimax
-// polynomial of degree 4 (relative error 2^-28). The power of two is applied last and only its final factor rounds, so a
-// subnormal result is rounded once. A NaN passes through every multiplication; no bit of it is reinterpreted.
+// Policy: x = n ln 2 + r with |r| <= ln 2 / 2, where n ln2_hi is exact; e^r = 1 + r (1 + r q(r)), q a minimax
+// polynomial of degree 4 for floats (relative error 2^-28), of degree 10 in exp_full (2^-63). The power of two is applied
+// last and only its final factor rounds, so a subnormal result is rounded once. A NaN passes through every
+// multiplication; no bit of it is reinterpreted.
 #pragma once
 
 #include "vec.h"
@@ -101,8 +102,8 @@ TRANSFUSE_INLINE f64 scale_by_power(f64 a, f64 n) {
   return ldexp(ldexp(a, half), n - half);
 }
 
-// e^(x + residual), the fraction in [0.7, 1.42] within 0.7 ULP: 1 + r is split into sum and rounding error, the rest of
-// the series, e^r - 1 - r = r^2 q(r) <= 0.07, is added to the latter.
+// e^(x + residual), the fraction in [0.7, 1.42] within 0.7 ULP: 1 + r is split into sum and rounding error, and the rest
+// of the series, e^r - 1 - r = r^2 q(r) <= 0.07, is added to the latter.
 TRANSFUSE_INLINE Exponential exp_parts(f64 x, f64 residual) {
   x = min(set1d(exp_full_highest), max(set1d(exp_full_lowest), x));  // in this order a NaN is kept
   const f64 integer = set1d(0x1.8p52);
@@ -136,6 +137,8 @@ TRANSFUSE_INLINE f64 exp_full(f64 x) { return exp_full(x, zero64()); }
 
 TRANSFUSE_INLINE wide exp(wide x) { return {exp(x.lo), exp(x.hi)}; }
 TRANSFUSE_INLINE wide exp_full(wide x) { return {exp_full(x.lo), exp_full(x.hi)}; }
-TRANSFUSE_INLINE wide exp_full(wide x, wide residual) { return {exp_full(x.lo, residual.lo), exp_full(x.hi, residual.hi)}; }
+TRANSFUSE_INLINE wide exp_full(wide x, wide residual) {
+  return {exp_full(x.lo, residual.lo), exp_full(x.hi, residual.hi)};
+}
 
 }  // namespace transfuse::cpu::TRANSFUSE_ISA

@@ -47,7 +47,8 @@ def scaled_dot_product_attention(
         query, key, value: [..., Hq, Lq, D], [..., Hkv, Lk, D], [..., Hkv, Lk, Dv], any strides, any number of leading
             dimensions (their product is the batch B), or [L, D]. Leading dimensions and heads of size 1 broadcast.
         attn_mask: bool, True = keep, or additive in query's dtype or float32; broadcasts to [..., Hq, Lq, Lk].
-        dropout_p: probability to drop a weight, applied whenever it is above 0, as torch does.
+        dropout_p: probability to drop a weight, applied whenever it is above 0, as torch does. The seed comes from torch's
+            generator, the draws from Philox: the same mask on every backend and any number of threads.
         is_causal: key j takes part in row i if j <= i + offset. ANDs with every mask, where torch refuses the pair.
         scale: factor of the scores; None is D ** -0.5.
         enable_gqa: query head h uses key head h // (Hq // Hkv).
