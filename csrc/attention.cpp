@@ -38,20 +38,20 @@ struct Dims {
   int batch, head, row, col;
 };
 constexpr Dims dense_dims{0, 1, 2, 3}, packed_dims{-1, 1, 0, 2}, packed_lse_dims{-1, 0, 1, -1};
+// A bias is [B, Hq, Lq, Lk] in both: of a packed batch, B counts sequences and Lq, Lk are the longest.
+constexpr Dims bias_dims = dense_dims;
 
 int64_t stride_of(const Tensor& t, int dim) { return dim < 0 || dim >= t.dim() ? 0 : t.stride(dim); }
 
-DType storage_of(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16 ? DType::bf16 : DType::f32; }
-
 AttentionTensor view(const Tensor& t, Dims d) {
   return {t.const_data_ptr(), stride_of(t, d.batch), stride_of(t, d.head), stride_of(t, d.row), stride_of(t, d.col),
-          storage_of(t)};
+          dtype_of(t)};
 }
 AttentionTensor view(const std::optional<Tensor>& t, Dims d) {
   return t ? view(*t, d) : AttentionTensor{nullptr, 0, 0, 0, 0, DType::f32};
 }
 AttentionOutput output_view(const Tensor& t, Dims d) {
-  return {t.mutable_data_ptr(), stride_of(t, d.batch), stride_of(t, d.head), stride_of(t, d.row), storage_of(t)};
+  return {t.mutable_data_ptr(), stride_of(t, d.batch), stride_of(t, d.head), stride_of(t, d.row), dtype_of(t)};
 }
 
 // A [B, H, L, D] view of [B, L, H, D] memory: heads of one token lie together, as the next projection wants them.
@@ -59,6 +59,14 @@ Tensor allocate_heads(const char* op, int64_t batch, int64_t heads, int64_t leng
                       bool zero) {
   const std::vector<int64_t> shape{batch, length, heads, dim};
   return torch::stable::transpose(zero ? zeros_cpu(op, shape, type) : empty_cpu(op, shape, type), 1, 2);
+}
+
+ScalarType statistics_type(const Tensor& query) {
+  return query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+const cpu::AttentionKernels& pick_kernels(const Tensor& query) {
+  return query.scalar_type() == ScalarType::Double ? cpu::pick_attention_kernels_f64() : cpu::pick_attention_kernels();
 }
 
 // ---- threads ----
@@ -182,9 +190,20 @@ void check_integers(const char* op, const char* argument, const Tensor& t) {
 
 // ---- problems ----
 
+// What attention and varlen_attention take beside the tensors of their layout, as it comes through the schemas.
+struct Options {
+  const std::optional<Tensor>&bias, &alibi_slopes, &sinks, &dropout_seed;
+  double scale;
+  bool causal, bottom_right;
+  int64_t window_left, window_right;  // -1: unbounded
+  double softcap;                     // 0: none
+  double dropout_p;
+};
+
 struct Problem {
   AttentionParams params;
   std::vector<AttentionSequence> sequences;
+  std::vector<Tensor> kept;  // what params points into and the caller does not hold
   int64_t tasks = 0;
   double work = 0;  // multiply-adds of the forward
 
@@ -210,8 +229,7 @@ struct Problem {
   }
 };
 
-AttentionParams common_params(const Tensor& query, const Tensor& key, const Tensor& value, const Sizes& s, Dims dims,
-                              double scale, bool causal, bool bottom_right) {
+AttentionParams common_params(const Tensor& query, const Tensor& key, const Tensor& value, const Sizes& s, Dims dims) {
   AttentionParams p{};
   p.query = view(query, dims);
   p.key = view(key, dims);
@@ -220,36 +238,76 @@ AttentionParams common_params(const Tensor& query, const Tensor& key, const Tens
   p.num_kv_heads = s.num_kv_heads;
   p.head_dim = s.head_dim;
   p.value_head_dim = s.value_head_dim;
-  p.scale = static_cast<float>(scale);
-  p.causal = causal;
-  p.bottom_right = bottom_right;
   return p;
 }
 
-Problem dense_problem(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& bias,
-                      const std::optional<Tensor>& mask, const std::optional<Tensor>& seqlens_k, double scale,
-                      bool causal, bool bottom_right) {
+// One double per head (or per batch entry and head), adjacent, whatever dtype and strides they came in.
+const double* doubles_of(Problem& problem, const char* op, const char* argument, const Tensor& t) {
+  check_cpu(op, argument, t);
+  kernel_dtype(op, argument, t);
+  problem.kept.push_back(contiguous(op, torch::stable::to(t, ScalarType::Double)));
+  return static_cast<const double*>(problem.kept.back().const_data_ptr());
+}
+
+int64_t window_side(const char* op, const char* argument, int64_t side) {
+  check(side >= -1, op, ": ", argument, " is ", side, ", expected at least 0, or -1 for no bound");
+  return side < 0 || side > cpu::attention_unbounded ? cpu::attention_unbounded : side;
+}
+
+void add_options(Problem& problem, const char* op, const Options& o, const Tensor& query, int64_t batch,
+                 int64_t seqlen_q, int64_t seqlen_k) {
+  AttentionParams& p = problem.params;
+  if (o.bias) {
+    check_cpu(op, "bias", *o.bias);
+    check(o.bias->scalar_type() == query.scalar_type() || o.bias->scalar_type() == ScalarType::Float, op,
+          ": bias has dtype ", name_of(o.bias->scalar_type()), ", expected ", name_of(query.scalar_type()),
+          " (query's) or float32");
+    check_shape(op, "bias", *o.bias, {batch, p.num_heads, seqlen_q, seqlen_k});
+  }
+  p.bias = view(o.bias, bias_dims);
+  if (o.alibi_slopes) {
+    const bool per_batch = o.alibi_slopes->dim() == 2;
+    check_shape(op, "alibi_slopes", *o.alibi_slopes,
+                per_batch ? std::vector<int64_t>{batch, p.num_heads} : std::vector<int64_t>{p.num_heads});
+    p.alibi_slopes = doubles_of(problem, op, "alibi_slopes", *o.alibi_slopes);
+    p.alibi_batch = per_batch ? p.num_heads : 0;
+  }
+  if (o.sinks) {
+    check_shape(op, "sinks", *o.sinks, {p.num_heads});
+    p.sinks = doubles_of(problem, op, "sinks", *o.sinks);
+  }
+  check(o.softcap >= 0, op, ": softcap is ", o.softcap, ", expected a positive number, or 0 for none");
+  check(o.dropout_p >= 0 && o.dropout_p <= 1, op, ": dropout_p is ", o.dropout_p, ", expected 0 <= dropout_p <= 1");
+  if (o.dropout_p > 0) {
+    check(o.dropout_seed.has_value(), op, ": dropout_p is ", o.dropout_p, ", expected a dropout_seed");
+    check_integers(op, "dropout_seed", *o.dropout_seed);
+    check_shape(op, "dropout_seed", *o.dropout_seed, {2});
+    p.dropout = {o.dropout_p, integer_at(*o.dropout_seed, 0), integer_at(*o.dropout_seed, 1)};
+  }
+  p.scale = o.scale;
+  p.softcap = o.softcap;
+  p.bottom_right = o.bottom_right;
+  p.window_left = window_side(op, "window_left", o.window_left);
+  p.window_right = o.causal ? 0 : window_side(op, "window_right", o.window_right);
+}
+
+Problem dense_problem(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
+                      const std::optional<Tensor>& seqlens_k, const Options& options) {
   const char* op = "attention";
   const Sizes s = check_query_key_value(op, query, key, value, 4);
   const int64_t batch = query.size(0), seqlen_q = query.size(2), seqlen_k = key.size(2);
-  const std::vector<int64_t> score_shape{batch, s.num_heads, seqlen_q, seqlen_k};
-  if (bias) {
-    check_cpu(op, "bias", *bias);
-    kernel_dtype(op, "bias", *bias);
-    check_shape(op, "bias", *bias, score_shape);
-  }
   if (mask) {
     check_cpu(op, "mask", *mask);
     check_dtype(op, "mask", *mask, ScalarType::Bool);
-    check_shape(op, "mask", *mask, score_shape);
+    check_shape(op, "mask", *mask, {batch, s.num_heads, seqlen_q, seqlen_k});
   }
   if (seqlens_k) {
     check_integers(op, "seqlens_k", *seqlens_k);
     check_shape(op, "seqlens_k", *seqlens_k, {batch});
   }
   Problem problem;
-  problem.params = common_params(query, key, value, s, dense_dims, scale, causal, bottom_right);
-  problem.params.bias = view(bias, dense_dims);
+  problem.params = common_params(query, key, value, s, dense_dims);
+  add_options(problem, op, options, query, batch, seqlen_q, seqlen_k);
   problem.params.mask = view(mask, dense_dims);
   problem.sequences.reserve(batch);
   for (int64_t b = 0; b < batch; ++b) {
@@ -285,20 +343,20 @@ void check_cu_seqlens(const char* argument, const Tensor& t, int64_t tokens, con
 }
 
 Problem packed_problem(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q,
-                       const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
-                       bool causal, bool bottom_right) {
+                       const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, const Options& options) {
   const char* op = "varlen_attention";
   const Sizes s = check_query_key_value(op, query, key, value, 3);
   check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query.size(0), "query", max_seqlen_q, "max_seqlen_q");
   check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, key.size(0), "key", max_seqlen_k, "max_seqlen_k");
   check_same_shape(op, "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q, "cu_seqlens_q");
   Problem problem;
-  problem.params = common_params(query, key, value, s, packed_dims, scale, causal, bottom_right);
+  problem.params = common_params(query, key, value, s, packed_dims);
   const int64_t count = cu_seqlens_q.size(0) - 1;
+  add_options(problem, op, options, query, count, max_seqlen_q, max_seqlen_k);
   problem.sequences.reserve(count);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t q = integer_at(cu_seqlens_q, i), k = integer_at(cu_seqlens_k, i);
-    problem.add(0, q, k, integer_at(cu_seqlens_q, i + 1) - q, integer_at(cu_seqlens_k, i + 1) - k);
+    problem.add(i, q, k, integer_at(cu_seqlens_q, i + 1) - q, integer_at(cu_seqlens_k, i + 1) - k);
   }
   problem.finish();
   return problem;
@@ -306,37 +364,46 @@ Problem packed_problem(const Tensor& query, const Tensor& key, const Tensor& val
 
 // ---- forward ----
 
-void run_forward(const char* op, const Problem& problem, const Tensor& output, const Tensor& lse, Dims dims,
-                 Dims lse_dims) {
+void run_forward(const char* op, const Problem& problem, const Tensor& query, const Tensor& output, const Tensor& lse,
+                 Dims dims, Dims lse_dims) {
   const AttentionForwardParams params{problem.params, output_view(output, dims), output_view(lse, lse_dims)};
-  const cpu::AttentionKernels& kernels = cpu::pick_attention_kernels();
+  const cpu::AttentionKernels& kernels = pick_kernels(query);
   run_tasks(op, problem.tasks, problem.work, kernels.forward_scratch_bytes(params),
             [&](char* scratch, int64_t begin, int64_t end) { kernels.forward(params, scratch, begin, end); });
 }
 
 std::tuple<Tensor, Tensor> attention_forward(const Tensor query, const Tensor key, const Tensor value,
                                              std::optional<Tensor> bias, std::optional<Tensor> mask,
-                                             std::optional<Tensor> seqlens_k, double scale, bool causal,
-                                             bool bottom_right) {
+                                             std::optional<Tensor> seqlens_k, std::optional<Tensor> alibi_slopes,
+                                             std::optional<Tensor> sinks, std::optional<Tensor> dropout_seed,
+                                             double scale, bool causal, bool bottom_right, int64_t window_left,
+                                             int64_t window_right, double softcap, double dropout_p) {
   const char* op = "attention";
-  const Problem problem = dense_problem(query, key, value, bias, mask, seqlens_k, scale, causal, bottom_right);
+  const Options options{bias,         alibi_slopes, sinks,        dropout_seed, scale,    causal,
+                        bottom_right, window_left,  window_right, softcap,      dropout_p};
+  const Problem problem = dense_problem(query, key, value, mask, seqlens_k, options);
   const int64_t batch = query.size(0), heads = query.size(1), length = query.size(2);
   const Tensor output = allocate_heads(op, batch, heads, length, value.size(3), query.scalar_type(), false);
-  const Tensor lse = empty_cpu(op, {batch, heads, length}, ScalarType::Float);
-  run_forward(op, problem, output, lse, dense_dims, dense_dims);
+  const Tensor lse = empty_cpu(op, {batch, heads, length}, statistics_type(query));
+  run_forward(op, problem, query, output, lse, dense_dims, dense_dims);
   return {output, lse};
 }
 
 std::tuple<Tensor, Tensor> varlen_attention_forward(const Tensor query, const Tensor key, const Tensor value,
                                                     const Tensor cu_seqlens_q, const Tensor cu_seqlens_k,
+                                                    std::optional<Tensor> bias, std::optional<Tensor> alibi_slopes,
+                                                    std::optional<Tensor> sinks, std::optional<Tensor> dropout_seed,
                                                     int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
-                                                    bool causal, bool bottom_right) {
+                                                    bool causal, bool bottom_right, int64_t window_left,
+                                                    int64_t window_right, double softcap, double dropout_p) {
   const char* op = "varlen_attention";
-  const Problem problem = packed_problem(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                                         scale, causal, bottom_right);
+  const Options options{bias,         alibi_slopes, sinks,        dropout_seed, scale,    causal,
+                        bottom_right, window_left,  window_right, softcap,      dropout_p};
+  const Problem problem =
+      packed_problem(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options);
   const Tensor output = empty_cpu(op, {query.size(0), query.size(1), value.size(2)}, query.scalar_type());
-  const Tensor lse = empty_cpu(op, {query.size(1), query.size(0)}, ScalarType::Float);
-  run_forward(op, problem, output, lse, packed_dims, packed_lse_dims);
+  const Tensor lse = empty_cpu(op, {query.size(1), query.size(0)}, statistics_type(query));
+  run_forward(op, problem, query, output, lse, packed_dims, packed_lse_dims);
   return {output, lse};
 }
 
@@ -356,20 +423,77 @@ void check_saved(const char* op, const Tensor& query, const Tensor& value, const
     check_shape(op, names[i], *outputs[i], output_shape);
   }
   check_cpu(op, "lse", lse);
-  check_dtype(op, "lse", lse, ScalarType::Float);
+  check_dtype(op, "lse", lse, statistics_type(query));
   check_shape(op, "lse", lse, lse_shape);
   if (!grad_lse) return;
   check_cpu(op, "grad_lse", *grad_lse);
-  check_dtype(op, "grad_lse", *grad_lse, ScalarType::Float);
+  check_dtype(op, "grad_lse", *grad_lse, statistics_type(query));
   check_shape(op, "grad_lse", *grad_lse, lse_shape);
 }
 
+// Gradients of what is not query, key or value: which are wanted, and where they are gathered.
+struct ExtraGrads {
+  bool bias, alibi_slopes, sinks;
+  std::vector<int64_t> bias_shape;  // as the caller gave it: 1 where it broadcasts
+};
+struct Gathered {
+  Tensor bias, alibi_slopes, sinks;  // float64; one row per sequence but for bias
+};
+
+Gathered gather_extras(const char* op, const Problem& problem, const Options& options, const ExtraGrads& wanted,
+                       AttentionBackwardParams& params) {
+  const AttentionParams& p = problem.params;
+  check(!wanted.bias || options.bias, op, ": need_bias_grad is set, expected a bias");
+  check(!wanted.alibi_slopes || options.alibi_slopes, op, ": need_alibi_grad is set, expected alibi_slopes");
+  check(!wanted.sinks || options.sinks, op, ": need_sinks_grad is set, expected sinks");
+  std::vector<int64_t> bias_shape{0};
+  if (wanted.bias) {
+    bias_shape = wanted.bias_shape;
+    check(bias_shape.size() == 4, op, ": bias_shape has ", bias_shape.size(), " entries, expected 4");
+    int64_t strides[4], stride = 1;
+    for (int i = 3; i >= 0; --i) {
+      const int64_t full = options.bias->size(i);
+      check(bias_shape[i] == full || bias_shape[i] == 1, op, ": bias_shape[", i, "] is ", bias_shape[i],
+            ", expected 1 or ", full);
+      strides[i] = bias_shape[i] == full ? stride : 0;
+      stride *= bias_shape[i];
+    }
+    params.grad_bias = {nullptr, strides[0], strides[1], strides[2], strides[3]};
+  }
+  const auto per_sequence = [&](bool want) {
+    return zeros_cpu(op, {want ? p.num_sequences : 0, p.num_heads}, ScalarType::Double);
+  };
+  Gathered g{zeros_cpu(op, bias_shape, ScalarType::Double), per_sequence(wanted.alibi_slopes),
+             per_sequence(wanted.sinks)};
+  const auto data = [](bool want, const Tensor& t) {
+    return want ? static_cast<double*>(t.mutable_data_ptr()) : nullptr;
+  };
+  params.grad_bias.data = data(wanted.bias, g.bias);
+  params.grad_alibi_slopes = data(wanted.alibi_slopes, g.alibi_slopes);
+  params.grad_sinks = data(wanted.sinks, g.sinks);
+  return g;
+}
+
+// The gradient in the argument's own shape and dtype, empty where none is wanted; where all sequences share the
+// argument their rows are added in order.
+Tensor finish_extra(const char* op, bool wanted, const Tensor& gathered, const std::optional<Tensor>& argument,
+                    const Tensor& query) {
+  if (!wanted) return empty_cpu(op, {0}, argument ? argument->scalar_type() : query.scalar_type());
+  if (gathered.dim() == 4 || argument->dim() == 2) return torch::stable::to(gathered, argument->scalar_type());
+  const int64_t sequences = gathered.size(0), heads = gathered.size(1);
+  const Tensor total = zeros_cpu(op, {heads}, ScalarType::Double);
+  pick_kernels(query).add_sequences(static_cast<const double*>(gathered.const_data_ptr()), sequences, heads,
+                                    static_cast<double*>(total.mutable_data_ptr()));
+  return torch::stable::to(total, argument->scalar_type());
+}
+
 // One task per key/value head of a sequence; where tasks would add to one bias gradient, one task does them in order.
-void run_backward(const char* op, const Problem& problem, const AttentionBackwardParams& params, bool share_batch,
-                  bool share_heads) {
+void run_backward(const char* op, const Problem& problem, const Tensor& query, const AttentionBackwardParams& params) {
   constexpr double products_per_forward = 2.5;
-  const cpu::AttentionKernels& kernels = cpu::pick_attention_kernels();
+  const cpu::AttentionKernels& kernels = pick_kernels(query);
   const int64_t sequences = params.problem.num_sequences, kv_heads = params.problem.num_kv_heads;
+  const bool share_batch = params.grad_bias.data && params.grad_bias.batch == 0;
+  const bool share_heads = params.grad_bias.data && params.grad_bias.head == 0;
   const int64_t batches = share_batch ? 1 : sequences, batch_step = share_batch ? sequences : 1;
   const int64_t heads = share_heads ? 1 : kv_heads, head_step = share_heads ? kv_heads : 1;
   if (sequences == 0 || kv_heads == 0) return;
@@ -382,16 +506,20 @@ void run_backward(const char* op, const Problem& problem, const AttentionBackwar
             });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor grad_output, std::optional<Tensor> grad_lse,
-                                                              const Tensor query, const Tensor key,
-                                                              const Tensor value, const Tensor output,
-                                                              const Tensor lse, std::optional<Tensor> bias,
-                                                              std::optional<Tensor> mask,
-                                                              std::optional<Tensor> seqlens_k, double scale,
-                                                              bool causal, bool bottom_right,
-                                                              std::vector<int64_t> bias_shape, bool need_bias_grad) {
+using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Grads attention_backward(const Tensor grad_output, std::optional<Tensor> grad_lse, const Tensor query, const Tensor key,
+                         const Tensor value, const Tensor output, const Tensor lse, std::optional<Tensor> bias,
+                         std::optional<Tensor> mask, std::optional<Tensor> seqlens_k,
+                         std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
+                         std::optional<Tensor> dropout_seed, double scale, bool causal, bool bottom_right,
+                         int64_t window_left, int64_t window_right, double softcap, double dropout_p,
+                         std::vector<int64_t> bias_shape, bool need_bias_grad, bool need_alibi_grad,
+                         bool need_sinks_grad) {
   const char* op = "attention";
-  const Problem problem = dense_problem(query, key, value, bias, mask, seqlens_k, scale, causal, bottom_right);
+  const Options options{bias,         alibi_slopes, sinks,        dropout_seed, scale,    causal,
+                        bottom_right, window_left,  window_right, softcap,      dropout_p};
+  const Problem problem = dense_problem(query, key, value, mask, seqlens_k, options);
   const int64_t batch = query.size(0), heads = query.size(1), seqlen_q = query.size(2), seqlen_k = key.size(2);
   check_saved(op, query, value, grad_output, grad_lse, output, lse, {batch, heads, seqlen_q});
   const ScalarType type = query.scalar_type();
@@ -407,38 +535,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor grad_
                                  output_view(grad_query, dense_dims),
                                  output_view(grad_key, dense_dims),
                                  output_view(grad_value, dense_dims),
-                                 {nullptr, 0, 0, 0, 0}};
+                                 {nullptr, 0, 0, 0, 0},
+                                 nullptr,
+                                 nullptr};
   params.problem.lse = view(lse, dense_dims);
-  if (!need_bias_grad) {
-    run_backward(op, problem, params, false, false);
-    return {grad_query, grad_key, grad_value, empty_cpu(op, {0}, type)};
-  }
-  check(bias.has_value(), op, ": need_bias_grad is set, expected a bias");
-  const int64_t full[] = {batch, heads, seqlen_q, seqlen_k};
-  check(bias_shape.size() == 4, op, ": bias_shape has ", bias_shape.size(), " entries, expected 4");
-  int64_t strides[4], stride = 1;
-  for (int i = 3; i >= 0; --i) {
-    check(bias_shape[i] == full[i] || bias_shape[i] == 1, op, ": bias_shape[", i, "] is ", bias_shape[i],
-          ", expected 1 or ", full[i]);
-    strides[i] = bias_shape[i] == full[i] ? stride : 0;
-    stride *= bias_shape[i];
-  }
-  const Tensor grad_bias = zeros_cpu(op, bias_shape, ScalarType::Double);
-  params.grad_bias = {static_cast<double*>(grad_bias.mutable_data_ptr()), strides[0], strides[1], strides[2],
-                      strides[3]};
-  run_backward(op, problem, params, bias_shape[0] != batch, bias_shape[1] != heads);
-  return {grad_query, grad_key, grad_value, torch::stable::to(grad_bias, bias->scalar_type())};
+  const ExtraGrads wanted{need_bias_grad, need_alibi_grad, need_sinks_grad, bias_shape};
+  const Gathered extras = gather_extras(op, problem, options, wanted, params);
+  run_backward(op, problem, query, params);
+  return {grad_query,
+          grad_key,
+          grad_value,
+          finish_extra(op, wanted.bias, extras.bias, bias, query),
+          finish_extra(op, wanted.alibi_slopes, extras.alibi_slopes, alibi_slopes, query),
+          finish_extra(op, wanted.sinks, extras.sinks, sinks, query)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(const Tensor grad_output, std::optional<Tensor> grad_lse,
-                                                             const Tensor query, const Tensor key, const Tensor value,
-                                                             const Tensor output, const Tensor lse,
-                                                             const Tensor cu_seqlens_q, const Tensor cu_seqlens_k,
-                                                             int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
-                                                             bool causal, bool bottom_right) {
+Grads varlen_attention_backward(const Tensor grad_output, std::optional<Tensor> grad_lse, const Tensor query,
+                                const Tensor key, const Tensor value, const Tensor output, const Tensor lse,
+                                const Tensor cu_seqlens_q, const Tensor cu_seqlens_k, std::optional<Tensor> bias,
+                                std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
+                                std::optional<Tensor> dropout_seed, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                double scale, bool causal, bool bottom_right, int64_t window_left, int64_t window_right,
+                                double softcap, double dropout_p, std::vector<int64_t> bias_shape, bool need_bias_grad,
+                                bool need_alibi_grad, bool need_sinks_grad) {
   const char* op = "varlen_attention";
-  const Problem problem = packed_problem(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                                         scale, causal, bottom_right);
+  const Options options{bias,         alibi_slopes, sinks,        dropout_seed, scale,    causal,
+                        bottom_right, window_left,  window_right, softcap,      dropout_p};
+  const Problem problem =
+      packed_problem(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options);
   check_saved(op, query, value, grad_output, grad_lse, output, lse, {query.size(1), query.size(0)});
   const ScalarType type = query.scalar_type();
   const auto like = [&](const Tensor& t) { return empty_cpu(op, {t.size(0), t.size(1), t.size(2)}, type); };
@@ -450,30 +574,47 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(const Tensor grad_o
                                  output_view(grad_query, packed_dims),
                                  output_view(grad_key, packed_dims),
                                  output_view(grad_value, packed_dims),
-                                 {nullptr, 0, 0, 0, 0}};
+                                 {nullptr, 0, 0, 0, 0},
+                                 nullptr,
+                                 nullptr};
   params.problem.lse = view(lse, packed_lse_dims);
-  run_backward(op, problem, params, false, false);
-  return {grad_query, grad_key, grad_value};
+  const ExtraGrads wanted{need_bias_grad, need_alibi_grad, need_sinks_grad, bias_shape};
+  const Gathered extras = gather_extras(op, problem, options, wanted, params);
+  run_backward(op, problem, query, params);
+  return {grad_query,
+          grad_key,
+          grad_value,
+          finish_extra(op, wanted.bias, extras.bias, bias, query),
+          finish_extra(op, wanted.alibi_slopes, extras.alibi_slopes, alibi_slopes, query),
+          finish_extra(op, wanted.sinks, extras.sinks, sinks, query)};
 }
 
 }  // namespace
 }  // namespace transfuse
 
+#define TRANSFUSE_ATTENTION_OPTIONS \
+  "float scale, bool causal, bool bottom_right, int window_left, int window_right, float softcap, float dropout_p"
+#define TRANSFUSE_ATTENTION_NEEDS "int[] bias_shape, bool need_bias_grad, bool need_alibi_grad, bool need_sinks_grad"
+
 STABLE_TORCH_LIBRARY_FRAGMENT(transfuse, m) {
   m.def(
       "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? seqlens_k, "
-      "float scale, bool causal, bool bottom_right) -> (Tensor, Tensor)");
+      "Tensor? alibi_slopes, Tensor? sinks, Tensor? dropout_seed, " TRANSFUSE_ATTENTION_OPTIONS
+      ") -> (Tensor, Tensor)");
   m.def(
       "varlen_attention_forward(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-      "int max_seqlen_q, int max_seqlen_k, float scale, bool causal, bool bottom_right) -> (Tensor, Tensor)");
+      "Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? dropout_seed, int max_seqlen_q, int max_seqlen_k, "
+      TRANSFUSE_ATTENTION_OPTIONS ") -> (Tensor, Tensor)");
   m.def(
       "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
-      "Tensor output, Tensor lse, Tensor? bias, Tensor? mask, Tensor? seqlens_k, float scale, bool causal, "
-      "bool bottom_right, int[] bias_shape, bool need_bias_grad) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor output, Tensor lse, Tensor? bias, Tensor? mask, Tensor? seqlens_k, Tensor? alibi_slopes, Tensor? sinks, "
+      "Tensor? dropout_seed, " TRANSFUSE_ATTENTION_OPTIONS ", " TRANSFUSE_ATTENTION_NEEDS
+      ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "varlen_attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
-      "Tensor output, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, "
-      "float scale, bool causal, bool bottom_right) -> (Tensor, Tensor, Tensor)");
+      "Tensor output, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? bias, Tensor? alibi_slopes, "
+      "Tensor? sinks, Tensor? dropout_seed, int max_seqlen_q, int max_seqlen_k, " TRANSFUSE_ATTENTION_OPTIONS
+      ", " TRANSFUSE_ATTENTION_NEEDS ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transfuse, CPU, m) {

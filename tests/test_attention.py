@@ -1,5 +1,6 @@
 """scaled_dot_product_attention against the float64 oracle and against torch, forward and backward, and what it promises besides."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
@@ -8,8 +9,8 @@ from transfuse import scaled_dot_product_attention, testing
 from transfuse.dispatch import use_backend
 from transfuse.testing import assert_close, assert_matches_reference, draw
 
-DTYPES = (torch.float32, torch.bfloat16)
-in_every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "bfloat16"))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+in_every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "bfloat16", "float16", "float64"))
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +69,7 @@ MASKS = {
     "float": lambda dtype: {"attn_mask": bias(BATCH, HEADS, LEN_Q, LEN_K, dtype=dtype)},
     "float with -inf": lambda dtype: {"attn_mask": half_excluded()},
     "finfo.min": lambda dtype: {
-        "attn_mask": torch.where(keep_mask(BATCH, 1, LEN_Q, LEN_K), 0.0, torch.finfo(dtype).min).to(dtype)
+        "attn_mask": torch.zeros(BATCH, 1, LEN_Q, LEN_K, dtype=dtype).masked_fill(~keep_mask(BATCH, 1, LEN_Q, LEN_K), torch.finfo(dtype).min)
     },
     "bias [H, Lq, Lk]": lambda dtype: {"attn_bias": bias(1, HEADS, LEN_Q, LEN_K)},
     "bias [B, 1, 1, Lk]": lambda dtype: {"attn_bias": bias(BATCH, 1, 1, LEN_K)},
@@ -341,6 +342,7 @@ def test_causal_and_mask_combine_where_torch_refuses():
 # ---- the numerics promise: named families, pooled over seeds, against torch's own kernel ----
 
 SEEDS = 32  # independent draws, one per batch entry; the largest row of 8 draws is too noisy to compare
+FEW_SEEDS = 8  # in float64, where numpy's long double takes its time
 
 
 def family(len_q=64, len_k=96, head_dim=64, heads=2, scale=1.0):
@@ -350,14 +352,14 @@ def family(len_q=64, len_k=96, head_dim=64, heads=2, scale=1.0):
     return make
 
 
-def saturated(logit):
+def saturated(logit, len_k=96):
     """Scores of that size, with near ties in every row: elsewhere a saturated softmax has no error to compare.
 
     Keys come in pairs that differ in the last 16 dimensions only, where queries are so small that scores move by about 1.
     """
 
     def make(dtype):
-        query, key, value = (t.detach() for t in family(scale=logit**0.5)(dtype))
+        query, key, value = (t.detach() for t in family(len_k=len_k, scale=logit**0.5)(dtype))
         half = key.shape[2] // 2
         key[:, :, half:, :48] = key[:, :, :half, :48]
         query[..., 48:] /= logit
@@ -374,11 +376,12 @@ def very_negative(dtype):
 
 def subnormal(dtype):
     query, key, value = (t.detach() for t in family(40, 67)(dtype))
-    return query, key, value * 2.0**-130
+    return query, key, value * torch.finfo(dtype).tiny / 16
 
 
 FAMILIES = {
     "normal": family(), "logits 1e2": saturated(1e2), "logits 1e3": saturated(1e3), "logits 1e4": saturated(1e4),
+    "logits 1e3 over three blocks of keys": saturated(1e3, 300),
     "very negative": very_negative, "subnormal": subnormal, "causal": family(96, 96, 32),
     **{f"length {length}": family(16, length) for length in (1, 31, 32, 33, 63, 64, 65, 127, 128, 129)},
 }
@@ -391,18 +394,44 @@ def evaluate(function, tensors, grad, dtype, **options):
     return [t.detach().double() for t in (output, *torch.autograd.grad(output, leaves, grad.to(dtype)))]
 
 
+def evaluate_in_long_double(tensors, grad, is_causal=False):
+    """What evaluate() gives, in the 64-bit significand of x86: numpy arrays, the oracle of float64."""
+    query, key, value, grad = (t.detach().numpy().astype(np.longdouble) for t in (*tensors, grad))
+    scale = np.longdouble(query.shape[-1] ** -0.5)
+    scores = scale * np.einsum("...id,...jd->...ij", query, key)
+    if is_causal:
+        scores = np.where(np.tri(*scores.shape[-2:], dtype=bool), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    grad_weights = np.einsum("...id,...jd->...ij", grad, value)
+    grad_scores = scale * weights * (grad_weights - (weights * grad_weights).sum(-1, keepdims=True))
+    return [
+        np.einsum("...ij,...jd->...id", weights, value),
+        np.einsum("...ij,...jd->...id", grad_scores, key),
+        np.einsum("...ij,...id->...jd", grad_scores, query),
+        np.einsum("...ij,...id->...jd", weights, grad),
+    ]
+
+
 def family_errors(name, dtype):
-    """For output and each gradient: (ours, peer's, rounding's) errors against float64, one row per result row."""
+    """For output and each gradient: (ours, peer's, rounding's) errors against the oracle, one row per result row."""
     options = {"is_causal": True} if name == "causal" else {}
     tensors = FAMILIES[name](dtype)
+    if dtype == torch.float64:
+        tensors = [t[:FEW_SEEDS] for t in tensors]
     grad = draw(*tensors[0].shape[:3], tensors[2].shape[3], dtype=dtype, seed=100)
     ours = evaluate(scaled_dot_product_attention, tensors, grad, dtype, **options)
     peer = evaluate(torch_attention, tensors, grad, dtype, **options)
-    with use_backend("reference"):
-        exact = evaluate(scaled_dot_product_attention, tensors, grad, torch.float64, **options)
-    return [
-        [(result - e).flatten(0, -2) for result in (o, p, e.to(dtype).double())] for o, p, e in zip(ours, peer, exact)
-    ]
+    if dtype == torch.float64:
+        exact = evaluate_in_long_double(tensors, grad, **options)
+        rounded = [e.astype(np.float64) for e in exact]
+        results = zip(ours, peer, rounded, exact)
+        differences = [[torch.from_numpy((np.asarray(r) - e).astype(np.float64)) for r in (o, p, c)] for o, p, c, e in results]
+    else:
+        with use_backend("reference"):
+            exact = evaluate(scaled_dot_product_attention, tensors, grad, torch.float64, **options)
+        differences = [[r - e for r in (o, p, e.to(dtype).double())] for o, p, e in zip(ours, peer, exact)]
+    return [[difference.flatten(0, -2) for difference in result] for result in differences]
 
 
 def assert_as_exact_as_torch(name, dtype):

@@ -1,4 +1,4 @@
-"""Random calls of attention against the oracle: shapes, strides, masks, lengths, poison. The test's id is the seed that repeats it.
+"""Random calls of attention against the oracle: shapes, strides, dtypes, masks, lengths, features, poison. The test's id is the seed that repeats it.
 
     pytest "tests/test_attention_fuzz.py::test_random_call[17]"
 """
@@ -32,7 +32,7 @@ def random_call(seed):
     """(query, key, value), options."""
     choose = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    dtype = choose.choice((torch.float32, torch.bfloat16))
+    dtype = choose.choice((torch.float32, torch.bfloat16, torch.float16, torch.float64))
     batch, kv_heads = choose.choice((1, 1, 2, 3)), choose.choice((1, 2, 3))
     heads = kv_heads * choose.choice((1, 1, 2, 4))
     len_q, len_k, head_dim = choose.choice(LENGTHS), choose.choice(LENGTHS), choose.choice(HEAD_DIMS)
@@ -57,6 +57,15 @@ def random_call(seed):
         options["attn_bias"] = bias.masked_fill(excluded, -torch.inf).requires_grad_()
     if choose.random() < 0.3:
         options["seqlens_k"] = torch.tensor([choose.randint(0, len_k) for _ in range(batch)])
+    if choose.random() < 0.3:
+        options["window"] = tuple(choose.choice((None, 0, 1, 7, 40, 150)) for _ in range(2))
+    if choose.random() < 0.2:
+        options["softcap"] = choose.choice((0.5, 5.0, 200.0))
+    if choose.random() < 0.2:
+        slopes = draw(*choose.choice(((heads,), (batch, heads))), seed=seed, scale=choose.choice((0.1, 1.0)))
+        options["alibi_slopes"] = slopes.requires_grad_()
+    if choose.random() < 0.2:
+        options["sinks"] = draw(heads, seed=seed, shift=choose.choice((-3.0, 0.0, 3.0)), requires_grad=True)
     if choose.random() < 0.2 and len_k:
         poisoned = choose.randrange(len_k)
         keep = options.get("attn_mask", torch.tensor(True))

@@ -38,7 +38,27 @@ def packed(query, key, value):
     return varlen_attention(query, key, value, CU_SEQLENS, max_seqlen_q=6, is_causal=True, return_lse=True)
 
 
+def dense_features(query, key, value, alibi_slopes, sinks):
+    return scaled_dot_product_attention(
+        query, key, value, alibi_slopes=alibi_slopes, sinks=sinks, window=(3, 1), softcap=2.0, return_lse=True
+    )
+
+
+def packed_features(query, key, value, alibi_slopes, sinks, attn_bias):
+    return varlen_attention(
+        query, key, value, CU_SEQLENS, max_seqlen_q=6, alibi_slopes=alibi_slopes, sinks=sinks, window=(3, 1), softcap=2.0,
+        attn_bias=attn_bias, return_lse=True,
+    )
+
+
 CALLS = {
+    "attention, features": (
+        dense_features, lambda **kw: [*dense_inputs(**kw), *(draw(4, seed=9 + i, requires_grad=True) for i in range(2))]
+    ),
+    "varlen_attention, features": (
+        packed_features,
+        lambda **kw: [*packed_inputs(**kw), *(draw(*shape, seed=9, requires_grad=True) for shape in ((3, 2), (2,), (1, 2, 6, 6)))],
+    ),
     "attention": (dense, lambda **kw: [*dense_inputs(**kw), draw(4, 1, 9, seed=9, requires_grad=True)]),
     "varlen_attention": (packed, packed_inputs),
 }
@@ -53,35 +73,48 @@ def results(function, leaves):
     return [*outputs, *torch.autograd.grad(outputs, leaves, grads)]
 
 
+NONE = (None, None, None)
+PLAIN, OPTIONS = (-1, -1, 0.0, 0.0), (3, 1, 2.0, 0.25)  # window, softcap, dropout_p
+
+
+def extras(batch, heads):
+    """alibi_slopes, sinks, dropout_seed."""
+    return draw(batch, heads).abs(), draw(heads, seed=1), torch.tensor([5, 6])
+
+
 @needs_kernels
-def test_opcheck_of_the_raw_ops():
-    query, key, value = dense_inputs(requires_grad=False)
-    attn_bias = draw(4, 1, 9).expand(2, 4, 5, 9)
-    mask, seqlens_k = (torch.arange(9) != 4).expand(2, 4, 5, 9), torch.tensor([9, 7])
-    for options in ((None, None, None), (attn_bias, mask, seqlens_k)):
-        forward = (query, key, value, *options, 0.25, True, False)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.float16))
+def test_opcheck_of_the_raw_ops(dtype):
+    query, key, value = dense_inputs(requires_grad=False, dtype=dtype)
+    masks = draw(4, 1, 9).expand(2, 4, 5, 9), (torch.arange(9) != 4).expand(2, 4, 5, 9), torch.tensor([9, 7])
+    for tensors, options in (((*NONE, *NONE), PLAIN), ((*masks, *extras(2, 4)), OPTIONS)):
+        forward = (query, key, value, *tensors, 0.25, True, False, *options)
         torch.library.opcheck(torch.ops.transfuse.attention_forward.default, forward)
         output, lse = torch.ops.transfuse.attention_forward(*forward)
-        has_bias = options[0] is not None
-        backward = (output, lse if has_bias else None, query, key, value, output, lse, *options, 0.25, True, False,
-                    [1, 4, 1, 9] if has_bias else [1, 1, 1, 1], has_bias)
+        full = tensors[0] is not None
+        backward = (output, lse if full else None, query, key, value, output, lse, *forward[3:],
+                    [1, 4, 1, 9] if full else [1, 1, 1, 1], full, full, full)
         torch.library.opcheck(torch.ops.transfuse.attention_backward.default, backward)
 
 
 @needs_kernels
-def test_opcheck_of_the_raw_varlen_ops():
-    query, key, value = packed_inputs(requires_grad=False)
-    options = (CU_SEQLENS, CU_SEQLENS, 6, 6, 0.25, True, True)
-    torch.library.opcheck(torch.ops.transfuse.varlen_attention_forward.default, (query, key, value, *options))
-    output, lse = torch.ops.transfuse.varlen_attention_forward(query, key, value, *options)
-    torch.library.opcheck(
-        torch.ops.transfuse.varlen_attention_backward.default, (output, lse, query, key, value, output, lse, *options)
-    )
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.float16))
+def test_opcheck_of_the_raw_varlen_ops(dtype):
+    query, key, value = packed_inputs(requires_grad=False, dtype=dtype)
+    bias = draw(1, 2, 6, 6).expand(3, 2, 6, 6)
+    for tensors, options in (((None, *NONE), PLAIN), ((bias, *extras(3, 2)), OPTIONS)):
+        forward = (query, key, value, CU_SEQLENS, CU_SEQLENS, *tensors, 6, 6, 0.25, True, True, *options)
+        torch.library.opcheck(torch.ops.transfuse.varlen_attention_forward.default, forward)
+        output, lse = torch.ops.transfuse.varlen_attention_forward(*forward)
+        full = tensors[0] is not None
+        backward = (output, lse if full else None, query, key, value, output, lse, *forward[3:], [1, 2, 6, 6], full, full, full)
+        torch.library.opcheck(torch.ops.transfuse.varlen_attention_backward.default, backward)
 
 
 @pytest.mark.parametrize(
     "call, backend",
-    (("attention", "cpu"), ("varlen_attention", "cpu"), ("attention", "reference"),
+    (("attention", "cpu"), ("varlen_attention", "cpu"), ("attention, features", "cpu"), ("varlen_attention, features", "cpu"),
+     ("attention", "reference"),
      pytest.param("varlen_attention", "reference", marks=pytest.mark.slow)),
 )
 def test_compile_fullgraph(call, backend):
@@ -123,7 +156,7 @@ def test_compile_with_changing_lengths():
 
 def test_compile_warns_of_a_fallback_and_is_right():
     torch.compiler.reset()
-    query = draw(2, 3, 5, 8, dtype=torch.float16)
+    query = draw(1, 1, 2, 513)
     dispatch._warned.clear()
     with pytest.warns(dispatch.TransfuseWarning):
         compiled = torch.compile(lambda q: scaled_dot_product_attention(q, q, q), fullgraph=True, backend="aot_eager")
@@ -185,20 +218,6 @@ def test_checkpoint(use_reentrant, call, backend):
             assert torch.equal(actual, expected)
 
 
-@pytest.mark.filterwarnings("ignore::transfuse.TransfuseWarning")
-def test_checkpoint_replays_dropout():
-    leaves = dense_inputs()
-
-    def function(*tensors):
-        return (scaled_dot_product_attention(*tensors, dropout_p=0.5),)
-
-    torch.manual_seed(3)
-    expected = results(function, leaves)
-    torch.manual_seed(3)
-    again = results(lambda *t: checkpoint(function, *t, use_reentrant=False), leaves)
-    assert all(torch.equal(a, e) for a, e in zip(again, expected))
-
-
 @on_every_call
 def test_func_grad(call):
     function, make = CALLS[call]
@@ -234,10 +253,33 @@ def test_forward_mode_is_refused_in_words():
 
 @needs_kernels
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_vmap_without_gradients_is_right():
+@pytest.mark.parametrize("options", ({}, {"window": (1, 1), "softcap": 2.0, "alibi_slopes": draw(4), "sinks": draw(4)}), ids=("", "features"))
+def test_vmap_without_gradients_is_right(options):
     query = draw(3, 2, 4, 5, 8)
-    mapped = torch.func.vmap(lambda q: scaled_dot_product_attention(q, q, q))(query)
-    assert torch.equal(mapped, scaled_dot_product_attention(query, query, query))
+    mapped = torch.func.vmap(lambda q: scaled_dot_product_attention(q, q, q, **options))(query)
+    assert torch.equal(mapped, scaled_dot_product_attention(query, query, query, **options))
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_over_the_gradient_of_sinks_and_slopes():
+    query, sinks, slopes = draw(3, 2, 4, 5, 8), draw(3, 4, seed=1), draw(4, seed=2)
+
+    def gradients(q, sinks, slopes):
+        def loss(q, sinks, slopes):
+            return scaled_dot_product_attention(q, q, q, sinks=sinks, alibi_slopes=slopes, softcap=2.0, window=(2, 2)).square().sum()
+
+        return torch.func.grad(loss, (0, 1, 2))(q, sinks, slopes)
+
+    mapped = torch.func.vmap(gradients, (0, 0, None))(query, sinks, slopes)
+    for index in range(3):
+        assert all(torch.equal(m[index], e) for m, e in zip(mapped, gradients(query[index], sinks[index], slopes)))
+
+
+@needs_kernels
+def test_vmap_of_dropout_is_refused_by_torch_in_words():
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.func.vmap(lambda q: scaled_dot_product_attention(q, q, q, dropout_p=0.5))(draw(3, 2, 4, 5, 8))
 
 
 @needs_kernels
@@ -249,7 +291,7 @@ def test_double_backward_is_refused_in_words(call):
     grads = torch.autograd.grad(output.sum(), leaves[:3], create_graph=True)
     plain = torch.autograd.grad(function(*leaves)[0].sum(), leaves[:3])
     assert all(torch.equal(a, e) for a, e in zip(grads, plain))
-    with pytest.raises(RuntimeError, match=f"{call}: the cpu backend has no second derivative; run under transfuse.use_backend"):
+    with pytest.raises(RuntimeError, match=f"{call.split(',')[0]}: the cpu backend has no second derivative; run under transfuse.use_backend"):
         grads[0].sum().backward()
 
 

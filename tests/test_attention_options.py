@@ -1,4 +1,4 @@
-"""What attention refuses and in which words, which backend runs it, dropout's random numbers, and the suite against mutants."""
+"""What attention refuses and in which words, which backend runs it, and the suite against mutants."""
 
 import re
 import warnings
@@ -6,13 +6,12 @@ import warnings
 import pytest
 import test_attention as suite
 import torch
-from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
 from transfuse import explain, scaled_dot_product_attention, use_backend
 from transfuse.dispatch import TransfuseWarning, fallback_counts
 from transfuse.ops import attention as page
-from transfuse.reference.attention import attention_reference, dropout_keep_mask, philox
-from transfuse.testing import assert_close, assert_matches_reference, draw
+from transfuse.reference.attention import attention_reference
+from transfuse.testing import assert_matches_reference, draw
 
 Q, K, V = torch.zeros(2, 4, 3, 8), torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 5, 8)
 
@@ -103,7 +102,7 @@ RAW_REFUSALS = (
 @pytest.mark.parametrize("message, args", RAW_REFUSALS, ids=[message for message, _ in RAW_REFUSALS])
 def test_the_raw_op_checks_before_it_touches_memory(message, args):
     if not page.extension.cpu_unavailable:
-        arguments = (*args, *[None] * (6 - len(args)), 1.0, False, False)
+        arguments = (*args, *[None] * (9 - len(args)), 1.0, False, False, -1, -1, 0.0, 0.0)
         with pytest.raises(ValueError, match=re.escape(message)):
             torch.ops.transfuse.attention_forward(*arguments)
 
@@ -111,57 +110,40 @@ def test_the_raw_op_checks_before_it_touches_memory(message, args):
 # ---- which backend ----
 
 
-def test_float32_and_bfloat16_take_the_kernel_without_a_warning():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", TransfuseWarning)
-        for dtype in suite.DTYPES:
-            tensors = suite.inputs(dtype)
-            assert explain(scaled_dot_product_attention, *tensors).chosen == "cpu"
-            scaled_dot_product_attention(*tensors, suite.keep_mask(suite.LEN_Q, suite.LEN_K), is_causal=True)
-
-
-FALLBACKS = {
-    "dtype is float16, the kernel takes float32, bfloat16": (torch.float16, {}),
-    "dtype is float64, the kernel takes float32, bfloat16": (torch.float64, {}),
-    "dropout_p has no CPU kernel yet": (torch.float32, {"dropout_p": 0.5}),
-    "window has no CPU kernel yet": (torch.float32, {"window": (4, 0)}),
-    "softcap has no CPU kernel yet": (torch.float32, {"softcap": 5.0}),
-    "alibi_slopes has no CPU kernel yet": (torch.float32, {"alibi_slopes": torch.ones(suite.HEADS)}),
-    "sinks has no CPU kernel yet": (torch.float32, {"sinks": torch.ones(suite.HEADS)}),
+EVERY_OPTION = {
+    "dropout_p": 0.5, "window": (4, 0), "softcap": 5.0, "alibi_slopes": torch.ones(suite.HEADS), "sinks": torch.ones(suite.HEADS),
 }
 
 
-@pytest.mark.parametrize("reason", FALLBACKS)
-def test_a_fallback_is_seen_once_counted_and_refused_on_demand(reason, monkeypatch):
+@suite.in_every_dtype
+@pytest.mark.parametrize("option", ("none", *EVERY_OPTION))
+def test_every_option_in_every_dtype_takes_the_kernel_without_a_warning(option, dtype):
+    options = {} if option == "none" else {option: EVERY_OPTION[option]}
+    tensors = suite.inputs(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TransfuseWarning)
+        explanation = explain(scaled_dot_product_attention, *tensors, **options)
+        assert explanation.chosen == "cpu" and explanation.problem.features == tuple(options)
+        output, lse = scaled_dot_product_attention(*tensors, is_causal=True, return_lse=True, **options)
+    assert output.dtype == dtype and lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_a_fallback_is_seen_once_counted_and_refused_on_demand(monkeypatch):
     from transfuse import dispatch
 
     monkeypatch.setattr(dispatch, "_warned", set())
-    dtype, options = FALLBACKS[reason]
-    tensors = suite.inputs(dtype)
+    reason = "head_dim is 513, the kernel takes up to 512"
+    tensors = suite.inputs(batch=1, heads=1, len_q=2, len_k=2, head_dim=513, value_dim=513)
     before = sum(fallback_counts().values())
     with pytest.warns(TransfuseWarning, match=re.escape(reason)):
-        scaled_dot_product_attention(*tensors, **options)
+        scaled_dot_product_attention(*tensors)
     with warnings.catch_warnings():
         warnings.simplefilter("error", TransfuseWarning)
-        scaled_dot_product_attention(*tensors, **options)
+        scaled_dot_product_attention(*tensors)
     assert sum(fallback_counts().values()) == before + 2
     with use_backend("cpu"), pytest.raises(RuntimeError, match=re.escape(reason)):
-        scaled_dot_product_attention(*tensors, **options)
-    assert reason in str(explain(scaled_dot_product_attention, *tensors, **options))
-
-
-@pytest.mark.filterwarnings("ignore::transfuse.TransfuseWarning")
-@pytest.mark.parametrize("dtype", (torch.float16, torch.float64))
-def test_other_dtypes_are_right_too(dtype):
-    tensors = suite.inputs(dtype)
-    output, lse = scaled_dot_product_attention(*tensors, return_lse=True)
-    assert output.dtype == dtype and lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert_close(output, torch_attention(*(t.double() for t in tensors)), suite.LEN_K)
-
-
-def test_head_dim_above_the_kernels_is_named():
-    tensors = suite.inputs(batch=1, heads=1, len_q=2, len_k=2, head_dim=513, value_dim=513)
-    assert "head_dim is 513, the kernel takes up to 512" in str(explain(scaled_dot_product_attention, *tensors))
+        scaled_dot_product_attention(*tensors)
+    assert reason in str(explain(scaled_dot_product_attention, *tensors))
 
 
 # ---- the reference ----
@@ -194,45 +176,6 @@ def test_public_gradcheck_on_the_reference_backend():
         )
 
 
-# ---- dropout ----
-
-PHILOX = (  # known answers of Philox4x32-10: Random123, kat_vectors
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
-)
-
-
-@pytest.mark.parametrize("counter, key, words", PHILOX)
-def test_philox_known_answers(counter, key, words):
-    assert tuple(map(int, philox([torch.tensor(c) for c in counter], [torch.tensor(k) for k in key]))) == words
-
-
-def test_dropout_mask_follows_the_counter_layout():
-    """Counter (key // 4, query, batch * H + head, offset), word key % 4, one scalar Philox call per weight."""
-    seed = torch.tensor([-(2**62) - 12345, 2**40 + 7])
-    mask = dropout_keep_mask(seed, 0.25, (2, 3, 5, 9))
-    low, high = int(seed[0]) & 0xFFFFFFFF, (int(seed[0]) >> 32) & 0xFFFFFFFF
-    for batch, head, query, key in ((0, 0, 0, 0), (1, 2, 4, 8), (0, 1, 3, 6), (1, 0, 2, 5), (1, 1, 0, 3)):
-        counter = [torch.tensor(c) for c in (key // 4, query, batch * 3 + head, 7)]
-        word = int(philox(counter, [torch.tensor(low), torch.tensor(high)])[key % 4])
-        assert bool(mask[batch, head, query, key]) == (word >= 0.25 * 2**32)
-
-
-@pytest.mark.filterwarnings("ignore::transfuse.TransfuseWarning")
-def test_dropout_follows_torchs_generator_and_keeps_the_mean():
-    query, key, value = suite.inputs(batch=4, len_q=64, len_k=64, requires_grad=False)
-
-    def run(seed, dropout_p=0.3):
-        torch.manual_seed(seed)
-        return scaled_dot_product_attention(query, key, torch.ones_like(value), dropout_p=dropout_p)
-
-    assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
-    assert abs(float(run(1).mean()) - 1.0) < 0.02  # 65,536 weights: the mean's own deviation is below 0.006
-    assert torch.equal(run(1, 1.0), torch.zeros_like(run(1)))
-    assert torch.equal(scaled_dot_product_attention(query, key, value, dropout_p=0.0), scaled_dot_product_attention(query, key, value))
-
-
 # ---- mutants: the assertions of this suite must fail on every one of them ----
 
 
@@ -251,13 +194,13 @@ def replaced(index, value):
 
 
 MUTANTS = {
-    "scale * 1.01": ("none", replaced(6, lambda scale: scale * 1.01)),
+    "scale * 1.01": ("none", replaced(9, lambda scale: scale * 1.01)),
     "value * 1.001": ("none", replaced(2, lambda value: value * 1.001)),
     "boolean mask dropped": ("boolean", replaced(4, None)),
     "boolean mask inverted": ("boolean", replaced(4, torch.logical_not)),
     "float mask dropped": ("float", replaced(3, None)),
-    "causal ignored": ("causal", replaced(7, False)),
-    "alignment ignored": ("causal bottom_right", replaced(8, False)),
+    "causal ignored": ("causal", replaced(10, False)),
+    "alignment ignored": ("causal bottom_right", replaced(11, False)),
     "lengths ignored": ("lengths", replaced(5, None)),
     "lengths one too long": ("lengths", replaced(5, lambda seqlens: seqlens + 1)),
     "one key too many masked": ("none", replaced(4, torch.arange(suite.LEN_K).ne(suite.LEN_K - 1).expand(2, 4, 37, 53))),

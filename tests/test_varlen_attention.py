@@ -119,35 +119,120 @@ def test_offsets_of_either_type_any_stride_and_loose_bounds():
         assert torch.equal(varlen_attention(query, key, value, cu_seqlens, max_seqlen_q=500, max_seqlen_k=70), expected)
 
 
-@pytest.mark.filterwarnings("ignore::transfuse.TransfuseWarning")
-def test_options_of_the_reference_act_per_sequence():
-    """bias, window, softcap, alibi and sinks: each sequence gets what attention gives it alone."""
-    lengths, lengths_k = (3, 5), (6, 5)
-    query, key, value = packed_inputs(lengths=lengths, lengths_k=lengths_k)
-    cu_q, cu_k = offsets(lengths), offsets(lengths_k)
-    attn_bias, slopes, sinks = draw(2, HEADS, 5, 6, seed=5), draw(2, HEADS, seed=6).abs(), draw(HEADS, seed=7)
-    options = {"window": (3, 1), "softcap": 3.0, "sinks": sinks, "causal_alignment": "bottom_right"}
-    output, lse = varlen_attention(query, key, value, cu_q, cu_k, attn_bias=attn_bias, alibi_slopes=slopes, return_lse=True, **options)
-    for n, (length, length_k) in enumerate(zip(lengths, lengths_k)):
-        rows, rows_k = slice(cu_q[n], cu_q[n + 1]), slice(cu_k[n], cu_k[n + 1])
-        alone, alone_lse = scaled_dot_product_attention(
-            query[rows].transpose(0, 1), key[rows_k].transpose(0, 1), value[rows_k].transpose(0, 1),
-            attn_bias=attn_bias[n, :, :length, :length_k], alibi_slopes=slopes[n], return_lse=True, **options,
+LONGEST, LONGEST_K = max(LENGTHS), max(LENGTHS_K)
+
+
+def leaf(*shape, dtype=torch.float32, seed=5):
+    return draw(*shape, dtype=dtype, seed=seed, requires_grad=True)
+
+
+COUNT = len(LENGTHS)
+FEATURES = {
+    "window": lambda dtype: {"window": (6, 2)},
+    "window, top_left": lambda dtype: {"window": (None, 3), "causal_alignment": "top_left"},
+    "softcap": lambda dtype: {"softcap": 1.5, "is_causal": True},
+    "slopes": lambda dtype: {"alibi_slopes": leaf(HEADS)},
+    "slopes of every sequence": lambda dtype: {"alibi_slopes": leaf(COUNT, HEADS), "is_causal": True},
+    "sinks": lambda dtype: {"sinks": leaf(HEADS), "is_causal": True},
+    "bias": lambda dtype: {"attn_bias": leaf(COUNT, HEADS, LONGEST, LONGEST_K, dtype=dtype)},
+    "bias of every sequence": lambda dtype: {"attn_bias": leaf(COUNT, 1, LONGEST, LONGEST_K)},
+    "bias of every head": lambda dtype: {"attn_bias": leaf(1, HEADS, LONGEST, LONGEST_K, dtype=dtype), "is_causal": True},
+    "one bias": lambda dtype: {"attn_bias": leaf(1, 1, LONGEST, LONGEST_K)},
+    "bias with -inf": lambda dtype: {
+        "attn_bias": torch.where(suite.keep_mask(1, HEADS, LONGEST, LONGEST_K), draw(1, HEADS, LONGEST, LONGEST_K), -torch.inf)
+    },
+    "all": lambda dtype: {
+        "window": (20, 3), "softcap": 3.0, "alibi_slopes": leaf(COUNT, HEADS), "sinks": leaf(HEADS, seed=6),
+        "attn_bias": leaf(1, HEADS, LONGEST, LONGEST_K, dtype=dtype, seed=7),
+    },
+}
+
+
+@in_every_dtype
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_match_reference(name, dtype):
+    with nan_filled_empty():
+        assert_matches_reference(
+            varlen_attention, *packed_inputs(dtype, LENGTHS, LENGTHS_K, kv_heads=2), offsets(LENGTHS), offsets(LENGTHS_K),
+            return_lse=True, **FEATURES[name](dtype),
         )
-        assert torch.equal(alone.transpose(0, 1), output[rows]) and torch.equal(alone_lse, lse[:, rows])
 
 
-@pytest.mark.parametrize("option", ({"attn_bias": torch.zeros(1, 1, 64, 64)}, {"dropout_p": 0.1}, {"window": (1, 1)}), ids=str)
-def test_what_the_kernel_lacks_falls_back_in_sight(option, monkeypatch):
+def test_gradcheck_of_every_argument():
+    lengths, lengths_k = (2, 0, 3), (4, 1, 3)
+    shapes = ((5, 2, 2), (8, 1, 2), (8, 1, 3), (3, 1, 3, 4), (3, 2), (2,))
+    tensors = [leaf(*shape, dtype=torch.float64, seed=i) for i, shape in enumerate(shapes)]
+
+    def run(query, key, value, attn_bias, alibi_slopes, sinks):
+        return varlen_attention(
+            query, key, value, offsets(lengths), offsets(lengths_k), attn_bias=attn_bias, alibi_slopes=alibi_slopes, sinks=sinks,
+            window=(2, 1), softcap=1.5, return_lse=True,
+        )
+
+    with use_backend("cpu"):
+        assert torch.autograd.gradcheck(run, tensors)
+
+
+@in_every_dtype
+def test_options_act_per_sequence(dtype):
+    """Bias, window, softcap, slopes and sinks: each sequence gets, bit for bit, what attention gives it alone."""
+    query, key, value = packed_inputs(dtype, LENGTHS, LENGTHS_K)
+    cu_q, cu_k = offsets(LENGTHS), offsets(LENGTHS_K)
+    attn_bias, slopes = leaf(COUNT, HEADS, LONGEST, LONGEST_K), leaf(COUNT, HEADS, seed=6)
+    options = {"window": (30, 1), "softcap": 3.0, "sinks": draw(HEADS, seed=7), "causal_alignment": "bottom_right", "return_lse": True}
+    output, lse = varlen_attention(query, key, value, cu_q, cu_k, attn_bias=attn_bias, alibi_slopes=slopes, **options)
+    grad = draw(*output.shape, dtype=dtype, seed=8)
+    grads = torch.autograd.grad(output, (query, key, value, attn_bias, slopes), grad)
+    for n, (length, length_k) in enumerate(zip(LENGTHS, LENGTHS_K)):
+        rows, rows_k = slice(cu_q[n], cu_q[n + 1]), slice(cu_k[n], cu_k[n + 1])
+        alone = [t[r].detach().transpose(0, 1).requires_grad_() for t, r in ((query, rows), (key, rows_k), (value, rows_k))]
+        alone += [attn_bias[n, :, :length, :length_k].detach().requires_grad_(), slopes[n].detach().requires_grad_()]
+        out, out_lse = scaled_dot_product_attention(*alone[:3], attn_bias=alone[3], alibi_slopes=alone[4], **options)
+        assert torch.equal(out.transpose(0, 1), output[rows]) and torch.equal(out_lse, lse[:, rows])
+        expected = torch.autograd.grad(out, alone, grad[rows].transpose(0, 1))
+        for e, actual, r in zip(expected, grads, (rows, rows_k, rows_k)):
+            assert torch.equal(e.transpose(0, 1), actual[r])
+        assert torch.equal(expected[3], grads[3][n, :, :length, :length_k]) and torch.equal(expected[4], grads[4][n])
+    beyond = torch.arange(LONGEST_K) >= torch.tensor(LENGTHS_K).view(-1, 1, 1, 1)
+    assert not grads[3][beyond.expand_as(attn_bias)].any()
+
+
+@in_every_dtype
+@pytest.mark.parametrize("name", ("one bias", "bias of every head", "all"))
+def test_shared_gradients_do_not_depend_on_threads(name, dtype):
+    options = FEATURES[name](dtype)
+    leaves = [*packed_inputs(dtype, LENGTHS, LENGTHS_K), *(t for t in options.values() if isinstance(t, torch.Tensor))]
+    results = []
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        output = varlen_attention(*leaves[:3], offsets(LENGTHS), offsets(LENGTHS_K), **options)
+        results.append(torch.autograd.grad(output, leaves, torch.ones_like(output)))
+    assert all(torch.equal(a, e) for result in results for a, e in zip(result, results[0]))
+
+
+OPTIONS_OF_THE_KERNEL = {
+    "attn_bias": torch.zeros(1, 1, 64, 64), "dropout_p": 0.1, "window": (1, 1), "softcap": 3.0, "alibi_slopes": torch.ones(HEADS),
+    "sinks": torch.ones(HEADS),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS_OF_THE_KERNEL)
+def test_every_option_takes_the_kernel(option):
+    tensors, cu_seqlens, options = packed_inputs(), offsets(LENGTHS), {option: OPTIONS_OF_THE_KERNEL[option]}
+    explanation = explain(varlen_attention, *tensors, cu_seqlens, **options)
+    assert explanation.chosen == "cpu" and explanation.problem.features == (option,)
+    with use_backend("cpu"):
+        varlen_attention(*tensors, cu_seqlens, **options)
+
+
+def test_what_the_kernel_lacks_falls_back_in_sight(monkeypatch):
     from transfuse import dispatch
 
     monkeypatch.setattr(dispatch, "_warned", set())
-    tensors, cu_seqlens = packed_inputs(), offsets(LENGTHS)
-    reason = f"{next(iter(option))} has no CPU kernel yet"
-    with pytest.warns(TransfuseWarning, match=reason):
-        varlen_attention(*tensors, cu_seqlens, **option)
-    assert reason in str(explain(varlen_attention, *tensors, cu_seqlens, **option))
-    assert explain(varlen_attention, *tensors, cu_seqlens).chosen == "cpu"
+    wide, cu_seqlens = draw(5, 1, 513), offsets((2, 3))
+    with pytest.warns(TransfuseWarning, match="head_dim is 513, the kernel takes up to 512"):
+        varlen_attention(wide, wide, wide, cu_seqlens)
+    assert explain(varlen_attention, wide, wide, wide, cu_seqlens).chosen == "reference"
 
 
 T = torch.zeros(5, 4, 8)
@@ -184,12 +269,16 @@ def test_refusals_say_what_was_expected(error, message, args, kwargs, backend):
     assert str(raised.value) == message
 
 
-MUTANTS = {
-    "scale * 1.01": lambda a: (*a[:7], a[7] * 1.01, *a[8:]),
-    "value * 1.001": lambda a: (*a[:2], a[2] * 1.001, *a[3:]),
-    "causal ignored": lambda a: (*a[:8], False, a[9]),
-    "alignment ignored": lambda a: (*a[:9], not a[9]),
-    "sequences merged": lambda a: (*a[:3], a[3][[0, -1]], a[4][[0, -1]], 1000, 1000, *a[7:]),
+def replaced(index, value):
+    return lambda arguments: (*arguments[:index], value(arguments[index]), *arguments[index + 1 :])
+
+
+MUTANTS = {  # of the raw forward's arguments
+    "value * 1.001": replaced(2, lambda value: value * 1.001),
+    "scale * 1.01": replaced(11, lambda scale: scale * 1.01),
+    "causal ignored": replaced(12, lambda is_causal: False),
+    "alignment ignored": replaced(13, lambda bottom_right: not bottom_right),
+    "sequences merged": lambda a: (*a[:3], a[3][[0, -1]], a[4][[0, -1]], *a[5:9], 1000, 1000, *a[11:]),
 }
 
 

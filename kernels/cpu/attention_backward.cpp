@@ -1,32 +1,38 @@
-// Attention backward: gradients of query, key, value and bias for one key/value head of one sequence.
+// Attention backward: gradients of query, key, value, bias, slopes and sinks for one key/value head of one sequence.
 //
-//   P = softmax(scale * Q K^T + bias)    dV = P^T dO    dP = dO V^T    dS = P * (dP - delta)    delta = sum of P * dP
-//   dQ = scale * dS K    dK = scale * dS^T Q    dbias = dS, summed over the dimensions in which the bias was broadcast
+//   P = softmax(scores)       D = 1 / (1 - p) where dropout keeps, else 0
+//   dV = (P * D)^T dO         dP = D * (dO V^T)
+//   dS = P * (dP - delta)     delta = sum of P * dP, less the gradient of lse
+//   dbias = dS                dslope = -dS * distance        dsink = -P_sink * delta
+//   dR = dS * cap_slope       dQ = scale * dR K              dK = scale * dR^T Q
+//
+// where dbias, dslope and dsink are summed over the dimensions in which their argument was broadcast.
 //
 // A tile of 32 queries holds its weights and dP against all keys of its sequence, [key][16 queries] as in the forward
 // (linear in the length, never Lq x Lk), so each of the five products is computed once.
-// Policy: maximum and sum are computed again from the scores. lse is a float of the size of the largest logit, and
+// Policy: maximum and sum are computed again from the scores. lse is rounded at the size of the largest logit, and
 // exp(score - lse) would carry its rounding error, 5e-4 at logits of 1e4; likewise delta from P * dP, since that of the
 // rounded output carries the error of the storage type. Queries are walked in order, heads of a group in order, so the
 // sums of dK, dV and dbias have one order whatever the number of threads.
-#include "attention_panels.h"
+#include "attention_dropout.h"
+#include "attention_scores.h"
 
 namespace transfuse::cpu::TRANSFUSE_ISA {
 namespace {
 
 constexpr int64_t tile = 32;  // queries; as many as `chain`, so that dK and dV are read and written once per chain
-constexpr int64_t tile_panels = tile / panel;
-constexpr int64_t key_block = 128;  // keys per step: excluded pairs are looked for block by block
+constexpr real lse_rounding = in_double ? 0x1p-49 : 0x1p-20f;  // a few ulp
 
 struct Scratch {
   int64_t length;                          // keys of the sequence
-  float *keys, *values;                    // [D / 16][length][16], [Dv / 16][length][16]
-  float *grad_keys, *grad_values;          // the same
-  float *queries, *grads;                  // [D / 16][tile][16], [Dv / 16][tile][16]: query and grad_output
-  float *queries_across, *grads_across;    // [tile / 16][D][16], [tile / 16][Dv][16]: transposed
-  float* grad_queries;                     // [D / 16][tile][16]
-  float *weights, *grad_scores, *keep;     // [tile / 16][length][16]
-  float* bias;                             // [key_block][16]
+  real *keys, *values;                     // [D / 16][length][16], [Dv / 16][length][16]
+  real *grad_keys, *grad_values;           // the same
+  real *queries, *grads;                   // [D / 16][tile][16], [Dv / 16][tile][16]: query and grad_output
+  real *queries_across, *grads_across;     // [tile / 16][D][16], [tile / 16][Dv][16]: transposed
+  real* grad_queries;                      // [D / 16][tile][16]
+  real *weights, *grad_scores, *keep;      // [tile / 16][length][16]
+  real *cap_slopes, *draws;                // the same, with softcap and with dropout: 0 or 1 / (1 - p)
+  real* bias;                              // [key_block][16]
 
   Scratch(const AttentionParams& p, int64_t seqlen_k, Arena& arena) : length(seqlen_k) {
     const int64_t d = panels(p.head_dim) * panel, dv = panels(p.value_head_dim) * panel;
@@ -42,6 +48,8 @@ struct Scratch {
     weights = arena.take(tile * length);
     grad_scores = arena.take(tile * length);
     keep = arena.take(tile * length);
+    cap_slopes = p.softcap > 0 ? arena.take(tile * length) : nullptr;
+    draws = p.dropout.probability > 0 ? arena.take(tile * length) : nullptr;
     bias = arena.take(key_block * panel);
   }
 };
@@ -53,15 +61,27 @@ struct Tile {
   const AttentionSequence& sequence;
   const Scratch& s;
   int64_t head, query, rows;  // rows of [query, query + tile) that exist
-  int64_t keys;               // [0, keys) holds every key that some row sees
+  int64_t first_key, keys;    // [first_key, first_key + keys) holds every key that some row sees, from a block's start
   bool finite_keys, finite_queries, finite_grads;
 
-  float* weights(int64_t r) const { return s.weights + r * s.length; }  // of the panel that starts at row r
-  float* grad_scores(int64_t r) const { return s.grad_scores + r * s.length; }
-  float* keep(int64_t r) const { return s.keep + r * s.length; }
-  bool plain(int64_t r, int64_t key, int64_t n) const { return tile_is_plain(p, sequence, query + r, key, n); }
+  // Panels of the rows from r on, at the tile's first key.
+  real* weights(int64_t r) const { return s.weights + r * s.length + first_key * panel; }
+  real* grad_scores(int64_t r) const { return s.grad_scores + r * s.length + first_key * panel; }
+  real* keep(int64_t r) const { return s.keep + r * s.length + first_key * panel; }
+  real* cap_slopes(int64_t r) const { return s.cap_slopes + r * s.length + first_key * panel; }
+  real* draws(int64_t r) const { return s.draws + r * s.length + first_key * panel; }
+  int64_t panel_rows(int64_t r) const { return smaller(panel, rows - r); }
+  // The panel at row r against n keys, the first of them `key` after the tile's first.
+  ScorePanel scores(int64_t r, int64_t key, int64_t n) const {
+    return {p, sequence, head, query + r, panel_rows(r), first_key + key, n};
+  }
+  bool takes_all(int64_t r, int64_t key, int64_t n) const { return scores(r, key, n).takes_all(); }
   // Whether 0 * inf or 0 * NaN of an excluded pair could enter a product.
-  bool guarded() const { return !(finite_keys && finite_queries && finite_grads) && !plain(0, 0, keys); }
+  bool guarded() const {
+    return !(finite_keys && finite_queries && finite_grads) &&
+        !ScorePanel{p, sequence, head, query, rows, first_key, keys}.takes_all();
+  }
+  // body(key, n) per block; key counts from the tile's first.
   template <class Body>
   void for_each_block(Body body) const {
     for (int64_t key = 0; key < keys; key += key_block) body(key, smaller(key_block, keys - key));
@@ -71,204 +91,271 @@ struct Tile {
 // Scores of one block of keys for the panel at row r into weights(r), and what it excludes into keep(r).
 void score_block(const Tile& t, int64_t r, int64_t key, int64_t n) {
   const Scratch& s = t.s;
-  float* scores = t.weights(r) + key * panel;
-  float* keep = t.keep(r) + key * panel;
-  product<Along::rows>(s.keys + key * panel, s.length * panel, s.queries_across + r * t.p.head_dim, t.p.head_dim,
-                       scores, n, false);
-  if (!t.plain(r, key, n))
-    apply_mask_and_bias(t.p, t.sequence, t.head, t.query + r, smaller(panel, t.rows - r), key, n, scores, keep, s.bias);
-  else if (t.guarded())
-    for (int64_t j = 0; j < n; ++j) store(keep + j * panel, set1(1.0f));
+  real* scores = t.weights(r) + key * panel;
+  real* keep = t.keep(r) + key * panel;
+  product<Along::rows>(s.keys + (t.first_key + key) * panel, s.length * panel, s.queries_across + r * t.p.head_dim,
+                       t.p.head_dim, scores, n, false);
+  const ScorePanel scored = t.scores(r, key, n);
+  const bool takes_all = scored.takes_all();
+  if (transforms(t.p) || !takes_all)
+    finish_scores(scored, scores, keep, s.bias, s.cap_slopes ? t.cap_slopes(r) + key * panel : nullptr);
+  if (takes_all && t.guarded())
+    for (int64_t j = 0; j < n; ++j) store_row(keep + j * panel, fill(1));
 }
 
 struct Maximum {
-  f32 value, anchor;  // the scores are relative to anchor, 0 but in saturated rows
+  vec value, anchor;  // the scores are relative to anchor, 0 but in saturated rows
 };
 
 // Scores of the panel at row r into weights(r).
 Maximum score_panel(const Tile& t, int64_t r) {
   const auto maximum_of_block = [&](int64_t key, int64_t n) {
-    return row_maximum(t.weights(r) + key * panel, t.plain(r, key, n) ? nullptr : t.keep(r) + key * panel, n);
+    return row_maximum(t.weights(r) + key * panel, t.takes_all(r, key, n) ? nullptr : t.keep(r) + key * panel, n);
   };
-  f32 maximum = set1(-__builtin_inff());
+  vec maximum = fill(-infinity);
   t.for_each_block([&](int64_t key, int64_t n) {
     score_block(t, r, key, n);
     maximum = max(maximum, maximum_of_block(key, n));
   });
-  const mask refine = saturated(maximum, logit_scale(t.p));
-  if (!any(refine)) return {maximum, zero()};
-  const f32 anchor = select(refine, maximum, zero());
-  f32 refined = set1(-__builtin_inff());
+  const vec_mask refine = saturated(maximum, logit_scale(t.p));
+  if (!any(refine)) return {maximum, fill(0)};
+  const vec anchor = select(refine, maximum, fill(0));
+  vec refined = fill(-infinity);
   t.for_each_block([&](int64_t key, int64_t n) {
     score_block(t, r, key, n);  // again: refining needs the block's bias
-    refine_scores(t.p, t.s.queries_across + r * t.p.head_dim, t.s.keys + key * panel, t.s.length * panel, n,
-                  t.p.bias.data ? t.s.bias : nullptr, refine, anchor, maximum, t.weights(r) + key * panel);
+    refine_scores(t.scores(r, key, n), t.s.queries_across + r * t.p.head_dim, t.s.keys + (t.first_key + key) * panel,
+                  t.s.length * panel, t.s.bias, {refine, anchor, maximum}, t.weights(r) + key * panel);
     refined = max(refined, maximum_of_block(key, n));
   });
   return {refined, anchor};
 }
 
 // weights(r) = exp(logit - maximum), and their sums.
-f32 weigh_panel(const Tile& t, int64_t r, f32 maximum) {
+vec weigh_panel(const Tile& t, int64_t r, vec maximum) {
   const ScaledExp weight(logit_scale(t.p));
-  f32 sums[4] = {zero(), zero(), zero(), zero()};
+  vec sums[4] = {fill(0), fill(0), fill(0), fill(0)};
   t.for_each_block([&](int64_t key, int64_t n) {
-    float* weights = t.weights(r) + key * panel;
-    const float* keep = t.keep(r) + key * panel;
-    const bool plain = t.plain(r, key, n);
+    real* weights = t.weights(r) + key * panel;
+    const real* keep = t.keep(r) + key * panel;
+    const bool plain = t.takes_all(r, key, n);
     for (int64_t j = 0; j < n; ++j) {
-      f32 w = weight(load(weights + j * panel) - maximum);
-      if (!plain) w = select(load(keep + j * panel) > zero(), w, zero());
+      vec w = weight(load_row(weights + j * panel) - maximum);
+      if (!plain) w = select(load_row(keep + j * panel) > fill(0), w, fill(0));
       sums[j % 4] = sums[j % 4] + w;
-      store(weights + j * panel, w);
+      store_row(weights + j * panel, w);
     }
   });
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// The rows' entries of a [B, H, L] float tensor, absent rows 0.
-f32 load_statistic(const Tile& t, const AttentionTensor& statistic, int64_t r) {
-  return load_strided(at<float>(statistic, t.sequence.batch, t.head, t.sequence.query_row + t.query + r, 0),
-                      statistic.row, smaller(panel, t.rows - r));
+// The rows' entries of a [B, H, L] statistic, absent rows 0.
+vec load_statistic(const Tile& t, const AttentionTensor& statistic, int64_t r) {
+  return load_strided(at<real>(statistic, t.sequence.batch, t.head, t.sequence.query_row + t.query + r, 0),
+                      statistic.row, t.panel_rows(r));
 }
 
 // sum of grad_output * output of one row.
-float output_dot(const Tile& t, int64_t r) {
+real output_dot(const Tile& t, int64_t r) {
   const AttentionTensor& output = t.params.output;
-  f32 sum = zero();
+  vec sum = fill(0);
   for_each_vec(t.p.value_head_dim, [&](int64_t c, int64_t n) {
-    const f32 o = with_type(output, t.sequence.batch, t.head, t.sequence.query_row + t.query + r, c,
+    const vec o = with_type(output, t.sequence.batch, t.head, t.sequence.query_row + t.query + r, c,
                             [&](auto* x) { return load_strided(x, output.col, n); });
-    sum = fma(load(t.s.grads + c * tile + r * panel), o, sum);
+    sum = fma(load_row(t.s.grads + c * tile + r * panel), o, sum);
   });
-  return reduce_add(sum);
+  return static_cast<real>(reduce_add(sum));
 }
 
-// weights(r) become P and grad_scores(r) become dS.
-void differentiate_panel(const Tile& t, int64_t r, Maximum maximum, f32 sum) {
+// What the sink adds to each row's sum of weights, relative to the row's maximum.
+vec sink_weights(const Tile& t, Maximum maximum) {
+  alignas(64) real top[panel], anchor[panel], added[panel];
+  store_row(top, maximum.value);
+  store_row(anchor, maximum.anchor);
+  for (int64_t i = 0; i < panel; ++i) {
+    const double logit = (static_cast<double>(top[i]) + anchor[i]) * logit_scale(t.p);
+    added[i] = static_cast<real>(sink_weight(t.p.sinks[t.head], top[i] == -infinity ? -__builtin_inf() : logit));
+  }
+  return load_row(added);
+}
+
+// P_sink = added / (sum + added) of `whole` rows, else exp(sink - lse); its gradient is -P_sink * delta.
+void add_grad_sink(const Tile& t, int64_t r, vec added, vec sum, vec delta, vec lse, vec_mask whole) {
+  const double sink = t.p.sinks[t.head];
+  if (sink == -__builtin_inf()) return;
+  alignas(64) real a[panel], s[panel], d[panel], l[panel], w[panel];
+  store_row(a, added);
+  store_row(s, sum);
+  store_row(d, delta);
+  store_row(l, lse);
+  store_row(w, select(whole, fill(1), fill(0)));
+  double& grad = t.params.grad_sinks[t.sequence.batch * t.p.num_heads + t.head];
+  for (int64_t i = 0; i < t.panel_rows(r); ++i) {
+    const double share = w[i] != 0 ? 1.0 / (1.0 + static_cast<double>(s[i]) / a[i]) : __builtin_exp(sink - l[i]);
+    grad -= share * d[i];
+  }
+}
+
+// weights(r) become P, or P * D with dropout, and grad_scores(r) become dS.
+void differentiate_panel(const Tile& t, int64_t r, Maximum maximum, vec sum) {
   const Scratch& s = t.s;
+  const vec added = t.p.sinks ? sink_weights(t, maximum) : fill(0);
+  const vec total = t.p.sinks ? sum + added : sum;
   // lse is that of these very keys, or of more keys when a longer row was computed in parts (ring attention): then it
   // is P's true normaliser, and delta is that of the whole row. The weight of this part tells the two apart.
-  const f32 lse = load_statistic(t, t.params.problem.lse, r);
-  const f32 scale = set1(logit_scale(t.p));
-  const f32 part = exp_nonpositive(fma(maximum.value, scale, fms(maximum.anchor, scale, lse))) * sum;
-  const f32 rounding = fma(abs(lse), set1(0x1p-20f), set1(0x1p-20f));  // a few ulp of lse
-  const mask whole = ~(abs(part - set1(1.0f)) > rounding);
-  const f32 normaliser = select(sum > zero(), select(whole, set1(1.0f), part) / sum, select(isnan(sum), sum, zero()));
+  const vec lse = load_statistic(t, t.params.problem.lse, r);
+  const vec scale = fill(logit_scale(t.p));
+  const vec part = exp_any(fma(maximum.value, scale, fms(maximum.anchor, scale, lse))) * total;
+  const vec size = max(abs(lse), abs((maximum.value + maximum.anchor) * scale));
+  const vec rounding = fma(size, fill(lse_rounding), fill(lse_rounding));
+  const vec_mask all_sink = total == fill(infinity);  // next to the sink the keys weigh nothing
+  const vec_mask whole = ~(abs(part - fill(1)) > rounding) | all_sink;
+  const vec share = select(whole, fill(1), part) / total;
+  const vec normaliser = select(sum > fill(0), share, select(isnan(sum), sum, fill(0)));
 
-  f32 deltas[2] = {zero(), zero()};
+  const bool drops = s.draws;
+  if (drops) {
+    const double p = t.p.dropout.probability;
+    const vec scaled = fill(static_cast<real>(p < 1.0 ? 1.0 / (1.0 - p) : 0.0));
+    for_each_draw(t.scores(r, 0, t.keys),
+                  [&](int64_t j, vec kept) { store_row(t.draws(r) + j * panel, kept * scaled); });
+  }
+  vec deltas[2] = {fill(0), fill(0)};
   t.for_each_block([&](int64_t key, int64_t n) {
-    float* weights = t.weights(r) + key * panel;
-    float* grad_weights = t.grad_scores(r) + key * panel;
-    const float* keep = t.keep(r) + key * panel;
-    product<Along::rows>(s.values + key * panel, s.length * panel, s.grads_across + r * t.p.value_head_dim,
-                         t.p.value_head_dim, grad_weights, n, false);
-    const bool plain = t.plain(r, key, n);
+    real* weights = t.weights(r) + key * panel;
+    real* grad_weights = t.grad_scores(r) + key * panel;
+    const real* keep = t.keep(r) + key * panel;
+    const real* draws = drops ? t.draws(r) + key * panel : nullptr;
+    product<Along::rows>(s.values + (t.first_key + key) * panel, s.length * panel,
+                         s.grads_across + r * t.p.value_head_dim, t.p.value_head_dim, grad_weights, n, false);
+    const bool plain = t.takes_all(r, key, n);
     for (int64_t j = 0; j < n; ++j) {
-      f32 w = load(weights + j * panel) * normaliser;
-      f32 g = load(grad_weights + j * panel);
+      vec w = load_row(weights + j * panel) * normaliser;
+      vec g = load_row(grad_weights + j * panel);
       if (!plain) {  // V at an excluded key may be anything; the normaliser of a NaN row is NaN
-        const mask kept = load(keep + j * panel) > zero();
-        w = select(kept, w, zero());
-        g = select(kept, g, zero());
-        store(grad_weights + j * panel, g);
+        const vec_mask kept = load_row(keep + j * panel) > fill(0);
+        w = select(kept, w, fill(0));
+        g = select(kept, g, fill(0));
+        store_row(grad_weights + j * panel, g);
       }
-      store(weights + j * panel, w);
+      if (draws) store_row(grad_weights + j * panel, g = g * load_row(draws + j * panel));
+      store_row(weights + j * panel, w);
       deltas[j % 2] = fma(w, g, deltas[j % 2]);
     }
   });
-  f32 delta = deltas[0] + deltas[1];
+  vec delta = deltas[0] + deltas[1];
   if (!all(whole)) {
-    alignas(64) float of_row[panel];
-    for (int64_t i = 0; i < panel; ++i) of_row[i] = r + i < t.rows ? output_dot(t, r + i) : 0.0f;
-    delta = select(whole, delta, load(of_row));
+    alignas(64) real of_row[panel];
+    for (int64_t i = 0; i < panel; ++i) of_row[i] = r + i < t.rows ? output_dot(t, r + i) : 0;
+    delta = select(whole, delta, load_row(of_row));
   }
   if (t.params.grad_lse.data) delta = delta - load_statistic(t, t.params.grad_lse, r);
+  if (t.params.grad_sinks) add_grad_sink(t, r, added, sum, delta, lse, whole);
   t.for_each_block([&](int64_t key, int64_t n) {
-    const float* weights = t.weights(r) + key * panel;
-    float* grad_scores = t.grad_scores(r) + key * panel;
-    const float* keep = t.keep(r) + key * panel;
-    const bool plain = t.plain(r, key, n);
+    real* weights = t.weights(r) + key * panel;
+    real* grad_scores = t.grad_scores(r) + key * panel;
+    const real* keep = t.keep(r) + key * panel;
+    const real* draws = drops ? t.draws(r) + key * panel : nullptr;
+    const bool plain = t.takes_all(r, key, n);
     for (int64_t j = 0; j < n; ++j) {
-      f32 g = load(weights + j * panel) * (load(grad_scores + j * panel) - delta);
-      if (!plain) g = select(load(keep + j * panel) > zero(), g, zero());
-      store(grad_scores + j * panel, g);
+      const vec w = load_row(weights + j * panel);
+      vec g = w * (load_row(grad_scores + j * panel) - delta);
+      if (!plain) g = select(load_row(keep + j * panel) > fill(0), g, fill(0));
+      if (draws) store_row(weights + j * panel, w * load_row(draws + j * panel));
+      store_row(grad_scores + j * panel, g);
     }
   });
 }
 
-// out[row] += sum over the tile's queries of A[query][row] * b[query], for all keys as rows.
-void add_over_queries(const Tile& t, const float* a, const float* b, int64_t cols, bool finite, float* out) {
+// out[row] += sum over the tile's queries of A[query][row] * b[query], for the tile's keys as rows.
+void add_over_queries(const Tile& t, const real* a, const real* b, int64_t cols, bool finite, real* out) {
   const int64_t a_panel = t.s.length * panel;
   for (int64_t c = 0; c < panels(cols); ++c) {
-    const float* bc = b + c * tile * panel;
-    float* to = out + c * t.s.length * panel;
+    const real* bc = b + c * tile * panel;
+    real* to = out + (c * t.s.length + t.first_key) * panel;
     if (finite || !t.guarded())
       product<Along::rows>(a, a_panel, bc, t.rows, to, t.keys, true);
     else
-      product_of_kept<Along::rows>(a, t.s.keep, a_panel, bc, t.rows, to, t.keys, true);
+      product_of_kept<Along::rows>(a, t.keep(0), a_panel, bc, t.rows, to, t.keys, true);
   }
 }
 
 void find_grad_queries(const Tile& t) {
   for (int64_t r = 0; r < t.rows; r += panel) {
-    const int64_t panel_rows = smaller(panel, t.rows - r);
     for (int64_t c = 0; c < panels(t.p.head_dim); ++c) {
-      const float* keys = t.s.keys + c * t.s.length * panel;
-      float* to = t.s.grad_queries + (c * tile + r) * panel;
+      const real* keys = t.s.keys + (c * t.s.length + t.first_key) * panel;
+      real* to = t.s.grad_queries + (c * tile + r) * panel;
       if (t.finite_keys || !t.guarded())
-        product<Along::columns>(t.grad_scores(r), panel * panel, keys, t.keys, to, panel_rows, false);
+        product<Along::columns>(t.grad_scores(r), panel * panel, keys, t.keys, to, t.panel_rows(r), false);
       else
-        product_of_kept<Along::columns>(t.grad_scores(r), t.keep(r), panel * panel, keys, t.keys, to, panel_rows,
+        product_of_kept<Along::columns>(t.grad_scores(r), t.keep(r), panel * panel, keys, t.keys, to, t.panel_rows(r),
                                         false);
     }
   }
 }
 
-void add_grad_bias(const Tile& t) {
+void add_grad_bias(const Tile& t, int64_t r) {
   const AttentionBiasGrad& g = t.params.grad_bias;
-  alignas(64) float x[panel];
-  for (int64_t r = 0; r < t.rows; r += panel) {
-    const int64_t panel_rows = smaller(panel, t.rows - r);
-    const mask exists = first_n(panel_rows);
-    double* out = g.data + t.sequence.batch * g.batch + t.head * g.head + (t.query + r) * g.row;
-    const float* grad_scores = t.grad_scores(r);
-    f32 over_keys = zero();
-    for (int64_t j = 0; j < t.keys; ++j) {
-      const f32 grad = select(exists, load(grad_scores + j * panel), zero());
-      if (g.col == 0) {
-        over_keys = over_keys + grad;
-      } else if (g.row == 0) {
-        out[j * g.col] += reduce_add(grad);
-      } else {
-        store(x, grad);
-        for (int64_t i = 0; i < panel_rows; ++i) out[i * g.row + j * g.col] += x[i];
-      }
+  const int64_t rows = t.panel_rows(r);
+  const auto exists = lane_index() < fill(static_cast<real>(rows));
+  double* out = g.data + t.sequence.batch * g.batch + t.head * g.head + (t.query + r) * g.row + t.first_key * g.col;
+  const real* grad_scores = t.grad_scores(r);
+  alignas(64) real x[panel];
+  vec over_keys = fill(0);
+  for (int64_t j = 0; j < t.keys; ++j) {
+    const vec grad = select(exists, load_row(grad_scores + j * panel), fill(0));
+    if (g.col == 0) {
+      over_keys = over_keys + grad;
+    } else if (g.row == 0) {
+      out[j * g.col] += reduce_add(grad);
+    } else {
+      store_row(x, grad);
+      for (int64_t i = 0; i < rows; ++i) out[i * g.row + j * g.col] += x[i];
     }
-    if (g.col != 0) continue;
-    store(x, over_keys);
-    for (int64_t i = 0; i < panel_rows; ++i) out[i * g.row] += x[i];
   }
+  if (g.col != 0) return;
+  store_row(x, over_keys);
+  for (int64_t i = 0; i < rows; ++i) out[i * g.row] += x[i];
 }
 
-// rows of panels times `factor`, rounded once.
-template <class T>
-void write_rows(const float* source, int64_t panel_rows, int64_t rows, int64_t cols, float factor, T* out,
-                int64_t row_stride) {
-  const f32 factors = set1(factor);
-  for_each_vec(cols, [&](int64_t c, int64_t n) {
-    for (int64_t r = 0; r < rows; ++r)
-      store_n(out + r * row_stride + c, load(source + c * panel_rows + r * panel) * factors, n);
+void add_grad_alibi_slope(const Tile& t, int64_t r) {
+  const auto exists = lane_index() < fill(static_cast<real>(t.panel_rows(r)));
+  const vec lead = lane_index() + fill(static_cast<real>(t.scores(r, 0, t.keys).lead()));
+  const real* grad_scores = t.grad_scores(r);
+  wide sum = splat<wide>(0);
+  for (int64_t j = 0; j < t.keys; ++j) {
+    const vec grad = select(exists, load_row(grad_scores + j * panel), fill(0));
+    sum = fma(to_wide(grad), to_wide(abs(lead - fill(static_cast<real>(j)))), sum);
+  }
+  t.params.grad_alibi_slopes[t.sequence.batch * t.p.num_heads + t.head] -= reduce_add(sum);
+}
+
+// grad_scores(r) become the gradients of what softcap took, which at an excluded pair may have been anything.
+void differentiate_softcap(const Tile& t, int64_t r) {
+  t.for_each_block([&](int64_t key, int64_t n) {
+    real* grad_scores = t.grad_scores(r) + key * panel;
+    const real* slopes = t.cap_slopes(r) + key * panel;
+    const real* keep = t.keep(r) + key * panel;
+    const bool plain = t.takes_all(r, key, n);
+    for (int64_t j = 0; j < n; ++j) {
+      vec g = load_row(grad_scores + j * panel) * load_row(slopes + j * panel);
+      if (!plain) g = select(load_row(keep + j * panel) > fill(0), g, fill(0));
+      store_row(grad_scores + j * panel, g);
+    }
   });
 }
 
+// rows of panels times `factor`, rounded once.
 void write_grad(const AttentionOutput& grad, const AttentionSequence& sequence, int64_t head, int64_t row,
-                const float* source, int64_t panel_rows, int64_t rows, int64_t cols, float factor) {
-  const int64_t offset = sequence.batch * grad.batch + head * grad.head + row * grad.row;
-  if (grad.dtype == DType::f32)
-    write_rows(source, panel_rows, rows, cols, factor, static_cast<float*>(grad.data) + offset, grad.row);
-  else
-    write_rows(source, panel_rows, rows, cols, factor, static_cast<bf16*>(grad.data) + offset, grad.row);
+                const real* source, int64_t panel_rows, int64_t rows, int64_t cols, real factor) {
+  const vec factors = fill(factor);
+  with_storage(grad.dtype, [&](auto* type) {
+    const int64_t offset = sequence.batch * grad.batch + head * grad.head + row * grad.row;
+    auto* out = static_cast<decltype(type)>(grad.data) + offset;
+    for_each_vec(cols, [&](int64_t c, int64_t n) {
+      for (int64_t r = 0; r < rows; ++r)
+        store_as(out + r * grad.row + c, load_row(source + c * panel_rows + r * panel) * factors, n);
+    });
+  });
 }
 
 void differentiate_tile(Tile t) {
@@ -279,51 +366,56 @@ void differentiate_tile(Tile t) {
   t.finite_queries = pack_tensor_rows(p.query, batch, t.head, row, t.rows, p.head_dim, s.queries, tile);
   t.finite_grads = pack_tensor_rows(grad_output, batch, t.head, row, t.rows, p.value_head_dim, s.grads, tile);
   for (int64_t r = 0; r < t.rows; r += panel) {
-    const int64_t n = smaller(panel, t.rows - r);
-    pack_tensor_transposed(p.query, batch, t.head, row + r, n, p.head_dim, query_sign(p),
+    pack_tensor_transposed(p.query, batch, t.head, row + r, t.panel_rows(r), p.head_dim, query_sign(p),
                            s.queries_across + r * p.head_dim);
-    pack_tensor_transposed(grad_output, batch, t.head, row + r, n, p.value_head_dim, 1.0f,
+    pack_tensor_transposed(grad_output, batch, t.head, row + r, t.panel_rows(r), p.value_head_dim, 1,
                            s.grads_across + r * p.value_head_dim);
   }
   for (int64_t r = 0; r < t.rows; r += panel) {
     const Maximum maximum = score_panel(t, r);
-    const f32 sum = weigh_panel(t, r, maximum.value);
+    const vec sum = weigh_panel(t, r, maximum.value);
     differentiate_panel(t, r, maximum, sum);
+    if (t.params.grad_bias.data) add_grad_bias(t, r);
+    if (t.params.grad_alibi_slopes) add_grad_alibi_slope(t, r);
+    if (s.cap_slopes) differentiate_softcap(t, r);
   }
-  add_over_queries(t, s.weights, s.grads, p.value_head_dim, t.finite_grads, s.grad_values);
-  add_over_queries(t, s.grad_scores, s.queries, p.head_dim, t.finite_queries, s.grad_keys);
+  add_over_queries(t, t.weights(0), s.grads, p.value_head_dim, t.finite_grads, s.grad_values);
+  add_over_queries(t, t.grad_scores(0), s.queries, p.head_dim, t.finite_queries, s.grad_keys);
   find_grad_queries(t);
-  if (t.params.grad_bias.data) add_grad_bias(t);
-  write_grad(t.params.grad_query, t.sequence, t.head, row, s.grad_queries, tile, t.rows, p.head_dim, p.scale);
+  write_grad(t.params.grad_query, t.sequence, t.head, row, s.grad_queries, tile, t.rows, p.head_dim,
+             static_cast<real>(p.scale));
 }
 
 }  // namespace
 
-int64_t attention_backward_scratch_bytes(const AttentionBackwardParams& params) {
+int64_t TRANSFUSE_ATTENTION_NAME(attention_backward_scratch_bytes)(const AttentionBackwardParams& params) {
   Arena arena{nullptr};
   Scratch(params.problem, params.problem.max_seqlen_k, arena);
   return arena.bytes();
 }
 
-void attention_backward(const AttentionBackwardParams& params, void* memory, int64_t sequence_index, int64_t kv_head) {
+void TRANSFUSE_ATTENTION_NAME(attention_backward)(const AttentionBackwardParams& params, void* memory,
+                                                  int64_t sequence_index, int64_t kv_head) {
   const AttentionParams& p = params.problem;
   const AttentionSequence& sequence = p.sequences[sequence_index];
   const int64_t length = sequence.seqlen_k, group = p.num_heads / p.num_kv_heads;
-  Arena arena{static_cast<float*>(memory)};
+  Arena arena{static_cast<real*>(memory)};
   const Scratch s(p, length, arena);
   const bool finite_keys =
       pack_tensor_rows(p.key, sequence.batch, kv_head, sequence.key_row, length, p.head_dim, s.keys, s.length);
   pack_tensor_rows(p.value, sequence.batch, kv_head, sequence.key_row, length, p.value_head_dim, s.values, s.length);
-  for (float* x = s.grad_keys; x != s.queries; x += panel) store(x, zero());
+  for (real* x = s.grad_keys; x != s.queries; x += panel) store_row(x, fill(0));
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
     for (int64_t query = 0; query < sequence.seqlen_q; query += tile) {
-      const int64_t rows = smaller(tile, sequence.seqlen_q - query);
-      const int64_t keys = padding_start(p, sequence, head, key_limit(p, sequence, query + rows - 1));
-      differentiate_tile({params, p, sequence, s, head, query, rows, keys, finite_keys, true, true});
+      const int64_t rows = smaller(tile, sequence.seqlen_q - query), first_key = first_block(p, sequence, query);
+      const int64_t stop = padding_start(p, sequence, head, key_end(p, sequence, query + rows - 1));
+      differentiate_tile({params, p, sequence, s, head, query, rows, first_key, larger(0, stop - first_key),
+                          finite_keys, true, true});
     }
-  write_grad(params.grad_key, sequence, kv_head, sequence.key_row, s.grad_keys, s.length, length, p.head_dim, p.scale);
+  write_grad(params.grad_key, sequence, kv_head, sequence.key_row, s.grad_keys, s.length, length, p.head_dim,
+             static_cast<real>(p.scale));
   write_grad(params.grad_value, sequence, kv_head, sequence.key_row, s.grad_values, s.length, length, p.value_head_dim,
-             1.0f);
+             1);
 }
 
 }  // namespace transfuse::cpu::TRANSFUSE_ISA

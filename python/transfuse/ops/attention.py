@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from transfuse import dispatch, extension
-from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
+from transfuse.autograd import distinct, refuse_tangents, wants_grad
 from transfuse.checks import check_alignment, check_flag, check_scale
 from transfuse.ops import attention_checks as checks
 from transfuse.reference.attention import attention_reference
@@ -47,7 +47,8 @@ def scaled_dot_product_attention(
         query, key, value: [..., Hq, Lq, D], [..., Hkv, Lk, D], [..., Hkv, Lk, Dv], any strides, any number of leading
             dimensions (their product is the batch B), or [L, D]. Leading dimensions and heads of size 1 broadcast.
         attn_mask: bool, True = keep, or additive in query's dtype or float32; broadcasts to [..., Hq, Lq, Lk].
-        dropout_p: probability to drop a weight, applied whenever it is above 0, as torch does.
+        dropout_p: probability to drop a weight, applied whenever it is above 0, as torch does. The seed comes from torch's
+            generator, the draws from Philox: the same mask on every backend and any number of threads.
         is_causal: key j takes part in row i if j <= i + offset. ANDs with every mask, where torch refuses the pair.
         scale: factor of the scores; None is D ** -0.5.
         enable_gqa: query head h uses key head h // (Hq // Hkv).
@@ -57,7 +58,7 @@ def scaled_dot_product_attention(
             offset = Lk - Lq, or seqlens_k - Lq).
         window: (left, right), keys i + offset - left .. i + offset + right take part; None is unbounded on that side.
         softcap: c * tanh(score / c), before biases.
-        alibi_slopes: [Hq] or [B, Hq]; adds -slope * abs(i + offset - j).
+        alibi_slopes: [Hq] or [B, Hq]; adds -slope * abs(i + offset - j). Differentiable.
         sinks: [Hq], one more logit per row that takes part in the sum and has no value. Differentiable.
         return_lse: also return log(sum(exp(score))).
 
@@ -106,8 +107,7 @@ class AttentionProblem(dispatch.Problem):
 
 
 def _cpu_unsupported(problem: AttentionProblem) -> tuple[str, ...]:
-    reasons = dispatch.cpu_reasons(problem)
-    reasons += tuple(f"{name} has no CPU kernel yet" for name in problem.features)
+    reasons = dispatch.cpu_reasons(problem, dispatch.ALL_DTYPES)
     for name, size in (("head_dim", problem.query_shape[-1]), ("value's head_dim", problem.value_shape[-1])):
         if size > checks.MAX_HEAD_DIM:
             reasons += (f"{name} is {size}, the kernel takes up to {checks.MAX_HEAD_DIM}",)
@@ -115,11 +115,12 @@ def _cpu_unsupported(problem: AttentionProblem) -> tuple[str, ...]:
 
 
 def _run_cpu(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right, features):
-    refuse_tangents(_OP, query, key, value, bias)
-    if wants_grad(query, key, value, bias):
-        tensors = distinct(query, key, value, bias, mask, seqlens_k)
-        return AttentionFunction.apply(*tensors, scale, is_causal, bottom_right)
-    return _forward(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right)
+    alibi_slopes, sinks, dropout_seed, *options = checks.kernel_options(features, query.device)
+    tensors = (query, key, value, bias, mask, seqlens_k, alibi_slopes, sinks, dropout_seed)
+    refuse_tangents(_OP, query, key, value, bias, alibi_slopes, sinks)
+    if wants_grad(query, key, value, bias, alibi_slopes, sinks):
+        return AttentionFunction.apply(*distinct(*tensors), scale, is_causal, bottom_right, *options)
+    return _forward(*tensors, scale, is_causal, bottom_right, *options)
 
 
 def _run_reference(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right, features):
@@ -138,10 +139,10 @@ IMPLEMENTATIONS = (
 )
 
 
-def _forward(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right):
+def _forward(query, key, value, bias, mask, seqlens_k, *rest):
+    """`rest`: alibi_slopes, sinks, dropout_seed, then the numbers from scale to dropout_p."""
     return torch.ops.transfuse.attention_forward.default(
-        query, key, value, _expand(bias, query, key), _expand(mask, query, key), seqlens_k, scale, is_causal,
-        bottom_right,
+        query, key, value, _expand(bias, query, key), _expand(mask, query, key), seqlens_k, *rest
     )
 
 
@@ -156,36 +157,25 @@ class AttentionFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right):
-        return _forward(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right)
+    def forward(*arguments):
+        return _forward(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        query, key, value, bias, mask, seqlens_k, ctx.scale, ctx.is_causal, ctx.bottom_right = inputs
-        ctx.save_for_backward(query, key, value, bias, mask, seqlens_k, *output)
-        ctx.set_materialize_grads(False)
+        checks.save_for_backward(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx, grad_output, grad_lse):
-        query, key, value, bias, mask, seqlens_k, output, lse = ctx.saved_tensors
-        if grad_output is None:
-            grad_output = torch.zeros_like(output)
-        arguments = (
-            grad_output, grad_lse, query, key, value, output, lse, bias, mask, seqlens_k, ctx.scale, ctx.is_causal,
-            ctx.bottom_right, bias is not None and ctx.needs_input_grad[3],
-        )
-        grads = first_derivative(_OP, _backward, *arguments)
-        return (*grads[:3], grads[3] if ctx.needs_input_grad[3] else None, None, None, None, None, None)
+        extras = (3, 6, 7)  # bias, alibi_slopes, sinks
+        return checks.input_gradients(ctx, _OP, _backward, extras, grad_output, grad_lse)
 
 
-
-def _backward(
-    grad_output, grad_lse, query, key, value, output, lse, bias, mask, seqlens_k, scale, is_causal, bottom_right,
-    need_bias,
-):
+def _backward(grad_output, grad_lse, query, key, value, output, lse, bias, mask, *rest):
+    *rest, need_bias, need_alibi_slopes, need_sinks = rest
+    bias_shape = [1, 1, 1, 1] if bias is None else list(bias.shape)
     return torch.ops.transfuse.attention_backward.default(
         grad_output, grad_lse, query, key, value, output, lse, _expand(bias, query, key), _expand(mask, query, key),
-        seqlens_k, scale, is_causal, bottom_right, [1, 1, 1, 1] if bias is None else list(bias.shape), need_bias,
+        *rest, bias_shape, need_bias, need_alibi_slopes, need_sinks,
     )
 
 
@@ -319,12 +309,12 @@ def _add_biases(first: Tensor, second: Tensor) -> Tensor:
 
 def _problem(arguments, features) -> AttentionProblem:
     query, key, value, bias, mask, seqlens_k, _, is_causal, _ = arguments
-    floats = [tensor for tensor in (query, key, value, bias) if tensor is not None]
+    floats = [query, key, value, bias, features.get("alibi_slopes"), features.get("sinks")]
     return AttentionProblem(
         op=_OP,
         device=str(query.device),
         dtype=query.dtype,
-        requires_grad=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in floats),
+        requires_grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floats),
         query_shape=tuple(query.shape),
         key_shape=tuple(key.shape),
         value_shape=tuple(value.shape),
@@ -354,16 +344,14 @@ scaled_dot_product_attention.explain_problem = _explain_problem
 if not extension.cpu_unavailable:
 
     @torch.library.register_fake("transfuse::attention_forward")
-    def _attention_forward_fake(query, key, value, bias, mask, seqlens_k, scale, causal, bottom_right):
+    def _attention_forward_fake(query, key, value, *rest):
         batch, heads, len_q, _ = query.shape
         output = query.new_empty(batch, len_q, heads, value.shape[3]).transpose(1, 2)
-        return output, query.new_empty(batch, heads, len_q, dtype=torch.float32)
+        return output, query.new_empty(batch, heads, len_q, dtype=checks.statistics_dtype(query))
 
     @torch.library.register_fake("transfuse::attention_backward")
     def _attention_backward_fake(
-        grad_output, grad_lse, query, key, value, output, lse, bias, mask, seqlens_k, scale, causal, bottom_right,
-        bias_shape, need_bias_grad,
+        grad_output, grad_lse, query, key, value, output, lse, bias, mask, seqlens_k, alibi_slopes, sinks, *rest
     ):
         grads = [tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2) for tensor in (query, key, value)]
-        bias_dtype = query.dtype if bias is None else bias.dtype
-        return *grads, query.new_empty(bias_shape if need_bias_grad else (0,), dtype=bias_dtype)
+        return *grads, *checks.fake_extra_grads(query, bias, alibi_slopes, sinks, *rest[-4:])

@@ -1,13 +1,15 @@
-"""What attention and varlen_attention share: what they refuse, in which words, and the options not every backend has.
+"""What attention and varlen_attention share: what they refuse, in which words, their options, and their gradients.
 
 Each message names op, argument, what came and what was expected.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from transfuse.autograd import first_derivative
 from transfuse.checks import check_dropout, check_tensor, is_dense
 from transfuse.dispatch import dtype_name
 
@@ -65,6 +67,60 @@ def reference_options(features: dict, device: torch.device) -> dict:
     return options
 
 
+# alibi_slopes, sinks, dropout_seed, window_left, window_right, softcap, dropout_p
+_NO_KERNEL_OPTIONS = (None, None, None, -1, -1, 0.0, 0.0)
+
+
+def kernel_options(features: dict, device: torch.device) -> tuple:
+    """The same as the raw ops take it, in the order of _NO_KERNEL_OPTIONS."""
+    if not features:
+        return _NO_KERNEL_OPTIONS
+    left, right = (-1 if side is None else side for side in features.get("window", (None, None)))
+    softcap, dropout_p = features.get("softcap", 0.0), features.get("dropout_p", 0.0)
+    seed = dropout_seed(device) if dropout_p else None
+    return features.get("alibi_slopes"), features.get("sinks"), seed, left, right, softcap, dropout_p
+
+
+NUM_TENSORS = 9  # of both Functions: query, key, value, three of the layout and masks, alibi_slopes, sinks, dropout_seed
+
+
+def save_for_backward(ctx, inputs: tuple, output: tuple) -> None:
+    """A Function's tensors and results; its numbers as ctx.options."""
+    ctx.options = inputs[NUM_TENSORS:]
+    ctx.save_for_backward(*inputs[:NUM_TENSORS], *output)
+    ctx.set_materialize_grads(False)
+
+
+def input_gradients(ctx, op: str, backward: Callable, extras: tuple[int, ...], grad_output, grad_lse) -> tuple:
+    """What a Function's backward returns: gradients of query, key, value and of the wanted ones of `extras`."""
+    *tensors, output, lse = ctx.saved_tensors
+    if grad_output is None:
+        grad_output = torch.zeros_like(output)
+    wanted = [ctx.needs_input_grad[i] for i in extras]
+    grads = first_derivative(
+        op, backward, grad_output, grad_lse, *tensors[:3], output, lse, *tensors[3:], *ctx.options, *wanted
+    )
+    result = [*grads[:3], *(None,) * (NUM_TENSORS - 3 + len(ctx.options))]
+    for i, grad, want in zip(extras, grads[3:], wanted):
+        result[i] = grad if want else None
+    return tuple(result)
+
+
+def statistics_dtype(query: Tensor) -> torch.dtype:
+    """Of lse: float32, float64 for float64."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def fake_extra_grads(query, bias, alibi_slopes, sinks, bias_shape, need_bias, need_alibi_slopes, need_sinks) -> tuple:
+    """Gradients of bias, alibi_slopes and sinks without values; empty where none is wanted."""
+    bias_shape = bias_shape if need_bias else (0,)
+    result = [query.new_empty(bias_shape, dtype=query.dtype if bias is None else bias.dtype)]
+    for tensor, need in ((alibi_slopes, need_alibi_slopes), (sinks, need_sinks)):
+        like = query if tensor is None else tensor
+        result.append(like.new_empty(like.shape if need else (0,)))
+    return tuple(result)
+
+
 def dropout_seed(device: torch.device) -> Tensor:
     """Drawn on the device by torch's generator: checkpointing, graphs and compile replay it."""
     return torch.randint(_INT64_MIN, INT64_MAX, (2,), dtype=torch.int64, device=device)
@@ -114,7 +170,7 @@ def check_window(op: str, window: tuple) -> tuple[int | None, int | None]:
             raise TypeError(f"{op}: window is {window!r}, expected (left, right), each int or None")
         if side is not None and side < 0:
             raise ValueError(f"{op}: window is {window!r}, expected (left, right) of at least 0")
-    return tuple(window)
+    return tuple(None if side is None else min(side, INT64_MAX) for side in window)
 
 
 def check_softcap(op: str, softcap: float) -> float:

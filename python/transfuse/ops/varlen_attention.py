@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from transfuse import dispatch, extension
-from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
+from transfuse.autograd import distinct, refuse_tangents, wants_grad
 from transfuse.checks import check_alignment, check_flag, check_scale
 from transfuse.ops import attention_checks as checks
 from transfuse.reference.varlen_attention import varlen_attention_reference
@@ -93,8 +93,7 @@ class VarlenAttentionProblem(dispatch.Problem):
 
 
 def _cpu_unsupported(problem: VarlenAttentionProblem) -> tuple[str, ...]:
-    reasons = dispatch.cpu_reasons(problem)
-    reasons += tuple(f"{name} has no CPU kernel yet" for name in problem.features)
+    reasons = dispatch.cpu_reasons(problem, dispatch.ALL_DTYPES)
     for name, size in (("head_dim", problem.query_shape[-1]), ("value's head_dim", problem.value_shape[-1])):
         if size > checks.MAX_HEAD_DIM:
             reasons += (f"{name} is {size}, the kernel takes up to {checks.MAX_HEAD_DIM}",)
@@ -102,11 +101,16 @@ def _cpu_unsupported(problem: VarlenAttentionProblem) -> tuple[str, ...]:
 
 
 def _run_cpu(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right, features):
-    refuse_tangents(_OP, query, key, value)
-    if wants_grad(query, key, value):
-        tensors = distinct(query, key, value, cu_q, cu_k)
-        return VarlenAttentionFunction.apply(*tensors, max_q, max_k, scale, is_causal, bottom_right)
-    return _forward(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right)
+    alibi_slopes, sinks, dropout_seed, *options = checks.kernel_options(features, query.device)
+    bias = features.get("attn_bias")
+    if bias is not None and bias.dim() < 4:
+        bias = bias[(None,) * (4 - bias.dim())]
+    tensors = (query, key, value, cu_q, cu_k, bias, alibi_slopes, sinks, dropout_seed)
+    options = (max_q, max_k, scale, is_causal, bottom_right, *options)
+    refuse_tangents(_OP, query, key, value, bias, alibi_slopes, sinks)
+    if wants_grad(query, key, value, bias, alibi_slopes, sinks):
+        return VarlenAttentionFunction.apply(*distinct(*tensors), *options)
+    return _forward(*tensors, *options)
 
 
 def _run_reference(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right, features):
@@ -125,12 +129,16 @@ IMPLEMENTATIONS = (
 )
 
 
-def _forward(*arguments):
-    return torch.ops.transfuse.varlen_attention_forward.default(*arguments)
+def _forward(query, key, value, cu_q, cu_k, bias, alibi_slopes, sinks, dropout_seed, max_q, max_k, *numbers):
+    return torch.ops.transfuse.varlen_attention_forward.default(
+        query, key, value, cu_q, cu_k, _expand(bias, query, cu_q, max_q, max_k), alibi_slopes, sinks, dropout_seed,
+        max_q, max_k, *numbers,
+    )
 
 
-def _backward(*arguments):
-    return torch.ops.transfuse.varlen_attention_backward.default(*arguments)
+def _expand(bias: Tensor | None, query: Tensor, cu_q: Tensor, max_q: int, max_k: int) -> Tensor | None:
+    """The bias as a [N, Hq, max_seqlen_q, max_seqlen_k] view."""
+    return None if bias is None else bias.expand(cu_q.shape[0] - 1, query.shape[1], max_q, max_k)
 
 
 class VarlenAttentionFunction(torch.autograd.Function):
@@ -139,22 +147,29 @@ class VarlenAttentionFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right):
-        return _forward(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right)
+    def forward(*arguments):
+        return _forward(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        query, key, value, cu_q, cu_k, *ctx.options = inputs
-        ctx.save_for_backward(query, key, value, *output, cu_q, cu_k)
-        ctx.set_materialize_grads(False)
+        checks.save_for_backward(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx, grad_output, grad_lse):
-        saved = ctx.saved_tensors
-        if grad_output is None:
-            grad_output = torch.zeros_like(saved[3])
-        grads = first_derivative(_OP, _backward, grad_output, grad_lse, *saved, *ctx.options)
-        return *grads, None, None, None, None, None, None, None
+        extras = (5, 6, 7)  # bias, alibi_slopes, sinks
+        return checks.input_gradients(ctx, _OP, _backward, extras, grad_output, grad_lse)
+
+
+def _backward(
+    grad_output, grad_lse, query, key, value, output, lse, cu_q, cu_k, bias, alibi_slopes, sinks, dropout_seed, max_q,
+    max_k, *rest,
+):
+    *numbers, need_bias, need_alibi_slopes, need_sinks = rest
+    bias_shape = [1, 1, 1, 1] if bias is None else list(bias.shape)
+    return torch.ops.transfuse.varlen_attention_backward.default(
+        grad_output, grad_lse, query, key, value, output, lse, cu_q, cu_k, _expand(bias, query, cu_q, max_q, max_k),
+        alibi_slopes, sinks, dropout_seed, max_q, max_k, *numbers, bias_shape, need_bias, need_alibi_slopes, need_sinks,
+    )
 
 
 def _normalise(
@@ -224,11 +239,12 @@ def _longest(name: str, given: int | None, offsets: Tensor) -> int:
 
 def _problem(arguments, features) -> VarlenAttentionProblem:
     query, key, value, cu_q, _, max_q, max_k, _, is_causal, _ = arguments
+    floats = [query, key, value, *(features.get(name) for name in ("attn_bias", "alibi_slopes", "sinks"))]
     return VarlenAttentionProblem(
         op=_OP,
         device=str(query.device),
         dtype=query.dtype,
-        requires_grad=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)),
+        requires_grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floats),
         query_shape=tuple(query.shape),
         key_shape=tuple(key.shape),
         value_shape=tuple(value.shape),
@@ -258,12 +274,14 @@ varlen_attention.explain_problem = _explain_problem
 if not extension.cpu_unavailable:
 
     @torch.library.register_fake("transfuse::varlen_attention_forward")
-    def _varlen_attention_forward_fake(query, key, value, cu_q, cu_k, max_q, max_k, scale, causal, bottom_right):
+    def _varlen_attention_forward_fake(query, key, value, *rest):
         tokens_q, heads, _ = query.shape
-        return query.new_empty(tokens_q, heads, value.shape[2]), query.new_empty(heads, tokens_q, dtype=torch.float32)
+        lse = query.new_empty(heads, tokens_q, dtype=checks.statistics_dtype(query))
+        return query.new_empty(tokens_q, heads, value.shape[2]), lse
 
     @torch.library.register_fake("transfuse::varlen_attention_backward")
     def _varlen_attention_backward_fake(
-        grad_output, grad_lse, query, key, value, output, lse, cu_q, cu_k, max_q, max_k, scale, causal, bottom_right
+        grad_output, grad_lse, query, key, value, output, lse, cu_q, cu_k, bias, alibi_slopes, sinks, *rest
     ):
-        return tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+        grads = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+        return *grads, *checks.fake_extra_grads(query, bias, alibi_slopes, sinks, *rest[-4:])
