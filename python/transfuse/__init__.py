@@ -13,10 +13,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "scaled_dot_product_attention": "ops.attention",
     "varlen_attention": "ops.varlen_attention",
+    "decode_attention": "ops.decode_attention",
     "masked_softmax": "ops.masked_softmax",
     "layer_norm": "ops.layer_norm",
     "add_layer_norm": "ops.layer_norm",
     "gelu": "ops.gelu",
+    "rotary": "ops.rotary",
     "pack": "ops.packing",
     "unpack": "ops.packing",
     "Packing": "ops.packing",

@@ -9,6 +9,7 @@ _HOMES = {
     "BiasGELU": "gelu",
     "MaskedSoftmax": "masked_softmax",
     "MultiheadAttention": "attention",
+    "RotaryEmbedding": "rotary",
 }
 
 __all__ = list(_HOMES)
