@@ -31,6 +31,7 @@ class CMakeBuild(build_ext):
             "cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build_dir), "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DTORCH_ROOT={torch_root}", f"-DTRANSFUSE_VERSION={VERSION}",
+            f"-DTRANSFUSE_ISA_LEVELS={os.environ.get('TRANSFUSE_ISA_LEVELS', '')}",
         ])
         self.spawn(["cmake", "--build", str(build_dir), "-j", jobs])
         built = next(build_dir.glob("_C.*"))

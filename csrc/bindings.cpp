@@ -11,16 +11,17 @@ using transfuse::cpu::Isa;
 
 namespace {
 
-py::list cpu_isa_levels() {
+py::tuple levels_where(bool (*holds)(Isa)) {
   py::list levels;
-  for (int i = 1; i <= static_cast<int>(transfuse::cpu::best_isa()); ++i) levels.append(transfuse::cpu::isa_name(static_cast<Isa>(i)));
+  for (int i = 0; i < transfuse::cpu::num_isa_levels; ++i)
+    if (holds(static_cast<Isa>(i))) levels.append(transfuse::cpu::isa_name(static_cast<Isa>(i)));
   return levels;
 }
 
 void set_cpu_isa(const std::string& name) {
-  for (Isa level : {Isa::avx2, Isa::avx512, Isa::avx512_bf16})
-    if (name == transfuse::cpu::isa_name(level)) return transfuse::cpu::set_isa(level);
-  throw py::value_error("set_cpu_isa: level is '" + name + "', expected avx2, avx512 or avx512_bf16");
+  for (int i = 0; i < transfuse::cpu::num_isa_levels; ++i)
+    if (name == transfuse::cpu::isa_name(static_cast<Isa>(i))) return transfuse::cpu::set_isa(static_cast<Isa>(i));
+  throw py::value_error("set_cpu_isa: level is '" + name + "', expected baseline, avx2, avx512 or avx512_bf16");
 }
 
 py::dict build_info() {
@@ -28,7 +29,7 @@ py::dict build_info() {
   info["version"] = TRANSFUSE_VERSION;
   info["compiler"] = __VERSION__;
   info["torch_target"] = "2.10";
-  info["isa_levels"] = py::make_tuple("avx2", "avx512", "avx512_bf16");
+  info["isa_levels"] = levels_where(transfuse::cpu::isa_built);
   return info;
 }
 
@@ -38,7 +39,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of transfuse; importing registers torch.ops.transfuse.*";
   m.def("build_info", &build_info, "What this binary was built with.");
   m.def("cpu_isa", [] { return transfuse::cpu::isa_name(transfuse::cpu::isa()); }, "The ISA level in force.");
-  m.def("cpu_isa_levels", &cpu_isa_levels, "The levels this CPU can run, narrowest first; empty below AVX2 + FMA.");
+  m.def("cpu_isa_levels", [] { return levels_where(transfuse::cpu::isa_available); },
+        "The levels that are built and this CPU can run, narrowest first.");
   m.def("set_nan_filled_empty", [](bool fill) { transfuse::nan_filled_empty = fill; }, py::arg("fill"),
         "Fills the memory of new results with NaN (tests).");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("level"), "Forces an ISA level (tests); ValueError where the CPU lacks it.");

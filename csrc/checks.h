@@ -63,12 +63,26 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// float32 or bfloat16, as the kernels' own DType.
+// The kernels' own DType; float32 too for what is no floating type (a mask's bytes: kernels do not look at it).
+inline cpu::DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::BFloat16:
+      return cpu::DType::bf16;
+    case ScalarType::Half:
+      return cpu::DType::f16;
+    case ScalarType::Double:
+      return cpu::DType::f64;
+    default:
+      return cpu::DType::f32;
+  }
+}
+
+// float32, bfloat16, float16 or float64, as the kernels' own DType.
 inline cpu::DType kernel_dtype(const char* op, const char* argument, const Tensor& t) {
   const ScalarType type = t.scalar_type();
-  check(type == ScalarType::Float || type == ScalarType::BFloat16, op, ": ", argument, " has dtype ", name_of(type),
-        ", expected float32 or bfloat16");
-  return type == ScalarType::Float ? cpu::DType::f32 : cpu::DType::bf16;
+  check(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half || type == ScalarType::Double, op,
+        ": ", argument, " has dtype ", name_of(type), ", expected float32, bfloat16, float16 or float64");
+  return dtype_of(t);
 }
 
 inline void check_dtype(const char* op, const char* argument, const Tensor& t, ScalarType expected) {

@@ -82,24 +82,6 @@ bool pack_rows(const T* source, int64_t row_stride, int64_t col_stride, int64_t 
   return !any(isnan(defect));
 }
 
-TRANSFUSE_INLINE void transpose8(__m256* x) {
-  __m256 a[8], b[8];
-  for (int i = 0; i < 8; i += 2) {
-    a[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
-    a[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
-    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xEE);
-    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
-    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xEE);
-  }
-  for (int i = 0; i < 4; ++i) {
-    x[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
-    x[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
-  }
-}
-
 // Packs up to 16 rows as one transposed panel [cols][16], times `factor`, absent rows 0.
 template <class T>
 void pack_transposed_panel(const T* source, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t cols,
@@ -107,20 +89,12 @@ void pack_transposed_panel(const T* source, int64_t row_stride, int64_t col_stri
   const f32 factors = set1(factor);
   for (int64_t c = 0; c < cols; c += panel) {
     const int64_t n = smaller(panel, cols - c);
-    for (int64_t r = 0; r < panel; r += 8) {
-      __m256 left[8], right[8];
-      for (int64_t i = 0; i < 8; ++i) {
-        const T* from = source + (r + i) * row_stride + c * col_stride;
-        const f32 x = r + i < rows ? load_strided(from, col_stride, n) * factors : zero();
-        left[i] = half0(x);
-        right[i] = half1(x);
-      }
-      transpose8(left);
-      transpose8(right);
-      float* to = out + c * panel + r;
-      for (int64_t i = 0; i < smaller(8, n); ++i) _mm256_storeu_ps(to + i * panel, left[i]);
-      for (int64_t i = 8; i < n; ++i) _mm256_storeu_ps(to + i * panel, right[i - 8]);
+    f32 row[panel];
+    for (int64_t r = 0; r < panel; ++r) {
+      const T* from = source + r * row_stride + c * col_stride;
+      row[r] = r < rows ? load_strided(from, col_stride, n) * factors : zero();
     }
+    store_transposed(out + c * panel, row, n);
   }
 }
 

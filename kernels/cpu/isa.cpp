@@ -21,19 +21,49 @@ Isa detect() {
   if (avx512) return Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif
-  return Isa::none;
+  return Isa::baseline;
+}
+
+Isa widest_of_this_cpu() {
+  static const Isa widest = detect();
+  return widest;
+}
+
+Isa best() {
+  int level = num_isa_levels - 1;
+  while (level > 0 && !isa_available(static_cast<Isa>(level))) --level;
+  return static_cast<Isa>(level);
 }
 
 std::atomic<int>& level() {
-  static std::atomic<int> value{static_cast<int>(best_isa())};
+  static std::atomic<int> value{static_cast<int>(best())};
   return value;
 }
 
 }  // namespace
 
-Isa best_isa() {
-  static const Isa best = detect();
-  return best;
+bool isa_built(Isa level) {
+  switch (level) {
+#ifdef TRANSFUSE_HAS_BASELINE
+    case Isa::baseline:
+#endif
+#ifdef TRANSFUSE_HAS_AVX2
+    case Isa::avx2:
+#endif
+#ifdef TRANSFUSE_HAS_AVX512
+    case Isa::avx512:
+#endif
+#ifdef TRANSFUSE_HAS_AVX512_BF16
+    case Isa::avx512_bf16:
+#endif
+      return true;
+    default:
+      return false;
+  }
+}
+
+bool isa_available(Isa level) {
+  return isa_built(level) && static_cast<int>(level) <= static_cast<int>(widest_of_this_cpu());
 }
 
 Isa isa() {
@@ -41,23 +71,19 @@ Isa isa() {
 }
 
 void set_isa(Isa wanted) {
-  if (wanted == Isa::none || static_cast<int>(wanted) > static_cast<int>(best_isa()))
-    throw std::invalid_argument(std::string("set_cpu_isa: level ") + isa_name(wanted) + " is not available on this CPU, expected at most " +
-                                isa_name(best_isa()));
+  if (!isa_available(wanted)) {
+    std::string levels;
+    for (int i = 0; i < num_isa_levels; ++i)
+      if (isa_available(static_cast<Isa>(i))) levels += std::string(levels.empty() ? "" : ", ") + isa_name(static_cast<Isa>(i));
+    throw std::invalid_argument(std::string("set_cpu_isa: level ") + isa_name(wanted) + " is not available here, expected one of " +
+                                levels);
+  }
   level().store(static_cast<int>(wanted), std::memory_order_relaxed);
 }
 
 const char* isa_name(Isa value) {
-  switch (value) {
-    case Isa::avx2:
-      return "avx2";
-    case Isa::avx512:
-      return "avx512";
-    case Isa::avx512_bf16:
-      return "avx512_bf16";
-    default:
-      return "none";
-  }
+  constexpr const char* names[num_isa_levels] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+  return names[static_cast<int>(value)];
 }
 
 }  // namespace transfuse::cpu

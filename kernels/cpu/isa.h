@@ -2,47 +2,78 @@
 //
 // Policy: kernels/cpu/<op>.cpp is compiled once per level with -DTRANSFUSE_ISA=<level>; everything it defines lives
 // in transfuse::cpu::<level>, so that no symbol of a wider level can be picked by the linker for a narrower one.
+// `baseline` is portable vector code and runs on every CPU; avx512_bf16 is a level of its own, since vdpbf16ps traps on
+// older AVX-512 chips. CMake defines TRANSFUSE_HAS_<LEVEL> for those that are built.
 #pragma once
 
 #include <cstdint>
 
 namespace transfuse::cpu {
 
-enum class Isa : int { none = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+constexpr int num_isa_levels = 4;
 
-// The level in force. Chosen once from cpuid, lowered only by set_isa (tests force every level the machine has).
+// The level in force: the best one at first; set_isa changes it (tests force every level the machine has).
 Isa isa();
-Isa best_isa();
 void set_isa(Isa level);
+bool isa_available(Isa level);  // built, and this CPU runs it
+bool isa_built(Isa level);
 const char* isa_name(Isa level);
 
-// Storage types. Kernels know no framework, so bfloat16 is its bits.
+// Storage types. Kernels know no framework, so the 16-bit ones are their bits.
 struct bf16 {
   uint16_t bits;
 };
+struct f16 {
+  uint16_t bits;
+};
 
-enum class DType : int { f32 = 0, bf16 = 1 };
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
 
 }  // namespace transfuse::cpu
 
-// Declares `const Table name` in every level and `const Table& name()` that picks the level in force.
-#define TRANSFUSE_DECLARE_KERNELS(Table, name)                    \
-  namespace avx2 {                                                \
-  extern const Table name;                                        \
-  }                                                               \
-  namespace avx512 {                                              \
-  extern const Table name;                                        \
-  }                                                               \
-  namespace avx512_bf16 {                                         \
-  extern const Table name;                                        \
-  }                                                               \
-  inline const Table& pick_##name() {                             \
-    switch (isa()) {                                              \
-      case Isa::avx512_bf16:                                      \
-        return avx512_bf16::name;                                 \
-      case Isa::avx512:                                           \
-        return avx512::name;                                      \
-      default:                                                    \
-        return avx2::name;                                        \
-    }                                                             \
+#ifdef TRANSFUSE_HAS_BASELINE
+#define TRANSFUSE_CASE_BASELINE(name) case Isa::baseline: return baseline::name;
+#else
+#define TRANSFUSE_CASE_BASELINE(name)
+#endif
+#ifdef TRANSFUSE_HAS_AVX2
+#define TRANSFUSE_CASE_AVX2(name) case Isa::avx2: return avx2::name;
+#else
+#define TRANSFUSE_CASE_AVX2(name)
+#endif
+#ifdef TRANSFUSE_HAS_AVX512
+#define TRANSFUSE_CASE_AVX512(name) case Isa::avx512: return avx512::name;
+#else
+#define TRANSFUSE_CASE_AVX512(name)
+#endif
+#ifdef TRANSFUSE_HAS_AVX512_BF16
+#define TRANSFUSE_CASE_AVX512_BF16(name) case Isa::avx512_bf16: return avx512_bf16::name;
+#else
+#define TRANSFUSE_CASE_AVX512_BF16(name)
+#endif
+
+// Declares `const Table name` in every level and `const Table& pick_name()` that gives the one of the level in force.
+#define TRANSFUSE_DECLARE_KERNELS(Table, name) \
+  namespace baseline {                         \
+  extern const Table name;                     \
+  }                                            \
+  namespace avx2 {                             \
+  extern const Table name;                     \
+  }                                            \
+  namespace avx512 {                           \
+  extern const Table name;                     \
+  }                                            \
+  namespace avx512_bf16 {                      \
+  extern const Table name;                     \
+  }                                            \
+  inline const Table& pick_##name() {          \
+    switch (isa()) {                           \
+      TRANSFUSE_CASE_BASELINE(name)            \
+      TRANSFUSE_CASE_AVX2(name)                \
+      TRANSFUSE_CASE_AVX512(name)              \
+      TRANSFUSE_CASE_AVX512_BF16(name)         \
+      default:                                 \
+        __builtin_unreachable();               \
+    }                                          \
   }

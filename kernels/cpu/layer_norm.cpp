@@ -16,33 +16,6 @@ struct Statistics {
   double mean, rstd;
 };
 
-// Sixteen values in double.
-struct wide {
-  f64 lo, hi;
-};
-TRANSFUSE_INLINE wide widen(f32 x) { return {low(x), high(x)}; }
-template <class T>
-TRANSFUSE_INLINE wide load_wide(const T* p, int64_t n) {
-  return n == lanes ? wide{load64(p), load64(p + lanes64)} : widen(load(p, n));
-}
-TRANSFUSE_INLINE wide broadcast(double x) { return {set1d(x), set1d(x)}; }
-TRANSFUSE_INLINE wide operator+(wide x, wide y) { return {x.lo + y.lo, x.hi + y.hi}; }
-TRANSFUSE_INLINE wide operator-(wide x, wide y) { return {x.lo - y.lo, x.hi - y.hi}; }
-TRANSFUSE_INLINE wide operator*(wide x, wide y) { return {x.lo * y.lo, x.hi * y.hi}; }
-TRANSFUSE_INLINE wide fma(wide x, wide y, wide z) { return {fma(x.lo, y.lo, z.lo), fma(x.hi, y.hi, z.hi)}; }
-TRANSFUSE_INLINE wide load_wide(const double* p) { return {load(p), load(p + lanes64)}; }
-TRANSFUSE_INLINE void store_wide(double* p, wide x) {
-  store(p, x.lo);
-  store(p + lanes64, x.hi);
-}
-TRANSFUSE_INLINE void store_rounded(bf16* p, wide x, int64_t n) { store_n(p, narrow(x.lo, x.hi), n); }
-TRANSFUSE_INLINE void store_rounded(float* p, wide x, int64_t n) {
-  if (n < lanes) return store(p, narrow(x.lo, x.hi), n);
-  store64(p, x.lo);
-  store64(p + lanes64, x.hi);
-}
-TRANSFUSE_INLINE double reduce_add(wide x) { return reduce_add(x.lo + x.hi); }
-
 // Mean and 1/sqrt(variance + eps) of a row, in one pass over x - x[0].
 //
 // An element of the row is a shift that cannot fail: (x[0] - mean)^2 <= cols * variance, so the subtraction in
@@ -52,8 +25,8 @@ template <class T>
 TRANSFUSE_INLINE Statistics row_statistics(const T* x, int64_t cols, double eps) {
   if (cols == 0) return {0, __builtin_nan("")};  // as torch
   const float first = to_float(x[0]);
-  const wide shift = broadcast(first);
-  wide sum = broadcast(0), squares = broadcast(0);
+  const wide shift = set1w(first);
+  wide sum = set1w(0), squares = set1w(0);
   for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     const wide values = n == lanes ? load_wide(x + i, n) : widen(select(first_n(n), load(x + i, n), set1(first)));
     const wide shifted = values - shift;
@@ -113,11 +86,11 @@ template <int64_t count, class W>
 TRANSFUSE_INLINE void normalize_rows(const float* x, const Statistics* rows, const W* weight, const W* bias,
                                      float* output, int64_t cols) {
   for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    const wide scale = weight ? load_wide(weight + i, n) : broadcast(1);
-    const wide offset = bias ? load_wide(bias + i, n) : broadcast(0);
+    const wide scale = weight ? load_wide(weight + i, n) : set1w(1);
+    const wide offset = bias ? load_wide(bias + i, n) : set1w(0);
     for (int64_t r = 0; r < count; ++r) {
-      const wide normalized = (load_wide(x + r * cols + i, n) - broadcast(rows[r].mean)) * broadcast(rows[r].rstd);
-      store_rounded(output + r * cols + i, fma(normalized, scale, offset), n);
+      const wide normalized = (load_wide(x + r * cols + i, n) - set1w(rows[r].mean)) * set1w(rows[r].rstd);
+      store_wide(output + r * cols + i, fma(normalized, scale, offset), n);
     }
   });
 }
@@ -256,9 +229,9 @@ TRANSFUSE_INLINE void add_lines(const double* lines, void* total, const LayerNor
                                 int64_t end) {
   const int64_t padded = layer_norm_padded_cols(p.cols);
   for (int64_t i = begin * lanes; i < p.cols && i < end * lanes; i += lanes) {
-    wide sum = broadcast(0);
+    wide sum = set1w(0);
     for (int64_t chunk = 0; chunk < p.chunks; ++chunk) sum = sum + load_wide(lines + chunk * padded + i);
-    store_rounded(static_cast<W*>(total) + i, sum, p.cols - i < lanes ? p.cols - i : lanes);
+    store_wide(static_cast<W*>(total) + i, sum, p.cols - i < lanes ? p.cols - i : lanes);
   }
 }
 

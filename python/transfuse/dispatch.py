@@ -126,7 +126,10 @@ def backends() -> dict[str, bool | str]:
     }
 
 
-def cpu_reasons(problem: Problem, dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)) -> tuple[str, ...]:
+ALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def cpu_reasons(problem: Problem, dtypes: Sequence[torch.dtype] = ALL_DTYPES[:2]) -> tuple[str, ...]:
     """The reasons every compiled CPU kernel shares: module, device, dtype."""
     reasons = []
     if extension.cpu_unavailable:

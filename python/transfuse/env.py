@@ -18,11 +18,13 @@ class Variable:
 
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "torch", "reference")
+CPU_ISA = ("best", "baseline", "avx2", "avx512", "avx512_bf16")
 
 VARIABLES = (
     Variable("TRANSFUSE_BACKEND", "choice", "auto", "backend of every op where no use_backend() or accelerate(backend=) says otherwise",
              BACKENDS),
     Variable("TRANSFUSE_STRICT", "flag", "0", "1: a fallback raises instead of warning"),
+    Variable("TRANSFUSE_CPU_ISA", "choice", "best", "instruction set that the CPU kernels use", CPU_ISA),
     Variable("TRANSFUSE_DISABLE", "flag", "0", "1: accelerate() changes nothing"),
 )
 _BY_NAME = {variable.name: variable for variable in VARIABLES}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch  # noqa: F401  the module finds torch's libraries by name in this process
 
+from transfuse import env
+
 cpu_unavailable: str = ""  # why the compiled CPU kernels cannot run here; empty when they can
 _C = None
 
@@ -12,5 +14,5 @@ try:
 except ImportError as error:
     cpu_unavailable = f"the compiled module transfuse._C is not there: {error}"
 else:
-    if not _C.cpu_isa_levels():
-        cpu_unavailable = "this CPU has no AVX2 with FMA and F16C"
+    if env.get("TRANSFUSE_CPU_ISA") != "best":
+        _C.set_cpu_isa(env.get("TRANSFUSE_CPU_ISA"))

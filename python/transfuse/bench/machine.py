@@ -114,4 +114,4 @@ def cpu_isa():
         from transfuse import _C
     except ImportError:
         return None
-    return _C.cpu_isa() if _C.cpu_isa_levels() else None
+    return _C.cpu_isa()
