@@ -22,6 +22,7 @@ constexpr double infinity = __builtin_inf();
 TRANSFUSE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 TRANSFUSE_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 TRANSFUSE_INLINE int64_t padded(int64_t n) { return (n + lanes - 1) / lanes * lanes; }
+TRANSFUSE_INLINE wide exponential(wide x) { return {exp_full(x.lo), exp_full(x.hi)}; }
 
 TRANSFUSE_INLINE int64_t group_rows(const DecodeParams& p) { return p.num_heads / p.num_kv_heads * p.seqlen_q; }
 TRANSFUSE_INLINE int64_t largest_tile(const DecodeParams& p) { return smaller(group_rows(p), decode_tile_rows); }
@@ -160,7 +161,7 @@ TRANSFUSE_INLINE void add_values(const double* weights, const uint8_t* excluded,
 // c * tanh(x / c), by e^(-2|x / c|): the error is a few roundings of c.
 TRANSFUSE_INLINE wide cap_scores(wide x, double softcap) {
   const wide one = splat<wide>(1.0), y = x / splat<wide>(softcap);
-  const wide t = exp_full(abs(y) * splat<wide>(-2.0));
+  const wide t = exponential(abs(y) * splat<wide>(-2.0));
   const wide size = splat<wide>(softcap) * ((one - t) / (one + t));
   return select(y < splat<wide>(0.0), -size, size);
 }
@@ -259,7 +260,7 @@ void attend_chunk(const DecodeParams& p, const DecodeTask& t, int64_t chunk, con
     const wide shift = splat<wide>(maximum == -infinity ? 0.0 : maximum);
     wide sum = splat<wide>(0.0);
     for (int64_t k = (first - start) / lanes * lanes; k < last - start; k += lanes) {
-      const wide weight = exp_full(load_wide(weights + k) - shift);
+      const wide weight = exponential(load_wide(weights + k) - shift);
       store_wide(weights + k, weight);
       sum = sum + weight;
     }
@@ -297,7 +298,7 @@ TRANSFUSE_INLINE Factors factors_to(double top, double a, double b) {
   alignas(64) double x[lanes] = {};
   x[0] = a - top;
   x[1] = b - top;
-  store_wide(x, exp_full(load_wide(x)));
+  store_wide(x, exponential(load_wide(x)));
   return {x[0], x[1]};
 }
 
