@@ -30,7 +30,7 @@ demo: build
 	$(PY) -m transfuse.cli demo
 
 test: build
-	$(PY) -m pytest tests $(if $(FULL),,-m "not slow") $(ARGS)
+	$(PY) -m pytest tests $(if $(FULL),--table tests/full.md,-m "not slow") $(ARGS)
 
 bench: build
 	$(PY) -m pytest bench/bench_*.py --benchmark-only $(if $(QUICK),-k quick) $(ARGS)

@@ -154,9 +154,22 @@ def test_info_is_readable(capsys):
 
 
 def test_explain(capsys):
-    assert main(["explain", "layer_norm", "--dtype", "float64"]) == 0
+    assert main(["explain", "layer_norm"]) == 0
+    assert "-> cpu        runs" in capsys.readouterr().out
+    assert main(["explain", "attention", "--case", "all", "--backend", "reference"]) == 0
     printed = capsys.readouterr().out
-    assert "-> reference" in printed and "the kernel takes float32, bfloat16" in printed
+    cases_shown = printed.count("attention(device=cpu")
+    assert cases_shown == len([case for case in cases.PARITY_CASES if case.op == "attention"]) > 3
+    assert printed.count("use_backend('reference') is in force") == printed.count("-> reference") == cases_shown
+    assert main(["explain", "attention", "--case", "no such case"]) == 2
+    assert "--case is 'no such case', expected all or one of plain, " in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error():
+    command = f"{sys.executable} -m transfuse info | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    assert done.stdout.startswith("transfuse ")
 
 
 def test_verify_passes_and_writes_both_files(tmp_path, capsys):

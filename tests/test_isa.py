@@ -5,7 +5,10 @@ AVX-512 machine is checked here on any x86-64 machine. The portable baseline has
 bits of its own, so every op test of the suite that is marked by levels() runs on it as well.
 """
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +26,9 @@ BASELINE = ["-Wno-psabi"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 SIMDE = Path("/usr/include/simde/x86/avx512.h")
 
-pytestmark = pytest.mark.skipif("avx2" not in _C.cpu_isa_levels(), reason="this CPU has no AVX2")
+LEVELS = _C.build_info()["isa_levels"]
+NEEDS_AVX2 = pytest.mark.skipif("avx2" not in _C.cpu_isa_levels(), reason="this CPU has no AVX2")
+OPS = re.search(r"^set\(OPS ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text(), re.M).group(1).split()
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +51,7 @@ def _hash_of(folder, level, flags):
     return _run(binary)
 
 
+@NEEDS_AVX2
 def test_vector_operations_agree(simde, tmp_path):
     """Every operation of vec.h: AVX2 against the portable level and AVX-512, emulated, and native where there is one."""
     expected = _hash_of(tmp_path, "avx2", AVX2)
@@ -106,19 +112,17 @@ def _assert_levels_agree(report):
         assert not wrong, f"{level} differs from avx2 in {wrong}"
 
 
+@NEEDS_AVX2
 def test_ops_agree_between_levels_natively():
     """All ops on every level this CPU has."""
-    import json
-
     if "avx512" not in _C.cpu_isa_levels():
         pytest.skip("this CPU has no AVX-512; test_ops_agree_between_levels_emulated covers it")
     _assert_levels_agree(json.loads(_run(sys.executable, "-c", ALL_OPS)))
 
 
+@NEEDS_AVX2
 def test_ops_agree_between_levels_emulated(simde):
     """All ops with the AVX-512 levels compiled for AVX2 through emulated intrinsics, in a build of their own."""
-    import json
-
     build, package = ROOT / "build/emulated", ROOT / "build/emulated/package"
     _run("cmake", "-G", "Ninja", "-S", ROOT, "-B", build, "-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}",
          f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DTORCH_ROOT={Path(torch.__file__).parent}",
@@ -136,3 +140,27 @@ def test_ops_agree_between_levels_emulated(simde):
     link.unlink(missing_ok=True)
     link.symlink_to(binary)
     _assert_levels_agree(json.loads(_run(sys.executable, "-c", ALL_OPS, PYTHONPATH=str(package))))
+
+
+@pytest.mark.parametrize("level", [level if level == "baseline" else pytest.param(level, marks=pytest.mark.slow) for level in LEVELS])
+def test_op_tests_pass_on_every_level(level):
+    """The op tests again with the level forced. The levels with FMA have the same bits: in CI the one without is enough."""
+    if level not in _C.cpu_isa_levels():
+        pytest.skip(f"this CPU has no {level}")
+    files = [path for op in OPS for path in sorted((ROOT / "tests").glob(f"test_{op}*.py")) if "graphs" not in path.name]
+    out = _run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", "not compile and not isa",
+               *files, ROOT / "tests/test_varlen_attention.py", TRANSFUSE_CPU_ISA=level)
+    assert re.search(r"\d{3,} passed", out), out[-2000:]
+
+
+@pytest.mark.slow
+def test_kernels_serve_aarch64(tmp_path):
+    """Every kernel source compiles for aarch64, and there vec.h gives the bits it gives with AVX2, fused or not."""
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64-static")
+    assert compiler and emulator, "apt-get install g++-aarch64-linux-gnu qemu-user-static"
+    flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-DTRANSFUSE_ISA=baseline",
+             "-DTRANSFUSE_HAS_BASELINE", f"-I{ROOT / 'kernels'}", f"-I{ROOT / 'kernels/cpu'}"]
+    for source in sorted((ROOT / "kernels/cpu").glob("*.cpp")):
+        _run(compiler, *flags, "-Wall", "-Wextra", "-Werror", "-c", source, "-o", tmp_path / f"{source.stem}.o")
+    _run(compiler, *flags, "-static", ROOT / "tests/isa/vec_parity.cpp", "-o", tmp_path / "vec_parity")
+    assert _run(emulator, tmp_path / "vec_parity") == _hash_of(tmp_path, "avx2", AVX2)

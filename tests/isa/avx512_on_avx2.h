@@ -132,7 +132,71 @@ static inline simde__m512d emulated_roundscale_pd(simde__m512d a) {
   for (int i = 0; i < 8; ++i) x[i] = rint(x[i]);
   return simde_mm512_loadu_pd(x);
 }
+static inline simde__mmask16 emulated_cmplt_epu32_mask(simde__m512i a, simde__m512i b) {
+  uint32_t x[16], y[16];
+  memcpy(x, &a, sizeof x);
+  memcpy(y, &b, sizeof y);
+  simde__mmask16 less = 0;
+  for (int i = 0; i < 16; ++i) less |= static_cast<simde__mmask16>(x[i] < y[i]) << i;
+  return less;
+}
+static inline simde__m512 emulated_cvtph_ps(simde__m256i a) {
+  simde__m128i half[2];
+  simde__m256 x[2];
+  memcpy(half, &a, sizeof half);
+  for (int i = 0; i < 2; ++i) x[i] = _mm256_cvtph_ps(half[i]);
+  simde__m512 result;
+  memcpy(&result, x, sizeof result);
+  return result;
+}
+static inline simde__m256i emulated_cvtps_ph(simde__m512 a) {
+  simde__m256 x[2];
+  simde__m128i half[2];
+  memcpy(x, &a, sizeof x);
+  for (int i = 0; i < 2; ++i) half[i] = _mm256_cvtps_ph(x[i], 0);  // to nearest even
+  simde__m256i result;
+  memcpy(&result, half, sizeof result);
+  return result;
+}
+static inline simde__m512d emulated_maskz_loadu_pd(simde__mmask8 keep, const void* p) {
+  double lane[8];
+  for (int i = 0; i < 8; ++i) lane[i] = (keep >> i & 1) ? static_cast<const double*>(p)[i] : 0.0;
+  return simde_mm512_loadu_pd(lane);
+}
+static inline void emulated_mask_storeu_pd(void* p, simde__mmask8 keep, simde__m512d a) {
+  double lane[8];
+  memcpy(lane, &a, sizeof lane);
+  for (int i = 0; i < 8; ++i)
+    if (keep >> i & 1) static_cast<double*>(p)[i] = lane[i];
+}
+static inline simde__m512i emulated_mullo_epi32(simde__m512i a, simde__m512i b) {
+  uint32_t x[16], y[16];
+  memcpy(x, &a, sizeof x);
+  memcpy(y, &b, sizeof y);
+  for (int i = 0; i < 16; ++i) x[i] *= y[i];
+  return simde_mm512_loadu_si512(x);
+}
+static inline simde__m512d emulated_sqrt_pd(simde__m512d a) {
+  double x[8];
+  memcpy(x, &a, sizeof x);
+  for (int i = 0; i < 8; ++i) x[i] = sqrt(x[i]);
+  return simde_mm512_loadu_pd(x);
+}
 
+#undef _mm512_cmplt_epu32_mask
+#define _mm512_cmplt_epu32_mask(a, b) emulated_cmplt_epu32_mask(a, b)
+#undef _mm512_cvtph_ps
+#define _mm512_cvtph_ps(a) emulated_cvtph_ps(a)
+#undef _mm512_cvtps_ph
+#define _mm512_cvtps_ph(a, mode) emulated_cvtps_ph(a)
+#undef _mm512_maskz_loadu_pd
+#define _mm512_maskz_loadu_pd(keep, p) emulated_maskz_loadu_pd(keep, p)
+#undef _mm512_mask_storeu_pd
+#define _mm512_mask_storeu_pd(p, keep, a) emulated_mask_storeu_pd(p, keep, a)
+#undef _mm512_mullo_epi32
+#define _mm512_mullo_epi32(a, b) emulated_mullo_epi32(a, b)
+#undef _mm512_sqrt_pd
+#define _mm512_sqrt_pd(a) emulated_sqrt_pd(a)
 #undef _mm512_scalef_ps
 #undef _mm512_scalef_pd
 #undef _mm512_roundscale_ps

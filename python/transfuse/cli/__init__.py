@@ -6,6 +6,7 @@ the last kind go to stderr in one line: `transfuse <command>: <argument> is <got
 
 import argparse
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -66,3 +67,6 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"transfuse {arguments.command}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `transfuse info | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

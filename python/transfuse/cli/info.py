@@ -92,10 +92,11 @@ def run(arguments):
     if not gpu["devices"]:
         print(f"GPU       none: {gpu['reason']}")
     compiled = found["compiled"]
+    build = compiled["build"]
     print(
-        f"compiled  {compiled['build'].get('compiler', 'yes')}"
-        if compiled["available"]
-        else f"compiled  no: {compiled['reason']}"
+        f"built     _C with GCC {build['compiler']} for torch >= {build['torch_target']} and {', '.join(build['isa_levels'])}"
+        if build
+        else f"built     nothing: {compiled['reason']}"
     )
     print("\nBackends, in the order in which 'auto' looks:")
     for name, state in found["backends"].items():
@@ -103,12 +104,23 @@ def run(arguments):
     print("\nOn the CPU each op takes:")
     for op, by_dtype in found["ops"].items():
         print(f"  {op:<17} " + ", ".join(f"{dtype} {choice['takes']}" for dtype, choice in by_dtype.items()))
-    print("  Why not another backend: transfuse explain OP")
+        against = {
+            f"{name}: {reason}"
+            for choice in by_dtype.values()
+            if choice["takes"] == "reference"
+            for name, reasons in choice["reasons"].items()
+            for reason in reasons
+            if not reason.startswith("runs only under")
+        }
+        for reason in sorted(against):
+            print(f"  {'':<17}   not {reason}")
+    print("  With which options, and why not another backend: transfuse explain OP --case all")
     print("\nOptional packages:")
     for name, version in found["packages"].items():
         print(f"  {name:<22} {version or 'not installed'}")
     print("\nEnvironment variables:")
     for variable in found["variables"]:
         value = int(variable["value"]) if isinstance(variable["value"], bool) else variable["value"]
-        print(f"  {variable['name']}={value}  {variable['meaning']}")
+        choices = f" ({', '.join(variable['choices'])})" if variable["choices"] else ""
+        print(f"  {variable['name']}={value}  {variable['meaning']}{choices}")
     return 0
