@@ -29,7 +29,11 @@ MAX_ULP = {
     "gelu_backward": 4.0,
     "masked_softmax_forward": 4.0,
     "layer_norm_forward": 2.0,
+    "rotary_forward": 0.5,  # of float32 and 16-bit results, against float64
+    "rotary_float64": 1.5,  # of the largest of both products and the result
 }
+# Rotary angles are a product of two float64 factors: roundings of 2^-53 each, relative to the angle.
+ANGLE_ROUNDOFFS = 4
 # The gradient of GELU crosses 0: within this distance of the root the bound is absolute.
 GELU_ROOT_ZONE = 1e-4
 GELU_ROOT_ERROR = 1e-7
