@@ -133,9 +133,12 @@ def test_empty_dimensions(shape):
 @in_every_dtype
 @pytest.mark.parametrize("scale", (1.0, 3.5, 11.0, 35.0), ids=("plain", "logits 1e2", "logits 1e3", "logits 1e4"))
 def test_error_against_torch(scale, dtype):
-    """CONTRACT 2: error pooled over 8 seeds, against torch's sdpa on the same keys, or the rounding of the exact result."""
+    """CONTRACT 2: pooled error, against torch's sdpa on the same keys, or against the rounding of the exact result.
+
+    In saturated float64 rows all of the error is that of a few pairs of leading keys: eight seeds would compare luck.
+    """
     squares, worst = {"ours": 0.0, "peer": 0.0, "rounded": 0.0}, {"ours": 0.0, "peer": 0.0, "rounded": 0.0}
-    for seed in range(8):
+    for seed in range(32 if dtype == torch.float64 else 8):
         query, key, value = inputs(dtype, heads=4, head_dim=64, value_dim=64, batch=2, capacity=515, scale=scale, seed=seed)
         keep = torch.ones(LEN_Q, 515, dtype=torch.bool).tril(515 - LEN_Q)
         repeated = (t.repeat_interleave(2, dim=1) for t in (key, value))
@@ -270,7 +273,8 @@ def test_appended_equals_concatenated(backend, new, dtype):
             caches = (key_pages, value_pages) if cache else (key, value)
             versions = [t._version for t in caches]
             found = decode_attention(query, *caches, seqlens, new_key=new_key, new_value=new_value, return_lse=True, **cache)
-            assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+            for a, b in zip(found, expected, strict=True):
+                assert torch.equal(a, b) if backend == "cpu" else assert_close(a, b, num_terms=CAPACITY) is None
             assert all(t._version > before for t, before in zip(caches, versions, strict=True))
     assert torch.equal(key, whole[0]) and torch.equal(value, whole[1])  # and nothing else was written
     for pages, cache in ((key_pages, whole[0]), (value_pages, whole[1])):
@@ -494,6 +498,9 @@ def test_values_out_of_range_are_named_and_nothing_is_written(backend, seqlens, 
 
 @pytest.mark.parametrize(("make", "kind", "text"), [
     (lambda: call([1.0]), TypeError, "query is a list, expected a Tensor"),
+    (lambda: call(Q.long()), TypeError, "query has dtype int64, expected a floating dtype"),
+    (lambda: call(Q[..., :0], K[..., :0]), ValueError, "query has head_dim 0, expected at least 1"),
+    (lambda: call(None, K.to("meta")), RuntimeError, "key_cache is on meta, expected cpu (query's)"),
     (lambda: call(Q[0]), ValueError, "query has shape (6, 1, 24), expected (B, Hq, Lq, D)"),
     (lambda: call(None, K[0]), ValueError, "key_cache has shape (2, 10, 24), expected (B, Hkv, Lmax, D)"),
     (lambda: call(None, K[0], block_table=TABLE), ValueError, "key_cache has shape (2, 10, 24), expected (blocks, block_size, Hkv, D)"),
@@ -502,7 +509,7 @@ def test_values_out_of_range_are_named_and_nothing_is_written(backend, seqlens, 
      "value_cache has shape (2, 2, 9, 40), expected (2, 2, 10) and a head_dim (key_cache's)"),
     (lambda: call(None, K[:1], V[:1]), ValueError, "key_cache has batch 1, expected 2 (query's)"),
     (lambda: call(Q[:, :5]), ValueError, "key_cache has 2 heads, expected a divisor of 5 (query's)"),
-    (lambda: call(None, K[..., :5]), ValueError, "key has head_dim 5, expected 24 (query's)"),
+    (lambda: call(None, K[..., :5]), ValueError, "key_cache has head_dim 5, expected 24 (query's)"),
     (lambda: call(None, None, None, lengths(3.0, 4.0, dtype=torch.float32)), TypeError,
      "cache_seqlens has dtype float32, expected int32 or int64"),
     (lambda: call(None, None, None, lengths(3)), ValueError, "cache_seqlens has shape (1,), expected (2,) (the batch)"),

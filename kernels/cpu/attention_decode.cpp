@@ -332,6 +332,7 @@ void write_rows(const DecodeParams& p, const DecodeTask& t, const Partial& state
   for (int64_t r = 0; r < t.rows; ++r) {
     const Row row = row_of(p, t, r);
     double top = state.maximum[r], sum = state.sum[r], factor = 1.0;
+    const bool keyless = sum == 0.0;  // the largest weight of a row is 1
     if (p.sinks) {
       const double sink = p.sinks[row.head];
       top = sink > top ? sink : top;
@@ -339,8 +340,7 @@ void write_rows(const DecodeParams& p, const DecodeTask& t, const Partial& state
       sum = sum * f.first + f.second;
       factor = f.first;
     }
-    const bool nothing = sum == 0.0;
-    const double lse = nothing ? -infinity : finite_or_zero(top) + __builtin_log(sum);
+    const double lse = sum == 0.0 ? -infinity : finite_or_zero(top) + __builtin_log(sum);
     const int64_t at = t.batch * p.lse.batch + row.head * p.lse.head + row.query * p.lse.row;
     if (p.lse.dtype == DType::f64)
       static_cast<double*>(p.lse.data)[at] = lse;
@@ -349,7 +349,7 @@ void write_rows(const DecodeParams& p, const DecodeTask& t, const Partial& state
 
     T* out = static_cast<T*>(p.output.data) + t.batch * p.output.batch + row.head * p.output.head +
         row.query * p.output.row;
-    const wide divisor = splat<wide>(nothing ? 1.0 : sum), scaled = splat<wide>(factor);
+    const wide divisor = splat<wide>(keyless ? 1.0 : sum), scaled = splat<wide>(keyless ? 1.0 : factor);
     for_each_vec(p.value_head_dim, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
       store_wide(out + c, load_wide(state.output + r * width + c) * scaled / divisor, n);
     });

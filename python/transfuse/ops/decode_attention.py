@@ -155,15 +155,19 @@ def _normalise(
     alibi_slopes, sinks,
 ):
     """Checks everything once; returns what the implementations take, and the options in use."""
-    check_tensor(_OP, "query", query)
-    check_tensor(_OP, "key_cache", key_cache)
+    for name, tensor in (("query", query), ("key_cache", key_cache), ("value_cache", value_cache)):
+        check_tensor(_OP, name, tensor)
     query, new_key, new_value = _autocast(key_cache, query, new_key, new_value)
-    checks.check_tensors(_OP, query, key_cache, value_cache)
-    batch, heads, _, head_dim = _sizes("query", query, "(B, Hq, Lq, D)")
+    if not query.is_floating_point():
+        raise TypeError(f"{_OP}: query has dtype {dtype_name(query.dtype)}, expected a floating dtype")
     paged = block_table is not None
     layout = "(blocks, block_size, Hkv, D)" if paged else "(B, Hkv, Lmax, D)"
-    _sizes("key_cache", key_cache, layout)
-    _sizes("value_cache", value_cache, layout)
+    _check_shape("query", query, query, "(B, Hq, Lq, D)")
+    _check_shape("key_cache", key_cache, query, layout)
+    _check_shape("value_cache", value_cache, query, layout)
+    batch, heads, _, head_dim = query.shape
+    if key_cache.shape[3] != head_dim:
+        raise ValueError(f"{_OP}: key_cache has head_dim {key_cache.shape[3]}, expected {head_dim} (query's)")
     if key_cache.shape[:3] != value_cache.shape[:3]:
         raise ValueError(
             f"{_OP}: value_cache has shape {tuple(value_cache.shape)}, expected {tuple(key_cache.shape[:3])} and a head_dim"
@@ -200,10 +204,15 @@ def _autocast(key_cache: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None
     return tuple(t.to(key_cache.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors)
 
 
-def _sizes(name: str, tensor: Tensor, layout: str) -> torch.Size:
+def _check_shape(name: str, tensor: Tensor, query: Tensor, layout: str) -> None:
+    """Four dimensions, the last not 0, query's dtype and device."""
+    if tensor.dtype != query.dtype:
+        raise TypeError(f"{_OP}: {name} has dtype {dtype_name(tensor.dtype)}, expected {dtype_name(query.dtype)} (query's)")
+    checks.check_device(_OP, name, tensor, query)
     if tensor.dim() != 4:
         raise ValueError(f"{_OP}: {name} has shape {tuple(tensor.shape)}, expected {layout}")
-    return tensor.shape
+    if tensor.shape[3] == 0:
+        raise ValueError(f"{_OP}: {name} has head_dim 0, expected at least 1")
 
 
 def _check_block_table(block_table: Tensor, query: Tensor) -> None:
