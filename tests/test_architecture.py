@@ -35,7 +35,8 @@ NOT_YET_BUILT = {
 FLOORS = {"env": 0, "reference": 0, "kernels": 0, "extension": 1, "checks": 2, "dispatch": 2, "autograd": 2, "ops": 3, "nn": 4, "testing": 5,
           "models": 6, "bench": 7, "cli": 8}
 # Siblings of one op: pages that stand beside attention's own.
-SIBLINGS = {("varlen_attention", "attention"), ("attention", "attention_checks"), ("varlen_attention", "attention_checks")}
+SIBLINGS = {("varlen_attention", "attention"), ("attention", "attention_checks"), ("varlen_attention", "attention_checks"),
+            ("decode_attention", "attention"), ("decode_attention", "attention_checks")}
 
 
 @pytest.mark.parametrize("op", OPS)

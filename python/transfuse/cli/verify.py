@@ -12,7 +12,7 @@ import torch
 
 import transfuse
 from transfuse import env
-from transfuse.bench.cases import DIRECTIONS, DTYPES, PARITY_CASES, check_op, selected
+from transfuse.bench.cases import DTYPES, PARITY_CASES, check_op, selected
 from transfuse.bench.harness import write_json
 from transfuse.bench.machine import environment
 from transfuse.bench.parity import verify_case
@@ -117,7 +117,7 @@ def run(arguments):
     dtypes = [getattr(torch, arguments.dtype)] if arguments.dtype else DTYPES
 
     start = time.perf_counter()
-    work = [(case, dtype, direction) for case in cases for dtype in dtypes for direction in DIRECTIONS]
+    work = [(case, dtype, direction) for case in cases for dtype in dtypes for direction in case.directions]
     rows = []
     with Progress(len(work), arguments.quiet) as progress:
         for case, dtype, direction in work:
