@@ -1,4 +1,4 @@
-"""rotary: the bound over all dtypes and layouts, gradients of every order, invariance, transforms, wording; the module."""
+"""rotary: the bound, every dtype and layout, gradients of every order, invariance, transforms, wording; the module."""
 
 import copy
 import pickle
@@ -36,7 +36,9 @@ def _tables(dtype, *shape, seed=1, requires_grad=False):
 
 @in_every_dtype
 @in_both_forms
-@pytest.mark.parametrize("tables", ("[L, R/2]", "[B, L, R/2]", "[1, L, R/2]", "all columns", "one pair", "input's dtype"))
+@pytest.mark.parametrize(
+    "tables", ("[L, R/2]", "[B, L, R/2]", "[1, L, R/2]", "all columns", "one pair", "input's dtype")
+)
 def test_matches_reference(tables, interleaved, dtype):
     lead = {"[B, L, R/2]": (SHAPE[0],), "[1, L, R/2]": (1,)}.get(tables, ())
     half = {"all columns": SHAPE[3] // 2, "one pair": 1}.get(tables, HALF)
@@ -51,7 +53,9 @@ def test_matches_reference(tables, interleaved, dtype):
 @pytest.mark.parametrize("shape", [(7, 40), (2, 7, 40), (2, 3, 4, 7, 40), (0, 3, 7, 40), (2, 0, 7, 40), (2, 3, 0, 40)])
 def test_any_number_of_dimensions(shape, interleaved):
     x = draw(*shape, requires_grad=True)
-    assert_matches_reference(rotary, x, *_tables(torch.float32, shape[-2], HALF, requires_grad=True), interleaved=interleaved)
+    assert_matches_reference(
+        rotary, x, *_tables(torch.float32, shape[-2], HALF, requires_grad=True), interleaved=interleaved
+    )
     if len(shape) > 2:
         tables = _tables(torch.float32, shape[0], shape[-2], HALF, requires_grad=True)
         assert_matches_reference(rotary, x, *tables, interleaved=interleaved)
@@ -60,7 +64,7 @@ def test_any_number_of_dimensions(shape, interleaved):
 @in_every_dtype
 @in_both_forms
 def test_the_bound(interleaved, dtype):
-    """Pairs whose products cancel, and sizes from subnormals up. The float64 oracle is exact to one rounding of a double."""
+    """Pairs whose products cancel, and sizes over 60 decades. The oracle is exact to one rounding of a double."""
     x = draw(4, 50, 64, dtype=torch.float64, seed=3) * torch.logspace(-30, 30, 50, dtype=torch.float64)[:, None]
     x = x.to(dtype) if dtype != torch.float16 else draw(4, 50, 64, dtype=dtype, seed=3)
     angles = torch.atan2(x[0].double()[:, :32], x[0].double()[:, 32:])
@@ -75,8 +79,10 @@ def test_the_bound(interleaved, dtype):
     first, second = (values[..., 0::2], values[..., 1::2]) if interleaved else (values[..., :32], values[..., 32:])
     join = numpy.stack if interleaved else numpy.concatenate
     halves = (first * c - second * s, second * c + first * s)
-    sizes = tuple(numpy.maximum(numpy.maximum(abs(a), abs(b)), abs(h)) for a, b, h in
-                  ((first * c, second * s, halves[0]), (second * c, first * s, halves[1])))
+    sizes = tuple(
+        numpy.maximum(numpy.maximum(abs(a), abs(b)), abs(h))
+        for a, b, h in ((first * c, second * s, halves[0]), (second * c, first * s, halves[1]))
+    )
     exact, size = (join(pair, axis=-1).reshape(values.shape) for pair in (halves, sizes))
     unit = numpy.spacing(size.astype(numpy.float64))
     assert float((abs(ours.numpy() - exact) / unit).max()) <= MAX_ULP["rotary_float64"]
@@ -142,7 +148,9 @@ def test_any_strides(interleaved, dtype):
             assert (ours.transpose(1, 2) if together else ours).is_contiguous(), name
             leaf, dense = x.detach().requires_grad_(), x.detach().contiguous().requires_grad_()
             incoming = draw(3, 40, 6, x.shape[1], dtype=dtype, seed=7).permute(0, 3, 2, 1)
-            grads = [torch.autograd.grad(rotary(t, cos, sin, interleaved=interleaved), t, incoming)[0] for t in (leaf, dense)]
+            grads = [
+                torch.autograd.grad(rotary(t, cos, sin, interleaved=interleaved), t, incoming)[0] for t in (leaf, dense)
+            ]
             assert torch.equal(*grads), name
 
 
@@ -212,6 +220,22 @@ def test_gradcheck(lead, interleaved):
         assert torch.autograd.gradgradcheck(call, (x, *tables))
 
 
+@in_both_forms
+def test_the_gradient_of_input_depends_on_the_tables(interleaved):
+    """It is a rotation by the negative angle, with tables that have gradients of their own."""
+    x, tables = (
+        draw(2, 3, 4, 9, dtype=torch.float64, requires_grad=True),
+        _tables(torch.float64, 4, 4, requires_grad=True),
+    )
+
+    def gradient(dy, cos, sin):
+        return torch.autograd.grad(rotary(x, cos, sin, interleaved=interleaved), x, dy, create_graph=True)[0]
+
+    assert torch.autograd.gradcheck(
+        gradient, (draw(2, 3, 4, 9, dtype=torch.float64, seed=9, requires_grad=True), *tables)
+    )
+
+
 def test_gradient_only_where_wanted():
     x, (cos, sin) = draw(*SHAPE), _tables(torch.float32, SHAPE[2], HALF)
     assert not rotary(x, cos, sin).requires_grad
@@ -219,7 +243,9 @@ def test_gradient_only_where_wanted():
     with torch.no_grad():
         assert not rotary(x, cos, sin).requires_grad
     y = rotary(x.requires_grad_(), cos.detach(), sin)
-    assert not any(t is not None and t.shape == x.shape for t in y.grad_fn.saved_tensors)  # nothing of input's size is kept
+    assert not any(
+        t is not None and t.shape == x.shape for t in y.grad_fn.saved_tensors
+    )  # nothing of input's size is kept
 
 
 def test_orders_that_it_lacks_are_refused_in_words():
@@ -240,7 +266,9 @@ def test_torch_func():
         return op(x, cos, sin).sin().sum()
 
     for argnums in (0, (0, 1, 2)):
-        ours, exact = (torch.func.grad(lambda *t, f=f: loss(*t, f), argnums)(x, cos, sin) for f in (rotary, rotary_reference))
+        ours, exact = (
+            torch.func.grad(lambda *t, f=f: loss(*t, f), argnums)(x, cos, sin) for f in (rotary, rotary_reference)
+        )
         for a, e in zip(ours if argnums else (ours,), exact if argnums else (exact,), strict=True):
             assert_close(a, e, num_terms=8, slack=4)
     per_row = torch.func.vmap(torch.func.grad(loss), (0, None, None))(x, cos, sin)
@@ -249,8 +277,11 @@ def test_torch_func():
 
 def test_opcheck():
     x, (cos, sin) = draw(*SHAPE), _tables(torch.float32, SHAPE[2], HALF)
-    for args in ((x, cos, sin, False, False), (x.transpose(1, 2), *_tables(torch.float32, 3, 4), True, True),
-                 (x.bfloat16(), cos[None], sin[None], True, False)):
+    for args in (
+        (x, cos, sin, False, False),
+        (x.transpose(1, 2), *_tables(torch.float32, 3, 4), True, True),
+        (x.bfloat16(), cos[None], sin[None], True, False),
+    ):
         torch.library.opcheck(torch.ops.transfuse.rotary_forward.default, args)
     torch.library.opcheck(torch.ops.transfuse.rotary_backward.default, (x, x, cos, True, False))
 
@@ -308,11 +339,17 @@ def test_module_rotates_query_and_key():
     query, key = draw(2, 4, 6, 12), draw(2, 2, 6, 12, seed=1)
     cos, sin = module.tables(torch.arange(6))
     expected = tuple(rotary(t, cos, sin, interleaved=True) for t in (query, key))
-    for found in (module(query, key), module(query, key, torch.arange(6)), module(query, key, torch.arange(6).expand(2, 6))):
+    for found in (
+        module(query, key),
+        module(query, key, torch.arange(6)),
+        module(query, key, torch.arange(6).expand(2, 6)),
+    ):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     one = module(query[:, :, 5:], key[:, :, 5:], torch.tensor([5]))  # the last token alone, as in decoding
     assert all(torch.equal(a, b[:, :, 5:]) for a, b in zip(one, expected, strict=True))
-    assert torch.equal(query[..., 8:], expected[0][..., 8:]) and not torch.equal(query[:, :, 1:, :8], expected[0][:, :, 1:, :8])
+    assert torch.equal(query[..., 8:], expected[0][..., 8:]) and not torch.equal(
+        query[:, :, 1:, :8], expected[0][:, :, 1:, :8]
+    )
     halves = nn.RotaryEmbedding(8)(query, key)[0]
     assert not torch.allclose(halves, expected[0])
 
@@ -359,39 +396,66 @@ def test_module_compiles_and_trains_after_inference_mode():
 X, C = draw(2, 3, 4, 8), draw(4, 4)
 
 
-@pytest.mark.parametrize(("call", "kind", "text"), [
-    (lambda: rotary([1.0], C, C), TypeError, "rotary: input is a list, expected a Tensor"),
-    (lambda: rotary(X.long(), C, C), TypeError, "rotary: input has dtype int64, expected a floating dtype"),
-    (lambda: rotary(draw(3), C, C), ValueError, "rotary: input has shape (3,), expected (..., L, D)"),
-    (lambda: rotary(X, C.bfloat16(), C), TypeError, "rotary: cos has dtype bfloat16, expected float32 (input's)"),
-    (lambda: rotary(X.double(), C, C), TypeError, "rotary: cos has dtype float32, expected float64 (input's)"),
-    (lambda: rotary(X.half(), C, C.half()), TypeError, "rotary: sin has dtype float16, expected float32 (cos's)"),
-    (lambda: rotary(X, C.to("meta"), C), RuntimeError, "rotary: cos is on meta, expected cpu (input's)"),
-    (lambda: rotary(X, draw(5, 4), C), ValueError, "rotary: cos has shape (5, 4), expected (4, R/2) or (2, 4, R/2)"),
-    (lambda: rotary(X, draw(3, 4, 4), C), ValueError, "rotary: cos has shape (3, 4, 4), expected (4, R/2) or (2, 4, R/2)"),
-    (lambda: rotary(X[0, 0], C[None], C), ValueError, "rotary: cos has shape (1, 4, 4), expected (4, R/2)"),
-    (lambda: rotary(X, draw(4, 5), C), ValueError, "rotary: cos has 5 columns, expected at most 4 (half of input's head_dim)"),
-    (lambda: rotary(X, C, draw(4, 3)), ValueError, "rotary: sin has shape (4, 3), expected (4, 4) (cos's)"),
-    (lambda: rotary(X, C, C, interleaved=1), TypeError, "rotary: interleaved is a int, expected bool"),
-    (lambda: nn.RotaryEmbedding(7), ValueError, "RotaryEmbedding: dim is 7, expected an even number of at least 2"),
-    (lambda: nn.RotaryEmbedding(8.0), TypeError, "RotaryEmbedding: dim is a float, expected int"),
-    (lambda: nn.RotaryEmbedding(8, base=-1.0), ValueError, "RotaryEmbedding: base is -1.0, expected a positive number"),
-    (lambda: nn.RotaryEmbedding(8)(X, X, torch.ones(4)), TypeError,
-     "RotaryEmbedding: positions has dtype float32, expected whole numbers"),
-])
+@pytest.mark.parametrize(
+    ("call", "kind", "text"),
+    [
+        (lambda: rotary([1.0], C, C), TypeError, "rotary: input is a list, expected a Tensor"),
+        (lambda: rotary(X.long(), C, C), TypeError, "rotary: input has dtype int64, expected a floating dtype"),
+        (lambda: rotary(draw(3), C, C), ValueError, "rotary: input has shape (3,), expected (..., L, D)"),
+        (lambda: rotary(X, C.bfloat16(), C), TypeError, "rotary: cos has dtype bfloat16, expected float32 (input's)"),
+        (lambda: rotary(X.double(), C, C), TypeError, "rotary: cos has dtype float32, expected float64 (input's)"),
+        (lambda: rotary(X.half(), C, C.half()), TypeError, "rotary: sin has dtype float16, expected float32 (cos's)"),
+        (lambda: rotary(X, C.to("meta"), C), RuntimeError, "rotary: cos is on meta, expected cpu (input's)"),
+        (
+            lambda: rotary(X, draw(5, 4), C),
+            ValueError,
+            "rotary: cos has shape (5, 4), expected (4, R/2) or (2, 4, R/2)",
+        ),
+        (
+            lambda: rotary(X, draw(3, 4, 4), C),
+            ValueError,
+            "rotary: cos has shape (3, 4, 4), expected (4, R/2) or (2, 4, R/2)",
+        ),
+        (lambda: rotary(X[0, 0], C[None], C), ValueError, "rotary: cos has shape (1, 4, 4), expected (4, R/2)"),
+        (
+            lambda: rotary(X, draw(4, 5), C),
+            ValueError,
+            "rotary: cos has 5 columns, expected at most 4 (half of input's head_dim)",
+        ),
+        (lambda: rotary(X, C, draw(4, 3)), ValueError, "rotary: sin has shape (4, 3), expected (4, 4) (cos's)"),
+        (lambda: rotary(X, C, C, interleaved=1), TypeError, "rotary: interleaved is a int, expected bool"),
+        (lambda: nn.RotaryEmbedding(7), ValueError, "RotaryEmbedding: dim is 7, expected an even number of at least 2"),
+        (lambda: nn.RotaryEmbedding(8.0), TypeError, "RotaryEmbedding: dim is a float, expected int"),
+        (
+            lambda: nn.RotaryEmbedding(8, base=-1.0),
+            ValueError,
+            "RotaryEmbedding: base is -1.0, expected a positive number",
+        ),
+        (
+            lambda: nn.RotaryEmbedding(8)(X, X, torch.ones(4)),
+            TypeError,
+            "RotaryEmbedding: positions has dtype float32, expected whole numbers",
+        ),
+    ],
+)
 def test_refuses_in_words(call, kind, text):
     with pytest.raises(kind) as error:
         call()
     assert str(error.value) == text
 
 
-@pytest.mark.parametrize(("args", "text"), [
-    ((X[0], C, C, False, False), "rotary: input has shape (3, 4, 8), expected 4 dimensions"),
-    ((X, C.double(), C, False, False), "rotary: cos has dtype float64, expected float32 (input's)"),
-    ((X, draw(4, 5), C, False, False),
-     "rotary: cos has shape (4, 5), expected [L, R/2] or [B, L, R/2], R <= D, of input's (2, 3, 4, 8)"),
-    ((X, C, draw(4, 3), False, False), "rotary: sin has shape (4, 3), expected (4, 4) (cos's)"),
-])
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        ((X[0], C, C, False, False), "rotary: input has shape (3, 4, 8), expected 4 dimensions"),
+        ((X, C.double(), C, False, False), "rotary: cos has dtype float64, expected float32 (input's)"),
+        (
+            (X, draw(4, 5), C, False, False),
+            "rotary: cos has shape (4, 5), expected [L, R/2] or [B, L, R/2], R <= D, of input's (2, 3, 4, 8)",
+        ),
+        ((X, C, draw(4, 3), False, False), "rotary: sin has shape (4, 3), expected (4, 4) (cos's)"),
+    ],
+)
 def test_raw_ops_check_again(args, text):
     with pytest.raises(ValueError) as error:
         torch.ops.transfuse.rotary_forward(*args)

@@ -57,7 +57,7 @@ def decode_attention(
         attn_bias: added to the scores, query's dtype or float32, broadcasts to [B, Hq, Lq, Lmax]: the last dimension is
             the key's position. -inf excludes.
         scale: factor of the scores; None is D ** -0.5.
-        window: (left, right), keys from `left` before the query's position on. (Causality bounds the right side anyway.)
+        window: (left, right), keys from `left` before the query's position on. (Causality bounds the right side.)
         softcap: c * tanh(score / c), before biases.
         alibi_slopes: [Hq] or [B, Hq]; adds -slope * (distance of the key). sinks: [Hq], one more logit without a value.
         return_lse: also return log(sum(exp(score))).
@@ -65,8 +65,8 @@ def decode_attention(
     Returns:
         output [B, Hq, Lq, Dv] in query's dtype, a view of memory laid out [B, Lq, Hq, Dv]. With return_lse also
         lse [B, Hq, Lq], natural log, float32 (float64 for float64). Inference only: neither has a gradient.
-        The last query stands at the last valid key (after appending), each other one a position before, and no query sees
-        a later key. With new_key None the queries are those of the last Lq cached keys.
+        The last query stands at the last valid key (after appending), each other one a position before, and no query
+        sees a later key. With new_key None the queries are those of the last Lq cached keys.
 
     Numerics: float64 throughout, one rounding at the end. A row with no key gives output 0, lse -inf (with a sink:
         output 0, lse = the sink). A NaN in a valid key gives NaN. Keys are summed in chunks of 256 counted from the
@@ -75,15 +75,15 @@ def decode_attention(
         Autocast: query and the new keys and values are cast to the cache's dtype, and the cache never.
 
     Raises:
-        ValueError: shapes, options, and on the CPU lengths and block numbers out of range (the first bad entry is named).
-        Nothing has been written then. TypeError: types and dtypes. RuntimeError: devices; an argument that requires grad,
-        under enabled grad; appending inside torch.func transforms.
+        ValueError: shapes, options, and on the CPU lengths and block numbers out of range (the first bad entry is
+        named); nothing has been written then. TypeError: types and dtypes. RuntimeError: devices; an argument that
+        requires grad, under enabled grad; appending inside torch.func transforms.
 
     Source: split keys as in Flash-Decoding (Dao et al., 2023), pages as in vLLM (Kwon et al., 2023).
     """
     arguments, features = _normalise(
-        query, key_cache, value_cache, cache_seqlens, new_key, new_value, block_table, attn_bias, scale, window, softcap,
-        alibi_slopes, sinks,
+        query, key_cache, value_cache, cache_seqlens, new_key, new_value, block_table, attn_bias, scale, window,
+        softcap, alibi_slopes, sinks,
     )
     query, _, value_cache = arguments[:3]
     wide = query.shape[-1] > checks.MAX_HEAD_DIM or value_cache.shape[-1] > checks.MAX_HEAD_DIM
@@ -169,10 +169,8 @@ def _normalise(
     if key_cache.shape[3] != head_dim:
         raise ValueError(f"{_OP}: key_cache has head_dim {key_cache.shape[3]}, expected {head_dim} (query's)")
     if key_cache.shape[:3] != value_cache.shape[:3]:
-        raise ValueError(
-            f"{_OP}: value_cache has shape {tuple(value_cache.shape)}, expected {tuple(key_cache.shape[:3])} and a head_dim"
-            " (key_cache's)"
-        )
+        expected = f"{tuple(key_cache.shape[:3])} and a head_dim (key_cache's)"
+        raise ValueError(f"{_OP}: value_cache has shape {tuple(value_cache.shape)}, expected {expected}")
     kv_heads, capacity = key_cache.shape[2 if paged else 1], key_cache.shape[1 if paged else 2]
     if paged:
         _check_block_table(block_table, query)
@@ -207,7 +205,8 @@ def _autocast(key_cache: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None
 def _check_shape(name: str, tensor: Tensor, query: Tensor, layout: str) -> None:
     """Four dimensions, the last not 0, query's dtype and device."""
     if tensor.dtype != query.dtype:
-        raise TypeError(f"{_OP}: {name} has dtype {dtype_name(tensor.dtype)}, expected {dtype_name(query.dtype)} (query's)")
+        expected = f"{dtype_name(query.dtype)} (query's)"
+        raise TypeError(f"{_OP}: {name} has dtype {dtype_name(tensor.dtype)}, expected {expected}")
     checks.check_device(_OP, name, tensor, query)
     if tensor.dim() != 4:
         raise ValueError(f"{_OP}: {name} has shape {tuple(tensor.shape)}, expected {layout}")
@@ -220,7 +219,8 @@ def _check_block_table(block_table: Tensor, query: Tensor) -> None:
     if block_table.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{_OP}: block_table has dtype {dtype_name(block_table.dtype)}, expected int32 or int64")
     if block_table.dim() != 2 or block_table.shape[0] != query.shape[0]:
-        raise ValueError(f"{_OP}: block_table has shape {tuple(block_table.shape)}, expected ({query.shape[0]}, max_blocks)")
+        expected = f"({query.shape[0]}, max_blocks)"
+        raise ValueError(f"{_OP}: block_table has shape {tuple(block_table.shape)}, expected {expected}")
     checks.check_device(_OP, "block_table", block_table, query)
 
 
@@ -232,7 +232,8 @@ def _check_new(new_key, new_value, key_cache, value_cache, lead) -> None:
     for name, new, owner, cache in pairs:
         check_tensor(_OP, name, new, "a Tensor, since the other one is given")
         if new.dtype != cache.dtype:
-            raise TypeError(f"{_OP}: {name} has dtype {dtype_name(new.dtype)}, expected {dtype_name(cache.dtype)} ({owner}'s)")
+            expected = f"{dtype_name(cache.dtype)} ({owner}'s)"
+            raise TypeError(f"{_OP}: {name} has dtype {dtype_name(new.dtype)}, expected {expected}")
         checks.check_device(_OP, name, new, cache)
         expected = (*lead, new_key.shape[2] if new_key.dim() == 4 else "Lnew", cache.shape[3])
         if tuple(new.shape) != expected:
@@ -243,7 +244,7 @@ def _check_new(new_key, new_value, key_cache, value_cache, lead) -> None:
                     f"{_OP}: {owner} has stride 0 in dimension {dim}, expected memory of its own to write new keys to"
                 )
     if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(f"{_OP}: new_key is given inside a torch.func transform, expected None: appending is no function")
+        raise RuntimeError(f"{_OP}: new_key is given inside a torch.func transform, expected None: it writes in place")
 
 
 def _refuse_gradients(query, key_cache, value_cache, new_key, new_value, attn_bias, alibi_slopes, sinks) -> None:
@@ -260,7 +261,7 @@ def _refuse_gradients(query, key_cache, value_cache, new_key, new_value, attn_bi
 
 
 def _check_values(key_cache, seqlens, new_key, block_table) -> None:
-    """Lengths and the pages in use are in range, where values can be read. (The compiled kernels check for themselves.)"""
+    """Lengths and pages in use are in range, where values can be read. (The compiled kernels check for themselves.)"""
     if not checks.may_read_values(seqlens) or block_table is not None and not checks.may_read_values(block_table):
         return
     num_new = 0 if new_key is None else new_key.shape[2]
@@ -269,19 +270,16 @@ def _check_values(key_cache, seqlens, new_key, block_table) -> None:
     brings = f", new_key brings {num_new}" if num_new else ""
     for entry, length in enumerate(seqlens.tolist()):
         if not 0 <= length <= capacity - num_new:
-            raise ValueError(
-                f"{_OP}: cache_seqlens[{entry}] is {length}, expected 0 to {capacity - num_new} (the cache holds {capacity} "
-                f"keys{brings})"
-            )
+            expected = f"0 to {capacity - num_new} (the cache holds {capacity} keys{brings})"
+            raise ValueError(f"{_OP}: cache_seqlens[{entry}] is {length}, expected {expected}")
     if block_table is None:
         return
     blocks = key_cache.shape[0]
     for entry, (length, row) in enumerate(zip(seqlens.tolist(), block_table.tolist(), strict=True)):
         for page, block in enumerate(row):
             if page * block_size < length + num_new and not 0 <= block < blocks:
-                raise ValueError(
-                    f"{_OP}: block_table[{entry}][{page}] is {block}, expected 0 to {blocks - 1} (key_cache has {blocks} blocks)"
-                )
+                expected = f"0 to {blocks - 1} (key_cache has {blocks} blocks)"
+                raise ValueError(f"{_OP}: block_table[{entry}][{page}] is {block}, expected {expected}")
 
 
 def _problem(arguments, features) -> DecodeAttentionProblem:
@@ -306,8 +304,8 @@ def _explain_problem(
     scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None, return_lse=False,
 ):
     arguments, features = _normalise(
-        query, key_cache, value_cache, cache_seqlens, new_key, new_value, block_table, attn_bias, scale, window, softcap,
-        alibi_slopes, sinks,
+        query, key_cache, value_cache, cache_seqlens, new_key, new_value, block_table, attn_bias, scale, window,
+        softcap, alibi_slopes, sinks,
     )
     return _OP, IMPLEMENTATIONS, _problem(arguments, features)
 
@@ -323,8 +321,8 @@ if not extension.cpu_unavailable:
 
     @torch.library.register_fake("transfuse::decode_attention_forward")
     def _decode_attention_forward_fake(
-        query, key_cache, value_cache, cache_seqlens, block_table, bias, alibi_slopes, sinks, num_new, scale, window_left,
-        softcap,
+        query, key_cache, value_cache, cache_seqlens, block_table, bias, alibi_slopes, sinks, num_new, scale,
+        window_left, softcap,
     ):
         batch, heads, length, _ = query.shape
         output = query.new_empty(batch, length, heads, value_cache.shape[3]).transpose(1, 2)

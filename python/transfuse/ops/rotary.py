@@ -23,8 +23,8 @@ def rotary(input: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False
         query, key = transfuse.rotary(query, cos, sin), transfuse.rotary(key, cos, sin)
 
     Args:
-        input: [..., L, D], usually [B, H, L, D]; floating dtype, any strides. It is never copied first, so the usual view
-            of [B, L, H, D] memory costs nothing.
+        input: [..., L, D], usually [B, H, L, D]; floating dtype, any strides. It is never copied first, so the usual
+            view of [B, L, H, D] memory costs nothing.
         cos, sin: [L, R/2], or [B, L, R/2] where B is input's first dimension or 1; input's dtype, or float32 beside a
             16-bit input. R <= D: the leading R columns are rotated, the others are copied.
         interleaved: pairs are columns (2i, 2i + 1), as in GPT-J; else (i, i + R/2), as in LLaMA and GPT-NeoX.
@@ -35,12 +35,12 @@ def rotary(input: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False
     Numerics:
         float32 and 16-bit: products and sums in float64, one rounding: within 0.5 ULP of the exact result plus
         2^-53 * max(|a * cos|, |b * sin|), so cancellation costs nothing. float64: within 1.5 ULP of
-        max(|a * cos|, |b * sin|, |result|). The gradient of cos and sin sums over the heads, and over the batch where it
-        shares one table, in float64 in one fixed order. Bits do not depend on batch, position or number of threads.
+        max(|a * cos|, |b * sin|, |result|). The gradient of cos and sin sums over the heads, and over the batch where
+        it shares one table, in float64 in one fixed order. Bits do not depend on batch, position or number of threads.
         Autocast leaves it alone: the result has input's dtype.
     Raises:
-        TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape. RuntimeError: cos or sin on another
-        device; a forward-mode derivative, or a second one through cos or sin, of a compiled kernel.
+        TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape. RuntimeError: cos or sin on
+        another device; a forward-mode derivative, or a second one through cos or sin, of a compiled kernel.
     Source:
         Su et al.: RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021, https://arxiv.org/abs/2104.09864
     """
@@ -69,7 +69,8 @@ def _check(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
         batched = f" or ({input.shape[0]}, {length}, R/2)" if input.dim() >= 3 else ""
         raise ValueError(f"{_OP}: cos has shape {tuple(cos.shape)}, expected ({length}, R/2){batched}")
     if 2 * cos.shape[-1] > head_dim:
-        raise ValueError(f"{_OP}: cos has {cos.shape[-1]} columns, expected at most {head_dim // 2} (half of input's head_dim)")
+        half = head_dim // 2
+        raise ValueError(f"{_OP}: cos has {cos.shape[-1]} columns, expected at most {half} (half of input's head_dim)")
     if sin.shape != cos.shape:
         raise ValueError(f"{_OP}: sin has shape {tuple(sin.shape)}, expected {tuple(cos.shape)} (cos's)")
     check_flag(_OP, "interleaved", interleaved)
@@ -141,7 +142,7 @@ def _backward(*arguments):
 
 
 class RotaryFunction(torch.autograd.Function):
-    """A rotation, whose gradient is the rotation by the negative angle: itself again. Tables that want none cost nothing."""
+    """A rotation, whose gradient is the rotation by the negative angle. Input is kept for the tables' gradient alone."""
 
     generate_vmap_rule = True
 
