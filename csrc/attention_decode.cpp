@@ -67,8 +67,8 @@ struct Cache {
 };
 
 // Checks shapes and values of the cache and its two tables; names the first bad entry.
-Cache make_cache(const Tensor& key, const Tensor& value, const Tensor& seqlens, const std::optional<Tensor>& block_table,
-                 int64_t num_new) {
+Cache make_cache(const Tensor& key, const Tensor& value, const Tensor& seqlens,
+                 const std::optional<Tensor>& block_table, int64_t num_new) {
   check_tensor("key_cache", key, key.scalar_type());
   check_tensor("value_cache", value, key.scalar_type());
   for (int i = 0; i < 3; ++i)
@@ -207,9 +207,10 @@ std::vector<DecodeTask> make_tasks(const DecodeParams& p, const Cache& c) {
     const int64_t first_query = c.lengths[b] - p.seqlen_q;
     const int64_t hidden = p.window_left < 0 ? 0 : std::max<int64_t>(0, first_query - p.window_left);
     const int64_t chunks = (c.lengths[b] + cpu::decode_chunk_keys - 1) / cpu::decode_chunk_keys;
+    const int64_t first_chunk = hidden / cpu::decode_chunk_keys;
     for (int64_t head = 0; head < p.num_kv_heads; ++head)
       for (int64_t row = 0; row < rows; row += cpu::decode_tile_rows)
-        tasks.push_back({b, head, row, std::min(cpu::decode_tile_rows, rows - row), hidden / cpu::decode_chunk_keys, chunks});
+        tasks.push_back({b, head, row, std::min(cpu::decode_tile_rows, rows - row), first_chunk, chunks});
   }
   return tasks;
 }
@@ -259,11 +260,12 @@ void run_forward(const DecodeParams& p, const Cache& c) {
 }
 
 // num_new: keys that decode_attention_append has written after cache_seqlens. window_left < 0: none. softcap 0: none.
-std::tuple<Tensor, Tensor> decode_attention_forward(const Tensor query, const Tensor key_cache, const Tensor value_cache,
-                                                    const Tensor cache_seqlens, std::optional<Tensor> block_table,
-                                                    std::optional<Tensor> bias, std::optional<Tensor> alibi_slopes,
-                                                    std::optional<Tensor> sinks, int64_t num_new, double scale,
-                                                    int64_t window_left, double softcap) {
+std::tuple<Tensor, Tensor> decode_attention_forward(const Tensor query, const Tensor key_cache,
+                                                    const Tensor value_cache, const Tensor cache_seqlens,
+                                                    std::optional<Tensor> block_table, std::optional<Tensor> bias,
+                                                    std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
+                                                    int64_t num_new, double scale, int64_t window_left,
+                                                    double softcap) {
   const Cache c = make_cache(key_cache, value_cache, cache_seqlens, block_table, num_new);
   check_tensor("query", query, key_cache.scalar_type());
   const int64_t batch = query.size(0), heads = query.size(1), length = query.size(2);
@@ -279,7 +281,8 @@ std::tuple<Tensor, Tensor> decode_attention_forward(const Tensor query, const Te
       empty_cpu(op, {batch, heads, length}, type == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
 
   DecodeParams p{};
-  p.query = {query.const_data_ptr(), query.stride(0), query.stride(1), query.stride(2), query.stride(3), dtype_of(query)};
+  p.query = {query.const_data_ptr(), query.stride(0), query.stride(1), query.stride(2), query.stride(3),
+             dtype_of(query)};
   p.key = c.view(key_cache);
   p.value = c.view(value_cache);
   if (bias) p.bias = bias_view(*bias, query, c.capacity);

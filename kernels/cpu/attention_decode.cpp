@@ -275,7 +275,8 @@ void attend_chunk(const DecodeParams& p, const DecodeTask& t, int64_t chunk, con
       const Row row = row_of(p, t, r);
       const int64_t first = larger(begin, row.first), last = smaller(end, row.last);
       if (first >= last) continue;
-      const double *weights = s.scores + r * decode_chunk_keys + (first - start), *values = s.packed + (first - begin) * width;
+      const double* weights = s.scores + r * decode_chunk_keys + (first - start);
+      const double* values = s.packed + (first - begin) * width;
       const uint8_t* excluded = p.bias.data ? s.excluded + r * decode_chunk_keys + (first - start) : nullptr;
       double* output = partial.output + r * width;
       int64_t c = 0;

@@ -51,7 +51,7 @@ struct DecodeKernels {
   int64_t (*partial_doubles)(const DecodeParams&);  // per chunk of a tile
   // A tile over all of its chunks, and its output.
   void (*attend)(const DecodeParams&, const DecodeTask&, double* scratch);
-  // The same in two steps, for many threads: partial results of some chunks, adjacent; then the output from all of them.
+  // The same in two steps, for many threads: partial results of some chunks, adjacent; then the output from all.
   void (*attend_chunks)(const DecodeParams&, const DecodeTask&, double* scratch, double* partials);
   void (*finish)(const DecodeParams&, const DecodeTask&, double* scratch, const double* partials);
 };

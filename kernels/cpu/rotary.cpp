@@ -94,7 +94,7 @@ void sum_table_rows(const RotaryTablesParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// Calls body(T{}, U{}) for the storage types of the rows and of the tables: the same, or float tables beside 16-bit rows.
+// Calls body(T{}, U{}) for the storage types of rows and tables: the same, or float tables beside 16-bit rows.
 template <class Body>
 TRANSFUSE_INLINE void with_types(DType rows, DType tables, Body body) {
   switch (rows) {
