@@ -1,6 +1,6 @@
 """attention and varlen_attention against torch here. Cases: transfuse.promises.cases; the work: conftest.py."""
 
-OPS = ("attention", "varlen_attention")
+OPS = ("attention", "varlen_attention", "decode_attention")
 
 
 def test_attention(run_case, case, dtype, direction):

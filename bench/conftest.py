@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from transfuse.bench.harness import measure
-from transfuse.promises.cases import BENCH_CASES, DIRECTIONS, DTYPES, gradients_of
+from transfuse.promises.cases import BENCH_CASES, DTYPES, gradients_of
 
 INFO = (
     "shape",
@@ -32,7 +32,7 @@ INFO = (
 
 
 def pytest_generate_tests(metafunc):
-    """A front names its ops in OPS; their cases run in every dtype and direction. Ids of quick cases end in -quick."""
+    """A front names its ops in OPS; their cases run in every dtype and direction they have. Ids of quick cases end in -quick."""
     if "case" not in metafunc.fixturenames:
         return
     parameters = [
@@ -46,7 +46,7 @@ def pytest_generate_tests(metafunc):
         for case in BENCH_CASES
         if case.op in metafunc.module.OPS
         for dtype in DTYPES
-        for direction in DIRECTIONS
+        for direction in case.directions
     ]
     metafunc.parametrize(("case", "dtype", "direction"), parameters)
 

@@ -209,7 +209,8 @@ x = torch.randn(512, 512)
 def compute():
     q = x.view(2, 4, -1, 32)
     results = (transfuse.gelu(x), transfuse.layer_norm(x, (512,)), transfuse.rms_norm(x, (512,)), transfuse.masked_softmax(x),
-               transfuse.scaled_dot_product_attention(q, q, q)[0, 0])
+               transfuse.scaled_dot_product_attention(q, q, q)[0, 0], transfuse.rotary(x, x[:, :256], x[:, 256:]),
+               transfuse.decode_attention(q[:, :, :2], q, q, torch.tensor([900, 1000]))[0, 0])
     return [result[0].tolist() for result in results]  # torch's own parallel loops would hang: take one row
 expected = compute()
 child = os.fork()
@@ -226,7 +227,10 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     (lambda x: transfuse.rms_norm(x, (8,)), "rms_norm: could not allocate 2199023255552 bytes"),
     (lambda x: transfuse.masked_softmax(x), "masked_softmax: could not allocate 2199023255552 bytes"),
     (lambda x: transfuse.scaled_dot_product_attention(x, x[:1], x[:1]), "attention: could not allocate 2199023255552 bytes"),
-], ids=["gelu", "layer_norm", "rms_norm", "masked_softmax", "attention"])
+    (lambda x: transfuse.rotary(x, x[:, :4], x[:, :4]), "rotary: could not allocate 2199023255552 bytes"),
+    (lambda x: transfuse.decode_attention(x[None, None], x[None, None, :1], x[None, None, :1], torch.ones(1, dtype=torch.int64)),
+     "decode_attention: could not allocate 2199023255552 bytes"),
+], ids=["gelu", "layer_norm", "rms_norm", "masked_softmax", "attention", "rotary", "decode_attention"])
 def test_an_allocation_that_fails_names_op_and_bytes(call, text):
     with pytest.raises(RuntimeError) as error:
         call(torch.zeros(1, 8).expand(2**36, 8))
@@ -242,7 +246,8 @@ def test_an_allocation_that_fails_names_op_and_bytes(call, text):
     (lambda x: transfuse.masked_softmax(x, x).square(), (4, 8)),
     (lambda x: transfuse.scaled_dot_product_attention(x, x, x, attn_mask=x), (2, 3, 8, 8)),
     (lambda x: transfuse.varlen_attention(x, x, x, torch.tensor([0, 3, 5]), max_seqlen_q=3), (5, 2, 8)),
-], ids=["add_layer_norm", "layer_norm", "add_rms_norm", "rms_norm", "gelu", "masked_softmax", "attention", "varlen_attention"])
+    (lambda x: transfuse.rotary(torch.cat((x, x), -1), x, x).square(), (5, 4)),
+], ids=["add_layer_norm", "layer_norm", "add_rms_norm", "rms_norm", "gelu", "masked_softmax", "attention", "varlen_attention", "rotary"])
 def test_compile_takes_one_tensor_twice(call, shape):
     x = torch.randn(*shape, requires_grad=True)
     (expected,) = torch.autograd.grad(call(x).sum(), x)
@@ -261,6 +266,8 @@ def _calls(x):
         "masked_softmax": lambda: transfuse.masked_softmax(x),
         "attention": lambda: transfuse.scaled_dot_product_attention(x, x, x),
         "varlen_attention": lambda: transfuse.varlen_attention(x, x, x, torch.tensor([0, 2])),
+        "rotary": lambda: transfuse.rotary(x, x, x),
+        "decode_attention": lambda: transfuse.decode_attention(x, x, x, torch.tensor([1, 1])),
         "pack": lambda: transfuse.pack(x, torch.ones(2, dtype=torch.bool)),
     }
 
@@ -324,9 +331,10 @@ def test_a_symbolic_scale_compiles(call):
         assert torch.equal(compiled(x), call(x))
 
 
+@pytest.mark.filterwarnings("ignore::transfuse.TransfuseWarning")
 def test_explain_leaves_the_generator_alone():
     x, state = torch.randn(1, 1, 4, 8), torch.get_rng_state()
-    assert transfuse.explain(transfuse.scaled_dot_product_attention, x, x, x, dropout_p=0.5).chosen == "cpu"
+    assert transfuse.explain(transfuse.scaled_dot_product_attention, x, x, x, dropout_p=0.5).chosen == "reference"
     assert torch.equal(torch.get_rng_state(), state)
     transfuse.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
     assert not torch.equal(torch.get_rng_state(), state)

@@ -41,6 +41,7 @@ def run(arguments):
         for case in cases
         for dtype in dtypes
         for direction in directions
+        if direction in case.directions
         for peer in peers
         if case.torch is not None or peer == "reference"
     ]

@@ -10,6 +10,7 @@ _HOMES = {
     "BiasGELU": "gelu",
     "MaskedSoftmax": "masked_softmax",
     "MultiheadAttention": "attention",
+    "RotaryEmbedding": "rotary",
 }
 
 __all__ = list(_HOMES)

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 import transfuse
 from transfuse.testing import draw, error_budget
 
-OPS = ("attention", "varlen_attention", "masked_softmax", "layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "gelu")
+OPS = ("attention", "varlen_attention", "decode_attention", "masked_softmax", "layer_norm", "add_layer_norm", "rms_norm",
+       "add_rms_norm", "gelu", "rotary")
 FUNCTIONS = {"attention": "scaled_dot_product_attention"}  # where the public name is not the stem
 DTYPES = (torch.float32, torch.bfloat16)  # what models run, and `transfuse bench` times
 DIRECTIONS = ("forward", "backward")
@@ -53,6 +54,7 @@ class Case:
         flops: of one forward.
         terms: length of the longest sum behind one result.
         quick: part of `make bench QUICK=1`.
+        directions: "forward" alone for an op without gradients.
     """
 
     op: str
@@ -65,6 +67,7 @@ class Case:
     flops: int
     terms: int
     quick: bool = False
+    directions: tuple[str, ...] = DIRECTIONS
 
     @property
     def function(self):
@@ -310,6 +313,64 @@ def _gelu(name, rows, columns, *, approximate="none", bias=False, quick=False):
     )
 
 
+def _rotary(name, batch, heads, length, head_dim, *, columns=None, interleaved=False, quick=False):
+    """Heads as a projection leaves them, a view of [B, L, H, D]. The peer is what transformers' models write out."""
+    half = (columns or head_dim) // 2
+
+    def make(dtype):
+        tables = [draw(length, half, dtype=dtype, seed=seed) for seed in (2, 3)]
+        return [draw(batch, length, heads, head_dim, dtype=dtype, seed=1).transpose(1, 2), *tables]
+
+    def call(function, input, cos, sin):
+        return function(input, cos, sin, interleaved=interleaved)
+
+    def stock(input, cos, sin):
+        rotated, rest = input[..., : 2 * half], input[..., 2 * half :]
+        if interleaved:
+            cos, sin = cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
+            turned = torch.stack((-rotated[..., 1::2], rotated[..., ::2]), -1).flatten(-2)
+        else:
+            cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+            turned = torch.cat((-rotated[..., half:], rotated[..., :half]), -1)
+        rotated = rotated * cos + turned * sin
+        return torch.cat((rotated, rest), -1) if rest.shape[-1] else rotated
+
+    size = batch * heads * length * head_dim
+    shape = f"B{batch} H{heads} L{length} D{head_dim}" + (f" R{columns}" if columns else "")
+    return Case("rotary", name, shape, make, call, stock, 2 * size, 3 * size, batch * heads, quick)
+
+
+def _decode(name, lengths, heads, kv_heads, head_dim, *, queries=1, block_size=None, quick=False):
+    """The peer attends over the whole cache under a mask; out of pages it gathers first."""
+    batch, longest = len(lengths), max(lengths)
+    seqlens = torch.tensor(lengths, dtype=torch.int32)
+    pages = -(-longest // block_size) if block_size else 0
+    table = torch.arange(batch * pages).flip(0).view(batch, pages) if block_size else None
+
+    def make(dtype):
+        cache = (batch * pages, block_size, kv_heads, head_dim) if block_size else (batch, kv_heads, longest, head_dim)
+        query = draw(batch, heads, queries, head_dim, dtype=dtype, seed=1)
+        return [query, *(draw(*cache, dtype=dtype, seed=seed) for seed in (2, 3))]
+
+    def call(function, query, key, value):
+        block_table = None if table is None else table.to(query.device)
+        return function(query, key, value, seqlens.to(query.device), block_table=block_table)
+
+    def stock(query, key, value):
+        if table is not None:
+            key, value = (t[table.to(t.device)].flatten(1, 2).transpose(1, 2) for t in (key, value))
+        last = seqlens.to(query.device)[:, None] - queries + torch.arange(queries, device=query.device)  # [B, Lq]
+        keep = torch.arange(key.shape[2], device=query.device) <= last[:, None, :, None]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=keep, enable_gqa=True)
+
+    keys = sum(lengths)
+    size = 2 * head_dim * (keys * kv_heads + batch * queries * heads)
+    shape = f"B{batch} H{heads}/{kv_heads} Lq{queries} Lk{min(lengths)}..{longest} D{head_dim}"
+    flops = 4 * keys * queries * heads * head_dim
+    shape += f" pages of {block_size}" if block_size else ""
+    return Case("decode_attention", name, shape, make, call, stock, size, flops, longest, quick, ("forward",))
+
+
 # Shapes that models run: MiniLM (12 heads of 32, 384 wide), BERT-base (12 of 64, 768), GPT-2 (causal), LLaMA (GQA).
 BENCH_CASES = (
     _attention("minilm", 32, 12, 64, 64, 32, mask="boolean", quick=True),
@@ -334,6 +395,11 @@ BENCH_CASES = (
     _gelu("minilm_erf_bias", 2048, 1536, bias=True, quick=True),
     _gelu("bert_erf", 2048, 3072),
     _gelu("gpt2_tanh", 2048, 3072, approximate="tanh"),
+    _rotary("llama_512", 1, 32, 512, 128, quick=True),
+    _rotary("gptj_512", 1, 16, 512, 256, columns=64, interleaved=True),
+    _decode("llama_2048", [2048], 32, 8, 128, quick=True),
+    _decode("gpt2_batch", [129, 512, 77, 300, 1024, 45, 260, 640], 12, 12, 64),
+    _decode("llama_pages", [1900, 700, 65, 1300], 32, 8, 128, block_size=16),
 )
 
 # Small and awkward: ragged tails, more queries than keys and the other way round, one row, one column, odd head sizes.
@@ -362,6 +428,12 @@ PARITY_CASES = (
     _gelu("erf", 5, 67),
     _gelu("tanh", 5, 67, approximate="tanh"),
     _gelu("erf_bias", 9, 33, bias=True),
+    _rotary("halves", 2, 3, 7, 40, columns=34),
+    _rotary("interleaved", 2, 3, 7, 40, interleaved=True),
+    _rotary("one_token", 3, 2, 1, 64),
+    _decode("ragged", [257, 3, 64], 4, 2, 40, queries=2),
+    _decode("one_head", [300], 1, 1, 64),
+    _decode("pages", [33, 100, 2], 6, 3, 32, block_size=16),
 )
 
 

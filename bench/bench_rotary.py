@@ -1,0 +1,7 @@
+"""rotary against torch here. Cases: transfuse.bench.cases; the work: conftest.py."""
+
+OPS = ("rotary",)
+
+
+def test_rotary(run_case, case, dtype, direction):
+    run_case(case, dtype, direction)
