@@ -82,7 +82,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: 
          requires_grad: bool = False) -> torch.Tensor:
     """Normal numbers of the given shape: drawn in float64, scaled, shifted, then rounded to ``dtype``."""
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale + shift
+    values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale + shift
     return values.to(dtype).requires_grad_(requires_grad)
 
 
@@ -106,8 +106,13 @@ def ulp_distance(actual: torch.Tensor, exact: torch.Tensor, floor: torch.Tensor 
     return torch.where(same, 0.0, torch.where(distance.isnan(), math.inf, distance))
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, num_terms: int = 1, what: str = "result", slack: float = 1.0) -> None:
-    """Asserts |actual - expected| <= slack * budget * (largest |expected|), NaN and inf in the same places."""
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, num_terms: int = 1, what: str = "result", slack: float = 1.0,
+                 entering: float = 0.0) -> None:
+    """Asserts |actual - expected| <= slack * budget * (largest |expected|), NaN and inf in the same places.
+
+    Args:
+        entering: largest magnitude that enters the sums, for results that cancel: it counts where it is above |expected|.
+    """
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     wide, exact = actual.detach().double(), expected.detach().double()
     finite = exact.isfinite()
@@ -115,7 +120,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, num_terms: int = 
     assert torch.equal(wide[exact.isinf()], exact[exact.isinf()]), f"{what}: infinities differ from the reference"
     if not finite.any():
         return
-    scale = float(exact[finite].abs().max())
+    scale = max(float(exact[finite].abs().max()), entering)
     error = float((wide[finite] - exact[finite]).abs().max())
     allowed = slack * error_budget(actual.dtype, num_terms) * scale
     assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e} (largest magnitude {scale:.3e})"

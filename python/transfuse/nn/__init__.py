@@ -9,6 +9,8 @@ _HOMES = {
     "BiasGELU": "gelu",
     "MaskedSoftmax": "masked_softmax",
     "MultiheadAttention": "attention",
+    "TransformerEncoderLayer": "transformer",
+    "TransformerEncoder": "transformer",
 }
 
 __all__ = list(_HOMES)
