@@ -1,9 +1,9 @@
 """What torch tests its own functions and modules with (OpInfo, ModuleInfo) goes through ours, forward and backward.
 
-torch.testing._internal holds, for every function, the inputs torch's own test suite runs it on. Each of them is run here
-in every dtype, as it comes and with strides, and the result is compared with torch's in float64 on the same numbers.
-Where torch takes or gives something else than we do stands in DEPARTURES, with what holds instead: that is asserted too,
-so no sample is passed over. Floors on the counts keep a renaming upstream from emptying the test.
+torch.testing._internal holds, for every function, the inputs torch's own test suite runs it on. Each of them is run
+here in every dtype, as it comes and with strides, and the result is compared with torch's in float64 on the same
+numbers. Where torch takes or gives something else than we do stands in DEPARTURES, with what holds instead: that is
+asserted too, so no sample is passed over. Floors on the counts keep a renaming upstream from emptying the test.
 """
 
 import copy
@@ -101,13 +101,17 @@ def run(function, call, widen):
 
 
 def compare(actual, expected, call):
-    """Both as run() gives them. Gradients cancel (a norm of two elements, a saturated softmax): what enters their sums is
-    of the size of the output's gradient or of the largest one there is."""
+    """Asserts that two results of run() agree within the budget.
+
+    Gradients cancel (a norm of two elements, a saturated softmax): what enters their sums is of the size of the
+    output's gradient or of the largest one there is.
+    """
     num_terms = max(1, *(value.numel() for value in call.args if isinstance(value, torch.Tensor)))
-    assert_close(actual[0], expected[0], num_terms, "output")
+    sides = 2.0 if actual[0].dtype == torch.float64 else 1.0  # there torch's result has an error of its own
+    assert_close(actual[0], expected[0], num_terms, "output", slack=sides)
     entering = max([1.0, *(float(grad.abs().max()) for grad in expected[1:] if grad.numel())])
     for i, (a, e) in enumerate(zip(actual[1:], expected[1:], strict=True)):
-        assert_close(a, e, num_terms, f"gradient {i}", slack=4.0, entering=entering)
+        assert_close(a, e, num_terms, f"gradient {i}", slack=4.0 * sides, entering=entering)
 
 
 def equals_torch(call):
@@ -142,18 +146,22 @@ def is_the_residue_of_a_constant(call):
     compare([output, grad_bias], [t for i, t in enumerate(run(call.torchs, call, widen=True)) if i in (0, 3)], call)
 
 
+def is_scalar(call):
+    return call.args[0].dim() == 0
+
+
+def rows_without_a_key(call):
+    (input, dim), mask = call.args, call.kwargs["mask"]
+    return torch.tensor(False) if mask is None else ~mask.expand(input.shape).any(dim, keepdim=True)
+
+
 def is_zero_where_nothing_is_left(call):
     actual, expected = run(call.ours, call, widen=False), run(call.torchs, call, widen=True)
-    empty = _rows_without_a_key(call).expand(expected[0].shape)
+    empty = rows_without_a_key(call).expand(expected[0].shape)
     assert expected[0][empty].isnan().all(), "torch gives NaN there"
     assert (actual[0][empty] == 0).all() and all((grad[empty] == 0).all() for grad in actual[1:])
     expected = [expected[0].masked_fill(empty, 0.0), *(grad.masked_fill(empty, 0.0) for grad in expected[1:])]
     compare(actual, expected, call)
-
-
-def _rows_without_a_key(call):
-    (input, dim), mask = call.args, call.kwargs["mask"]
-    return ~mask.expand(input.shape).any(dim, keepdim=True)
 
 
 class Departure(NamedTuple):
@@ -166,29 +174,24 @@ class Departure(NamedTuple):
     instead: Callable[[Call], None]
 
 
-def _is_scalar(call):
-    return call.args[0].dim() == 0
-
-
+A_NUMBER = "a number has no dimension to sum over; torch takes dim=0 for it"
+NEGATIVE_EPS = "a negative eps is refused; torch takes the root of what may be negative"
 DEPARTURES = (
-    Departure("nn.functional.scaled_dot_product_attention", 12, "dropout draws other random numbers (CONTRACT section 3)",
+    Departure("nn.functional.scaled_dot_product_attention", 12, "dropout draws other numbers (CONTRACT section 3)",
               lambda call: call.kwargs.get("dropout_p", 0.0) > 0, same_mask_on_every_backend),
-    Departure("softmax", 2, "a number has no dimension to sum over; torch takes dim=0 for it",
-              _is_scalar, is_refused("masked_softmax: input has shape (), expected at least one dimension")),
+    Departure("softmax", 2, A_NUMBER, is_scalar, is_refused("masked_softmax: input has shape (), expected")),
     Departure("softmax", 6, "there is no dtype argument: cast the input",
-              lambda call: "dtype" in call.kwargs and not _is_scalar(call), equals_torch),
-    Departure("masked.softmax", 2, "a number has no dimension to sum over; torch takes dim=0 for it",
-              _is_scalar, is_refused("masked_softmax: input has shape (), expected at least one dimension")),
+              lambda call: "dtype" in call.kwargs and not is_scalar(call), equals_torch),
+    Departure("masked.softmax", 2, A_NUMBER, is_scalar, is_refused("masked_softmax: input has shape (), expected")),
     Departure("masked.softmax", 12, "a row with no valid key is 0 (CONTRACT section 1); torch gives NaN",
-              lambda call: call.kwargs["mask"] is not None and not _is_scalar(call) and bool(_rows_without_a_key(call).any()),
-              is_zero_where_nothing_is_left),
-    Departure("nn.functional.layer_norm", 1, "a negative eps is refused; torch takes the root of what may be negative",
+              lambda call: not is_scalar(call) and bool(rows_without_a_key(call).any()), is_zero_where_nothing_is_left),
+    Departure("nn.functional.layer_norm", 1, NEGATIVE_EPS,
               lambda call: call.kwargs.get("eps", 0) < 0, is_refused("layer_norm: eps is -0.5, expected")),
     Departure("nn.functional.layer_norm", 1, "a row of one element has no gradient; torch leaves a residue of rounding",
               lambda call: tuple(call.args[1]) == (1,) and call.args[0].numel() > 0, is_the_residue_of_a_constant),
-    Departure("nn.functional.rms_norm", 1, "a negative eps is refused; torch takes the root of what may be negative",
+    Departure("nn.functional.rms_norm", 1, NEGATIVE_EPS,
               lambda call: call.kwargs.get("eps", 0) < 0, is_refused("rms_norm: eps is -0.5, expected")),
-)
+)  # fmt: skip
 
 
 def samples(torchs, name, dtype, seed=None):
@@ -233,9 +236,10 @@ def test_functions_of_the_reference(name, torchs):
 
 
 @pytest.mark.slow
-@in_every_dtype
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("name", OPS)
 def test_functions_on_other_numbers(name, dtype, torchs):
+    """Not float64: on ill-conditioned numbers torch's error there is as large as ours."""
     for seed in range(20):
         for call in samples(torchs, name, dtype, seed):
             departure = next((d for d in DEPARTURES if d.name == name and d.applies(call)), None)
@@ -274,7 +278,7 @@ MODULES = {name: floor for name, floor in MODULES.items() if hasattr(transfuse.n
 
 
 def pairs(torchs, name, dtype, training):
-    """(torch's module, ours with its state_dict, args, kwargs), the parameters drawn: torch's initial 0 and 1 hide much."""
+    """torch's module, ours with its state_dict, args and kwargs. Parameters are drawn: an initial 0 or 1 hides much."""
     info = next((info for info in torchs[1] if info.name == name), None)
     assert info is not None, f"torch's module_db has no {name}"
     for entry in info.module_inputs_func(info, "cpu", dtype, True, training):
@@ -319,7 +323,7 @@ def test_modules(name, training, dtype, torchs):
 
 @in_every_dtype
 def test_attention_weights_are_torchs(dtype, torchs):
-    """ModuleInfo's calls as they come ask for the weights, which are the result of another formula: torch's own forward."""
+    """ModuleInfo's calls ask for the weights, as is torch's default. They take another formula: torch's own forward."""
     count = 0
     for count, (stock, ours, args, kwargs) in enumerate(pairs(torchs, "nn.MultiheadAttention", dtype, True), 1):
         for expected, actual in zip(stock(*args, **kwargs), ours(*args, **kwargs), strict=True):

@@ -84,7 +84,8 @@ def assert_module_matches(stock, ours, *args, num_terms=1024, gradients=True, on
 
     Args:
         stock, ours: modules with the same parameters, ours in the dtype under test.
-        args, kwargs: of forward; floating tensors go to stock widened. Those that require grad have their gradients compared.
+        args, kwargs: of forward; floating tensors go to stock widened. Those that require grad have their gradients
+            compared, and so have all parameters.
         gradients: False runs both without autograd and compares outputs alone.
         one_scale: gradients that cancel are measured against the output's gradient or the largest of all.
     """
@@ -125,10 +126,12 @@ def test_equals_torch(layer, call):
 @pytest.mark.parametrize("layer", ("gelu", "gelu module, tanh"))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dtype(dtype, layer):
-    """Smooth activations: the gradient of a ReLU jumps where 16 bits round its input across 0, torch's as much as ours."""
+    """Smooth activations: a ReLU's gradient jumps where 16 bits round its input across 0, torch's as much as ours."""
     for call in ("no mask", "float mask", "both"):
         stock, ours = (module.to(dtype) for module in pair(**LAYERS[layer]))
-        kwargs = {name: m.to(dtype) if name == "src_mask" and m.is_floating_point() else m for name, m in CALLS[call].items()}
+        kwargs = dict(CALLS[call])
+        if call == "float mask":
+            kwargs["src_mask"] = kwargs["src_mask"].to(dtype)
         assert_module_matches(stock, ours, source(ours, dtype), **kwargs)
 
 
@@ -318,8 +321,8 @@ def test_stack_in_eval_equals_torchs_nested_path_where_tokens_are(norm):
     with torch.no_grad():
         expected, actual = (module(src, src_key_padding_mask=PADDING) for module in (stock, ours))
         assert_close(actual[~PADDING], expected[~PADDING], 1024, slack=4.0)
-        padded = expected[PADDING]
-        assert torch.equal(padded, (stock.norm.bias if norm else torch.zeros(WIDTH)).expand_as(padded)), "torch's fast path"
+        nothing = stock.norm.bias if norm else torch.zeros(WIDTH)
+        assert torch.equal(expected[PADDING], nothing.expand_as(expected[PADDING])), "torch took its nested path"
         assert torch.equal(actual, ours.train()(src, src_key_padding_mask=PADDING)), "the same values in every mode"
 
 
@@ -340,7 +343,7 @@ def test_stack_takes_over_torchs_layers_and_leaves_the_caller_his():
 def test_stack_of_other_layers_runs_as_torchs():
     class Own(torch.nn.TransformerEncoderLayer):
         def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
-            assert src_mask is None or src_mask.is_floating_point() and is_causal, "torch hands down its own form of masks"
+            assert src_mask.is_floating_point() and is_causal, "torch hands down its own form of masks"
             return 2 * src
 
     ours = TransformerEncoder(Own(**SIZES), 2)

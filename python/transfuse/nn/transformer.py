@@ -26,15 +26,15 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     and with norm_first the norms stand before the blocks. A residual addition and the norm behind it are one pass, so
     are linear1's bias and a GELU.
 
-    Args (of forward): as torch's; in both masks True = ignore. is_causal is a hint that src_mask is the causal mask: the
-        mask itself is what is applied.
-    Returns: a tensor of src's shape. Padded positions (True in src_key_padding_mask) hold values in training and in eval;
-        torch's inference fast path puts 0 there when the layer stands in a torch.nn.TransformerEncoder.
+    Args (of forward): as torch's; in both masks True = ignore. is_causal is a hint that src_mask is the causal mask:
+        the mask itself is what is applied.
+    Returns: a tensor of src's shape. Padded positions (True in src_key_padding_mask) hold values, in training and in
+        eval; torch's inference path puts 0 there when the layer stands in a torch.nn.TransformerEncoder.
 
-    Numerics: those of the ops. A query whose keys are all ignored attends to nothing (the output projection of 0), where
-        torch gives NaN. Eval computes what training does without dropout; torch's inference fast path takes the erf form
-        for every GELU, and any value but 0 of a float src_mask for "ignore". Dropout draws other random numbers than
-        torch's.
+    Numerics: those of the ops. A query whose keys are all ignored attends to nothing (the output projection of 0),
+        where torch gives NaN. Eval computes what training does without dropout; torch's inference path takes the erf
+        form for every GELU, and any value but 0 of a float src_mask for "ignore". Dropout draws other random numbers
+        than torch's.
 
     Runs torch's own forward: nested tensors. A submodule that was replaced, subclassed or has hooks is called as it is.
     """
@@ -92,14 +92,17 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         op = "TransformerEncoderLayer"
         if not isinstance(src, Tensor):
             raise TypeError(f"{op}: src is a {type(src).__name__}, expected a Tensor")
-        features = self.linear1.in_features
+        features, batch_first = self.linear1.in_features, self.self_attn.batch_first
         if src.dim() not in (2, 3) or src.shape[-1] != features:
-            order = "batch, length" if self.self_attn.batch_first else "length, batch"
-            raise ValueError(f"{op}: src has shape {tuple(src.shape)}, expected ({order}, {features}) or (length, {features})")
+            expected = f"({'batch, length' if batch_first else 'length, batch'}, {features}) or (length, {features})"
+            raise ValueError(f"{op}: src has shape {tuple(src.shape)}, expected {expected}")
         if is_causal and src_mask is None:
             raise RuntimeError(f"{op}: src_mask is None, expected one with is_causal=True (a hint about it)")
-        batch, length = (1, src.shape[0]) if src.dim() == 2 else src.shape[:2] if self.self_attn.batch_first else src.shape[1::-1]
-        square, lengths = (length, length), (batch, length) if src.dim() == 3 else (length,)
+        if src.dim() == 2:
+            batch, length = 1, src.shape[0]
+        else:
+            batch, length = src.shape[:2] if batch_first else (src.shape[1], src.shape[0])
+        square, lengths = (length, length), (length,) if src.dim() == 2 else (batch, length)
         shapes = {"src_mask": (square, (batch * self.self_attn.num_heads, *square)), "src_key_padding_mask": (lengths,)}
         for name, mask in (("src_mask", src_mask), ("src_key_padding_mask", src_key_padding_mask)):
             if mask is None:
@@ -116,8 +119,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 class TransformerEncoder(torch.nn.TransformerEncoder):
     """torch.nn.TransformerEncoder: the same constructor, parameters and state_dict.
 
-    Args (of the constructor): as torch's. The copies of a torch.nn.TransformerEncoderLayer become ours, the layer that was
-        handed in stays what it is; layers of any other class run as they are. enable_nested_tensor and mask_check
+    Args (of the constructor): as torch's. The copies of a torch.nn.TransformerEncoderLayer become ours, the layer that
+        was handed in stays what it is; layers of any other class run as they are. enable_nested_tensor and mask_check
         are kept as attributes and have no effect.
     Args (of forward): as torch's. is_causal is a hint about mask, as in TransformerEncoderLayer.
     Returns: a tensor of src's shape. Kept positions are torch's. Padded positions hold values whatever the mode; torch
