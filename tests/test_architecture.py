@@ -37,6 +37,12 @@ FLOORS = {"env": 0, "reference": 0, "kernels": 0, "extension": 1, "checks": 2, "
 # Siblings of one op: pages that stand beside attention's own.
 SIBLINGS = {("varlen_attention", "attention"), ("attention", "attention_checks"), ("varlen_attention", "attention_checks")}
 
+# Pages of nn that belong to no one op, and why.
+NN_WITHOUT_STEM = {
+    "hooks": "when a module's call may be left out: what nn and models share",
+    "transformer": "blocks of torch.nn that put attention, layer_norm and gelu together",
+}
+
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("room", ROOMS)
@@ -44,6 +50,11 @@ def test_every_op_has_its_room(op, room):
     path = room.format(op=op)
     exists = (ROOT / path).is_file()
     assert exists != (path in NOT_YET_BUILT), f"{path} {'exists: take it off NOT_YET_BUILT' if exists else 'is missing'}"
+
+
+def test_every_page_of_nn_has_its_op():
+    pages = {path.stem for path in (PACKAGE / "nn").glob("*.py")} - {"__init__", *OPS}
+    assert pages == set(NN_WITHOUT_STEM)
 
 
 def _imports(path):

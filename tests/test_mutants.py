@@ -7,7 +7,12 @@ second part (slow) puts mistakes into the C++ sources of a copy of the tree, com
 """
 
 import math
+import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -16,6 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import transfuse
+from transfuse import _C
 from transfuse.testing import assert_matches_reference, draw
 
 BATCH, HEADS, KV_HEADS, LENGTH, HEAD_DIM = 2, 4, 2, 21, 24
@@ -349,3 +355,103 @@ def test_every_op_has_mutants():
     ops = {name.removeprefix("transfuse::") for name in registered if name.startswith("transfuse::")}
     assert ops <= {mutant.op for mutant in MUTANTS}
     assert {name for mutant in MUTANTS for name in mutant.seen_by} == set(CHECKS), "a check that kills nothing"
+
+
+# ---- mistakes in the C++ sources: make test FULL=1 ----
+
+ROOT = Path(__file__).resolve().parent.parent
+TREE = ROOT / "build" / "mutants"
+
+
+class Patch(NamedTuple):
+    """One mistake in one file, and the tests of which one must fail."""
+
+    file: str
+    what: str
+    old: str
+    new: str
+    tests: str
+
+
+PATCHES = (
+    Patch("kernels/cpu/gelu.cpp", "tail cut at 6", "constexpr double cut = 16.0;", "constexpr double cut = 6.0;",
+          "tests/test_gelu.py"),
+    Patch("kernels/cpu/gelu.cpp", "polynomial used beyond its interval", "constexpr float core_limit = 3.5f;",
+          "constexpr float core_limit = 4.5f;", "tests/test_gelu.py"),
+    Patch("kernels/cpu/gelu.cpp", "a lane that waits is never written", "if (++count == lanes) flush();",
+          "if (++count == lanes) count = 0;", "tests/test_gelu.py"),
+    Patch("kernels/cpu/gelu.cpp", "gradient of the wrong side", "return select(x < zero64(), h, set1d(1.0) - h);",
+          "return select(zero64() < x, h, set1d(1.0) - h);", "tests/test_gelu.py"),
+    Patch("kernels/cpu/masked_softmax.cpp", "causal row one key short", "i % p.queries + p.causal_offset + 1;",
+          "i % p.queries + p.causal_offset;", "tests/test_masked_softmax.py"),
+)  # fmt: skip
+
+
+def copy_sources():
+    """Brings TREE's sources to ROOT's, touching only what differs, so that Ninja compiles only that."""
+    for name in ("CMakeLists.txt", "setup.py", "csrc", "kernels", "python"):
+        for source in [ROOT / name] if (ROOT / name).is_file() else sorted((ROOT / name).rglob("*")):
+            target = TREE / source.relative_to(ROOT)
+            if source.is_dir() or source.suffix in (".so", ".pyc"):
+                continue
+            text = source.read_bytes()
+            if not target.exists() or target.read_bytes() != text:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(text)
+
+
+def environment(**more):
+    """Without the settings of whoever runs the tests: these would choose other kernels than those that were built."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TRANSFUSE_")}
+    return {**kept, "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}", **more}
+
+
+def build():
+    """Compiles TREE for one ISA level, the widest that every machine with it runs alike."""
+    levels = [level for level in _C.cpu_isa_levels() if level != "avx512_bf16"]
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=TREE, capture_output=True, text=True,
+        env=environment(TRANSFUSE_ISA_LEVELS=levels[-1]),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def run_tests(tests):
+    """pytest's exit code on TREE's package: 0 all green, 1 some red. Anything else is an error of this test."""
+    where = "import transfuse; print(transfuse.__file__)"
+    paths = environment(PYTHONPATH=os.pathsep.join([str(TREE / "python"), os.environ.get("PYTHONPATH", "")]))
+    found = subprocess.run([sys.executable, "-c", where], cwd=TREE, capture_output=True, text=True, env=paths).stdout
+    assert found.startswith(str(TREE)), f"the copy is not what is imported, but {found}"
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *shlex.split(tests)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=paths)
+    assert done.returncode in (0, 1), done.stdout[-3000:] + done.stderr[-3000:]
+    return done.returncode, done.stdout
+
+
+@pytest.fixture(scope="module")
+def tree():
+    """The copy, built; every test that a mutant must turn red is green on it."""
+    copy_sources()
+    build()
+    for tests in sorted({patch.tests for patch in PATCHES}):
+        code, output = run_tests(tests)
+        assert code == 0, output[-3000:]
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: f"{patch.file}: {patch.what}")
+def test_patches_apply(patch):
+    """Each text stands exactly once in its file: a mistake that is put nowhere proves nothing."""
+    assert (ROOT / patch.file).read_text().count(patch.old) == 1 and patch.old != patch.new
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: f"{patch.file}: {patch.what}")
+def test_mutants_of_the_kernels_are_seen(patch, tree):
+    path, text = TREE / patch.file, (ROOT / patch.file).read_text()
+    try:
+        path.write_text(text.replace(patch.old, patch.new))
+        build()
+        code, _ = run_tests(patch.tests)
+        assert code == 1, f"{patch.tests} is green although {patch.what}"
+    finally:
+        path.write_text(text)
