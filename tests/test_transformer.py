@@ -261,13 +261,15 @@ def test_autocast():
 
 def test_parts_that_differ_are_called():
     """Hooks are heard, subclasses and replaced parts run, whatever may be fused."""
-    heard = []
-    stock, ours = pair(activation=torch.nn.GELU())
-    for module in (stock, ours):
-        for part in (module.norm1, module.norm2, module.activation, module.linear1):
-            part.register_forward_hook(lambda *_: heard.append(1))
-        assert_module_matches(stock, ours, source(ours))
-    assert heard
+    parts = ("self_attn", "norm1", "norm2", "linear1", "activation", "linear2", "dropout", "dropout1", "dropout2")
+    for norm_first in (False, True):
+        for name in parts:
+            heard = []
+            stock, ours = pair(activation="gelu", norm_first=norm_first)
+            ours.activation = torch.nn.GELU()
+            getattr(ours, name).register_forward_hook(lambda *_: heard.append(1))
+            assert_module_matches(stock, ours, source(ours))
+            assert len(heard) == 1, f"{name} was called {len(heard)} times"
 
     class Doubled(torch.nn.LayerNorm):
         def forward(self, input):
