@@ -434,8 +434,8 @@ def run_tests(tests):
     paths = environment(PYTHONPATH=os.pathsep.join([str(TREE / "python"), os.environ.get("PYTHONPATH", "")]))
     found = subprocess.run([sys.executable, "-c", where], cwd=TREE, capture_output=True, text=True, env=paths).stdout
     assert found.startswith(str(TREE)), f"the copy is not what is imported, but {found}"
-    pytest_command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
-    done = subprocess.run([*pytest_command, ROOT / "tests" / tests], cwd=ROOT, capture_output=True, text=True, env=paths)
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", f"tests/{tests}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=paths)
     assert done.returncode in (0, 1), done.stdout[-3000:] + done.stderr[-3000:]
     return done.returncode, done.stdout
 
