@@ -20,11 +20,8 @@ import transfuse
 from transfuse.dispatch import use_backend
 from transfuse.testing import assert_close, draw
 
-# Parity holds on every backend, so a fallback is no failure here. Mixed masks: torch deprecates what both take.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::transfuse.TransfuseWarning"),
-    pytest.mark.filterwarnings("ignore:Support for mismatched"),
-]
+# torch deprecates masks of two kinds in one call; both sides take them.
+pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 in_every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -67,10 +64,9 @@ OPS = {
     "softmax": Op(softmax, 14),
     "masked.softmax": Op(lambda input, dim, mask: transfuse.masked_softmax(input, mask, dim=dim), 24),
     "nn.functional.layer_norm": Op(transfuse.layer_norm, 6),
+    "nn.functional.rms_norm": Op(transfuse.rms_norm, 6),
     "nn.functional.gelu": Op(transfuse.gelu, 8),
 }
-if hasattr(transfuse, "rms_norm"):
-    OPS["nn.functional.rms_norm"] = Op(transfuse.rms_norm, 6)
 
 
 class Call(NamedTuple):
@@ -232,7 +228,7 @@ def test_functions(name, dtype, torchs):
 @pytest.mark.parametrize("name", OPS)
 def test_functions_of_the_reference(name, torchs):
     with use_backend("reference"):
-        check_samples(name, (call for call in samples(torchs, name, torch.float64)))
+        check_samples(name, samples(torchs, name, torch.float64))
 
 
 @pytest.mark.slow
@@ -250,7 +246,7 @@ def test_functions_on_other_numbers(name, dtype, torchs):
 ERRORS = {"nn.functional.gelu": ("gelu: ", 1), "nn.functional.rms_norm": ("rms_norm: ", 3)}
 
 
-@pytest.mark.parametrize("name", [name for name in ERRORS if name in OPS])
+@pytest.mark.parametrize("name", ERRORS)
 def test_what_torch_refuses(name, torchs):
     prefix, floor = ERRORS[name]
     count = 0
@@ -274,7 +270,6 @@ MODULES = {
     "nn.TransformerEncoderLayer": 35,
     "nn.TransformerEncoder": 35,
 }
-MODULES = {name: floor for name, floor in MODULES.items() if hasattr(transfuse.nn, name.removeprefix("nn."))}
 
 
 def pairs(torchs, name, dtype, training):

@@ -12,11 +12,8 @@ import transfuse
 from transfuse.nn import LayerNorm, MultiheadAttention, TransformerEncoder, TransformerEncoderLayer
 from transfuse.testing import assert_close, draw
 
-# Parity holds on every backend, so a fallback is no failure here. Mixed masks: torch deprecates what both take.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::transfuse.TransfuseWarning"),
-    pytest.mark.filterwarnings("ignore:Support for mismatched"),
-]
+# torch deprecates masks of two kinds in one call; both sides take them.
+pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched")
 
 BATCH, LENGTH, WIDTH, HEADS, HIDDEN = 3, 7, 24, 4, 40
 SIZES = {"d_model": WIDTH, "nhead": HEADS, "dim_feedforward": HIDDEN, "dropout": 0.0, "layer_norm_eps": 0.3}
