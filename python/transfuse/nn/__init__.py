@@ -11,6 +11,8 @@ _HOMES = {
     "MaskedSoftmax": "masked_softmax",
     "MultiheadAttention": "attention",
     "RotaryEmbedding": "rotary",
+    "TransformerEncoderLayer": "transformer",
+    "TransformerEncoder": "transformer",
 }
 
 __all__ = list(_HOMES)
