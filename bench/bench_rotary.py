@@ -1,4 +1,4 @@
-"""rotary against torch here. Cases: transfuse.bench.cases; the work: conftest.py."""
+"""rotary against torch here. Cases: transfuse.promises.cases; the work: conftest.py."""
 
 OPS = ("rotary",)
 

@@ -45,12 +45,6 @@ NN_WITHOUT_STEM = {
     "transformer": "blocks of torch.nn that put attention, layer_norm and gelu together",
 }
 
-# Pages of nn that belong to no one op, and why.
-NN_WITHOUT_STEM = {
-    "hooks": "when a module's call may be left out: what nn and models share",
-    "transformer": "blocks of torch.nn that put attention, layer_norm and gelu together",
-}
-
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("room", ROOMS)

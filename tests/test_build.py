@@ -48,6 +48,7 @@ def test_wheel_holds_the_package_and_needs_no_compiler(wheel, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert any(re.fullmatch(r"transfuse/_C\.cpython-\d+-.*\.so", name) for name in names)
     assert "transfuse/kernels/triton/__init__.py" in names and "transfuse/py.typed" in names
+    assert "transfuse/promises/masks.json" in names
     assert not [name for name in names if name.startswith(("tests/", "bench/", "kernels/"))]
     metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA"))).decode()
     requires = re.findall(r"^Requires-Dist: (.*)$", metadata, re.M)

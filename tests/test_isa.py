@@ -97,6 +97,15 @@ def run():
             for causal in (False, True):
                 y = transfuse.scaled_dot_product_attention(q, k, v, attn_bias=bias, is_causal=causal, enable_gqa=True)
                 keep(f"attention {dtype} {lq} {lk} {d} {causal}", y.detach(), *torch.autograd.grad((y * y).sum(), (q, k, v, bias)))
+        for interleaved in (False, True):
+            x, cos, sin = (draw(2, 3, 9, 40, dtype=dtype, seed=9, requires_grad=True), draw(9, 17, dtype=dtype, seed=10, requires_grad=True),
+                           draw(9, 17, dtype=dtype, seed=11, requires_grad=True))
+            y = transfuse.rotary(x, cos, sin, interleaved=interleaved)
+            keep(f"rotary {dtype} {interleaved}", y.detach(), *torch.autograd.grad((y * y).sum(), (x, cos, sin)))
+        for n, d in ((1, 1), (40, 24), (300, 64)):
+            q, k, v = draw(2, 4, 2, d, dtype=dtype, seed=12), draw(2, 2, n, d, dtype=dtype, seed=13), draw(2, 2, n, d, dtype=dtype, seed=14)
+            keep(f"decode_attention {dtype} {n} {d}", *transfuse.decode_attention(
+                q, k, v, torch.tensor([n, n // 2]), softcap=5.0, window=(200, 0), sinks=draw(4), alibi_slopes=draw(4), return_lse=True))
     return results
 
 report = {}
@@ -153,7 +162,7 @@ def test_op_tests_pass_on_every_level(level):
         pytest.skip(f"this CPU has no {level}")
     files = [path for op in OPS for path in sorted((ROOT / "tests").glob(f"test_{op}*.py")) if "graphs" not in path.name]
     out = _run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", "not compile and not isa",
-               *files, ROOT / "tests/test_norms.py", ROOT / "tests/test_varlen_attention.py", TRANSFUSE_CPU_ISA=level)
+               *files, *(ROOT / f"tests/test_{name}.py" for name in ("norms", "varlen_attention", "decode_attention")), TRANSFUSE_CPU_ISA=level)
     assert re.search(r"\d{3,} passed", out), out[-2000:]
 
 

@@ -19,6 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent
 EVERY = promises.every()
 
 
+@pytest.fixture(autouse=True)
+def _changed_ops_are_measured_anew(request):
+    if "monkeypatch" in request.fixturenames:
+        promises.forget()
+        request.addfinalizer(promises.forget)
+
+
 def _assert_kept(promise, backend):
     outcome = promises.check(promise, backend)
     if outcome.status == "no kernel":
@@ -173,11 +180,9 @@ def test_verify_outlives_an_op_that_raises(capsys, monkeypatch):
 
 def test_verify_says_what_has_no_kernel(capsys, monkeypatch):
     monkeypatch.setattr(gelu, "IMPLEMENTATIONS", gelu.IMPLEMENTATIONS[1:])
-    promises.promise.taken_by.cache_clear()
     assert main(["verify", "--promise", "2.gelu.float32.agrees-forward", "--backend", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "no kernel for 1 promises: the op has no such backend" in printed and "1 without a kernel" in printed
-    promises.promise.taken_by.cache_clear()
 
 
 def test_verify_auto_checks_what_a_call_takes(capsys):

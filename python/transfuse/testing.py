@@ -36,6 +36,8 @@ MAX_ULP = {
     "rotary_forward": 0.5,  # of float32 and 16-bit results, against float64
     "rotary_float64": 1.5,  # of the largest of both products and the result
 }
+# What the elements of a float64 row err by in common, its rstd's error: mean over rows, units of roundoff.
+NORM_ROW_ERROR = 0.4
 # 16-bit results of row ops: half a unit is the rounding, the rest what float32 or float64 inside adds to it.
 ROUNDED_ONCE_ULP = 0.51
 # The same in units of float64's last place, for float64.

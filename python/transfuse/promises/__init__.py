@@ -12,7 +12,7 @@ import difflib
 from functools import cache
 from importlib import import_module
 
-from transfuse.promises.promise import Figure, NoKernel, Outcome, Promise, check
+from transfuse.promises.promise import Figure, NoKernel, Outcome, Promise, check, forget
 
 # Section of the contract -> its title. A section may have several pages.
 SECTIONS = {
@@ -25,7 +25,7 @@ SECTIONS = {
 }
 PAGES = ("masks", "agreement", "numerics", "attention_numerics", "determinism", "layout", "errors", "security")
 
-__all__ = ["Figure", "NoKernel", "Outcome", "Promise", "SECTIONS", "check", "every", "find", "selected"]
+__all__ = ["Figure", "NoKernel", "Outcome", "Promise", "SECTIONS", "check", "every", "find", "forget", "selected"]
 
 
 @cache

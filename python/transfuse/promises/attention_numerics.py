@@ -5,7 +5,7 @@ be 1.02 of the peer's (or 1.05 of what rounding the exact result alone would lea
 peer's. float64 has no exacter oracle here: it is compared with the reference (agreement.py).
 """
 
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import transfuse
 from transfuse import scaled_dot_product_attention, testing
 from transfuse.dispatch import dtype_name
-from transfuse.promises.promise import DTYPES, Figure, Promise
+from transfuse.promises.promise import DTYPES, Figure, Promise, remembered
 from transfuse.testing import assert_matches_reference, draw
 
 POOLED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,12 +31,12 @@ def tensors(dtype, len_q=64, len_k=96, head_dim=64, scale=1.0, batch=SEEDS, head
     )
 
 
-def saturated(dtype, logit):
+def saturated(dtype, logit, len_k=96):
     """Scores of that size, with near ties in every row: elsewhere a saturated softmax has no error to compare.
 
     Keys come in pairs that differ in the last 16 dimensions only, where queries are so small that scores move by about 1.
     """
-    query, key, value = tensors(dtype, scale=logit**0.5)
+    query, key, value = tensors(dtype, len_k=len_k, scale=logit**0.5)
     half = key.shape[2] // 2
     key[:, :, half:, :48] = key[:, :, :half, :48]
     query[..., 48:] /= logit
@@ -55,41 +55,70 @@ def subnormal(dtype):
     return query, key, value * (2.0**-14 if dtype == torch.float16 else 2.0**-130)
 
 
-# id -> (the family in words, its draws, which are pooled, options of the call)
+def of_lengths(*lengths, len_q=16):
+    return [partial(tensors, len_q=len_q, len_k=length) for length in lengths]
+
+
+# op -> id -> (the family in words, its draws, which are pooled, options of the call)
 FAMILIES = {
-    "normal": ("normal scores", [tensors], {}),
-    "causal": ("causal", [partial(tensors, len_q=96, len_k=96, head_dim=32)], {"is_causal": True}),
-    "logits-1e2": ("logits 1e2", [partial(saturated, logit=1e2)], {}),
-    "logits-1e3": ("logits 1e3", [partial(saturated, logit=1e3)], {}),
-    "logits-1e4": ("logits 1e4", [partial(saturated, logit=1e4)], {}),
-    "very-negative": ("lse below -88.7, ragged tail", [very_negative], {}),
-    "subnormal": ("subnormal values", [subnormal], {}),
-    "lengths-32": ("1, 31 to 33 keys", [partial(tensors, len_q=16, len_k=length) for length in (1, 31, 32, 33)], {}),
-    "lengths-64": ("63 to 65 keys", [partial(tensors, len_q=16, len_k=length) for length in (63, 64, 65)], {}),
-    "lengths-128": ("127 to 129 keys", [partial(tensors, len_q=16, len_k=length) for length in (127, 128, 129)], {}),
+    "attention": {
+        "normal": ("normal scores", [tensors], {}),
+        "causal": ("causal", [partial(tensors, len_q=96, len_k=96, head_dim=32)], {"is_causal": True}),
+        "logits-1e2": ("logits 1e2", [partial(saturated, logit=1e2)], {}),
+        "logits-1e3": ("logits 1e3", [partial(saturated, logit=1e3)], {}),
+        "logits-1e3-long": ("logits 1e3 over three blocks of keys", [partial(saturated, logit=1e3, len_k=300)], {}),
+        "logits-1e4": ("logits 1e4", [partial(saturated, logit=1e4)], {}),
+        "very-negative": ("lse below -88.7, ragged tail", [very_negative], {}),
+        "subnormal": ("subnormal values", [subnormal], {}),
+        "lengths-32": ("1, 31 to 33 keys", of_lengths(1, 31, 32, 33), {}),
+        "lengths-64": ("63 to 65 keys", of_lengths(63, 64, 65), {}),
+        "lengths-128": ("127 to 129 keys", of_lengths(127, 128, 129), {}),
+    },
+    "decode_attention": {
+        "lengths": ("1, 33, 127, 257 keys", of_lengths(1, 33, 127, 257, len_q=1), {}),
+        "logits-1e3": ("logits 1e3", [lambda dtype: _first_query(saturated(dtype, 1e3))], {}),
+    },
 }
 
 
+def _first_query(inputs):
+    query, key, value = inputs
+    return query[:, :, :1], key, value
+
+
+def _decode(query, key, value):
+    """Every key of the cache is valid, so that torch needs no mask."""
+    return transfuse.decode_attention(query, key, value, torch.full((len(query),), key.shape[2], device=query.device))
+
+
+OURS = {"attention": scaled_dot_product_attention, "decode_attention": _decode}
+
+
 def _evaluate(function, inputs, grad, dtype, options):
+    """Output and, where there is an incoming gradient, the gradients; widened."""
+    if grad is None:
+        return [function(*(t.to(dtype) for t in inputs), **options).double()]
     leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
     output = function(*leaves, **options)
     return [t.detach().double() for t in (output, *torch.autograd.grad(output, leaves, grad.to(dtype)))]
 
 
-@lru_cache(maxsize=8)
-def _errors(family, dtype, backend, device):
+@remembered
+def _errors(op, family, dtype, backend, device):
     """For output and each gradient: (ours, the peer's, rounding's) errors against float64, one line per result row."""
-    _, draws, options = FAMILIES[family]
-    pooled = [([], [], []) for _ in RESULTS]
+    _, draws, options = FAMILIES[op][family]
+    pooled = []
     for make in draws:
         inputs = [t.to(device) for t in make(dtype)]
-        grad = draw(*inputs[0].shape, dtype=dtype, seed=100).to(device)
-        ours = _evaluate(scaled_dot_product_attention, inputs, grad, dtype, options)
+        grad = draw(*inputs[0].shape, dtype=dtype, seed=100).to(device) if op == "attention" else None
+        ours = _evaluate(OURS[op], inputs, grad, dtype, options)
         peer = _evaluate(F.scaled_dot_product_attention, inputs, grad, dtype, options)
         with transfuse.use_backend("reference"):
-            exact = _evaluate(scaled_dot_product_attention, inputs, grad, torch.float64, options)
-        for groups, o, p, e in zip(pooled, ours, peer, exact, strict=True):
-            for group, result in zip(groups, (o, p, e.to(dtype).double()), strict=True):
+            exact = _evaluate(OURS[op], inputs, grad, torch.float64, options)
+        for index, (o, p, e) in enumerate(zip(ours, peer, exact, strict=True)):
+            if index == len(pooled):
+                pooled.append(([], [], []))
+            for group, result in zip(pooled[index], (o, p, e.to(dtype).double()), strict=True):
                 group.append((result - e).flatten(0, -2))
     return [[torch.cat(group) for group in groups] for groups in pooled]
 
@@ -102,10 +131,10 @@ def _largest_row(errors):
     return float(errors.square().mean(-1).sqrt().max())
 
 
-def _against_peer(family, dtype, size, rounding_share, backend, device):
+def _against_peer(op, family, dtype, size, rounding_share, backend, device):
     """Our error over the peer's (or over rounding's share, where that is more), of the worst result."""
     found = []
-    for what, errors in zip(RESULTS, _errors(family, dtype, backend, device), strict=True):
+    for what, errors in zip(RESULTS, _errors(op, family, dtype, backend, device)):
         ours, peer, rounding = map(size, errors)
         base = max(peer, rounding_share * rounding)
         ratio = ours / base if base else 0.0 if ours == 0 else torch.inf
@@ -116,19 +145,22 @@ def _against_peer(family, dtype, size, rounding_share, backend, device):
 
 def _pooled():
     criteria = (
-        ("rms", "rms error, output and gradients", _rms, testing.ATTENTION_RMS_RATIO,
+        ("rms", "rms error", _rms, testing.ATTENTION_RMS_RATIO,
          testing.ATTENTION_ROUNDING_RATIO / testing.ATTENTION_RMS_RATIO),
-        ("row", "largest row's error, output and gradients", _largest_row, testing.ATTENTION_ROW_RATIO, 1.0),
+        ("row", "largest row's error", _largest_row, testing.ATTENTION_ROW_RATIO, 1.0),
     )
-    for dtype in POOLED_DTYPES:
-        for family, (name, _, _) in FAMILIES.items():
-            for what, words, size, bound, share in criteria:
-                measure = partial(_against_peer, family, dtype, size, share)
-                yield _promise(dtype, f"{what}.{family}", f"{name}: {words}", bound, "of torch's", measure, "torch, CPU kernel")
+    for op, families in FAMILIES.items():
+        results = "output and gradients" if op == "attention" else "output"
+        for dtype in POOLED_DTYPES:
+            for family, (name, _, _) in families.items():
+                for what, words, size, bound, share in criteria:
+                    measure = partial(_against_peer, op, family, dtype, size, share)
+                    statement = f"{name}: {words}, {results}"
+                    yield _promise(op, dtype, f"{what}.{family}", statement, bound, "of torch's", measure, "torch, CPU kernel")
 
 
-def _promise(dtype, what, statement, bound, unit, measure, peer=None):
-    return Promise(f"2.attention.{dtype_name(dtype)}.{what}", 2, "attention", dtype, statement, bound, unit, measure, peer)
+def _promise(op, dtype, what, statement, bound, unit, measure, peer=None):
+    return Promise(f"2.{op}.{dtype_name(dtype)}.{what}", 2, op, dtype, statement, bound, unit, measure, peer)
 
 
 # ---- what must be exact ----
@@ -211,7 +243,7 @@ EXACT = (
 PROMISES = (
     *_pooled(),
     *(
-        _promise(dtype, what, statement, 0, unit, partial(measure, dtype), peer)
+        _promise("attention", dtype, what, statement, 0, unit, partial(measure, dtype), peer)
         for what, statement, unit, measure, peer in EXACT
         for dtype in DTYPES
     ),

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 
 import transfuse
-from transfuse import testing
+from transfuse import sweeps, testing
 from transfuse.dispatch import dtype_name
-from transfuse.promises.cases import OPS
-from transfuse.promises.promise import DTYPES, Figure, Promise
+from transfuse.promises.promise import DTYPES, Figure, NoKernel, Promise, remembered
 from transfuse.reference.gelu import gelu_reference
 from transfuse.reference.layer_norm import layer_norm_reference
 from transfuse.reference.masked_softmax import masked_softmax_reference
+from transfuse.reference.rms_norm import rms_norm_reference
+from transfuse.reference.rotary import rotary_reference
 from transfuse.testing import MAX_ULP, draw, error_budget, ulp_distance
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -37,11 +38,9 @@ def _beside(worst_of, ours, theirs):
 
 FORMS = {"none": "erf", "tanh": "tanh"}
 TAILS = {"none": -14.0, "tanh": -10.3}  # where the result is subnormal
-ROOTS = {"none": -0.7517915246935645, "tanh": -0.7524614220710163}  # of the derivative
 SWEEP_STEP = 2039  # prime: every exponent, and every residue of the mantissa's low bits; 2.1 million floats
-CHUNK = 2**22
 # Every float near these is taken: roots, the edges of approximations, the end of the negative tail.
-ZONES = (*ROOTS.values(), 3.5, -3.5, -14.1, -14.3, -10.6, 5.6, -1.0, 16.0, -16.0, 1e-38, -1e-38)
+ZONES = (*testing.GELU_ROOT.values(), 3.5, -3.5, -14.1, -14.3, -10.6, 5.6, -1.0, 16.0, -16.0, 1e-38, -1e-38)
 
 
 def _float32_from(bits):
@@ -57,12 +56,6 @@ def swept_floats():
         yield _float32_from(torch.arange(bits - 4000, bits + 4000))
     for sign in (0, -(2**31)):
         yield _float32_from(torch.arange(sign, sign + 3000))
-
-
-def all_floats():
-    """All 2^32."""
-    for first in range(-(2**31), 2**31, CHUNK):
-        yield _float32_from(torch.arange(first, first + CHUNK))
 
 
 def all_16_bit(dtype):
@@ -90,16 +83,25 @@ def _gelu_error(form, floats, device, direction, ours):
         exact = _result(partial(gelu_reference, approximate=form), x.double(), direction)
         distance = ulp_distance(_result(ours, x.to(device), direction).cpu(), exact)
         if direction == "backward":
-            distance[(x.double() - ROOTS[form]).abs() <= testing.GELU_ROOT_ZONE] = 0
+            distance[(x.double() - testing.GELU_ROOT[form]).abs() <= testing.GELU_ROOT_ZONE] = 0
         at = int(distance.argmax())
         if not distance[at] <= worst:
             worst, where = float(distance[at]), f"at x = {x[at].item()!r}"
     return worst, where
 
 
+def _exhaustive(sweep, backend, device):
+    """Every float, by transfuse.sweeps, which runs the CPU kernels and counts what breaks any part of the contract."""
+    if backend != "cpu":
+        raise NoKernel("the sweeps are of the CPU kernels")
+    found = sweep()
+    where = f"at x = {found.worst_input!r}, {found.inputs} inputs, {found.errors} break the contract"
+    return Figure(torch.inf if found.errors else found.worst_ulp, where)
+
+
 def _gelu_root(form, device, ours):
     """Largest absolute error of the gradient around its root; a wrong sign counts as infinite."""
-    bits = int(torch.tensor(ROOTS[form]).view(torch.int32))
+    bits = int(torch.tensor(testing.GELU_ROOT[form]).view(torch.int32))
     x = _float32_from(torch.arange(bits - 1700, bits + 1700))  # 1700 steps of 2^-24 are the zone of 1e-4
     exact, slope = _slope(partial(gelu_reference, approximate=form), x.double()), _slope(ours, x.to(device)).cpu().double()
     error = torch.where(slope.sign() == exact.sign(), (slope - exact).abs(), torch.inf)
@@ -142,13 +144,11 @@ def _gelu(form):
     for direction in ("forward", "backward"):
         bound = MAX_ULP[f"gelu_{direction}"]
         away = ", but for 1e-4 around the gradient's root" if direction == "backward" else ""
-        for what, words, floats, slow in (
-            (f"{direction}-ulp.{form}", "a sweep of float32", swept_floats, False),
-            (f"{direction}-ulp-all.{form}", "all 2^32 float32", all_floats, True),
-        ):
-            statement = f"{name} {direction}, {words}{away}"
-            error = lambda device, f, floats=floats, direction=direction: _gelu_error(form, floats, device, direction, f)  # noqa: E731
-            yield _promise("gelu", torch.float32, what, statement, bound, "ULP", beside(error), TORCH, slow)
+        error = lambda device, f, direction=direction: _gelu_error(form, swept_floats, device, direction, f)  # noqa: E731
+        yield _promise("gelu", torch.float32, f"{direction}-ulp.{form}", f"{name} {direction}, a sweep of float32{away}", bound,
+                       "ULP", beside(error), TORCH)
+        yield _promise("gelu", torch.float32, f"{direction}-ulp-all.{form}", f"{name} {direction}, all 2^32 float32{away}", bound,
+                       "ULP", partial(_exhaustive, partial(sweeps.sweep_gelu, form, direction)), slow=True)
         for dtype in SIXTEEN_BIT:
             count = lambda device, f, dtype=dtype, direction=direction: _gelu_misrounded(form, dtype, device, direction, f)  # noqa: E731
             statement = f"{name} {direction}, every finite 16-bit input"
@@ -186,15 +186,21 @@ def _torch_softmax(x, mask, *, scale):
     return scores.softmax(-1)
 
 
-def _softmax_worst(dtype, device, error, ours):
-    """(largest error(output, exact), where) over the families."""
+@remembered
+def _softmax_outputs(dtype, device, backend, function):
+    """(output, exact, family in words) of every family: several promises look at them. The key names who computes."""
     found = []
     for words, x, mask, scale in _softmax_inputs(dtype):
         wide = mask.double() if mask is not None and mask.is_floating_point() else mask
-        exact = masked_softmax_reference(x.double(), wide, scale)
         on_device = [None if t is None else t.to(device) for t in (x, mask)]
-        found.append((error(ours(*on_device, scale=scale).cpu(), exact), words))
-    return max(found)
+        exact = masked_softmax_reference(x.double(), wide, scale)
+        found.append((function(*on_device, scale=scale).cpu(), exact, words))
+    return found
+
+
+def _softmax_worst(dtype, device, backend, error, function):
+    """(largest error(output, exact), where) over the families."""
+    return max((error(output, exact), words) for output, exact, words in _softmax_outputs(dtype, device, backend, function))
 
 
 def _largest_ulp(output, exact):
@@ -224,18 +230,24 @@ def _one_key_not_one(device, ours):
 def _softmax():
     ours, theirs = transfuse.masked_softmax, _torch_softmax
     measures = [
-        (torch.float32, "forward-ulp", "weights, logit std 1 to 1e7", MAX_ULP["masked_softmax_forward"], "ULP", _largest_ulp),
         (torch.float32, "row-sum", "a row sums to 1, logit std 1 to 1e7", testing.SOFTMAX_ROW_SUM_ERROR, "absolute", _row_sum_error),
-        *((dtype, "forward-ulp", "weights are rounded once", testing.ROUNDED_ONCE_ULP, "ULP", _largest_ulp) for dtype in SIXTEEN_BIT),
-        *((dtype, "excluded", "excluded weights are exactly +0", 0, "weights wrong", _excluded_not_zero) for dtype in DTYPES),
     ]
+    for dtype in DTYPES:
+        words, bound = "weights are rounded once", testing.ROUNDED_ONCE_ULP
+        if dtype == torch.float32:
+            words, bound = "weights, logit std 1 to 1e7", MAX_ULP["masked_softmax_forward"]
+        if dtype != torch.float64:  # where the oracle is no exacter
+            measures.append((dtype, "forward-ulp", words, bound, "ULP", _largest_ulp))
+        measures.append((dtype, "excluded", "excluded weights are exactly +0", 0, "weights wrong", _excluded_not_zero))
     for dtype, what, statement, bound, unit, error in measures:
         def measure(backend, device, dtype=dtype, error=error):
-            return _beside(partial(_softmax_worst, dtype, device, error), ours, theirs)
+            return _beside(partial(_softmax_worst, dtype, device, backend, error), ours, theirs)
 
         yield _promise("masked_softmax", dtype, what, statement, bound, unit, measure, TORCH)
     yield _promise("masked_softmax", torch.float32, "one-key", "a row with one key is exactly 1", 0, "rows wrong",
                    lambda backend, device: _beside(partial(_one_key_not_one, device), ours, theirs), TORCH)
+    yield _promise("masked_softmax", torch.float32, "exp-ulp-all", "every float32 score below its row's maximum",
+                   MAX_ULP["masked_softmax_forward"], "ULP", partial(_exhaustive, sweeps.sweep_masked_softmax), slow=True)
 
 
 # ---- norms ----
@@ -256,15 +268,14 @@ NORM_FAMILIES = {
 CONSTANTS = (0.0, 1.0, -123456.0, 1e30, 3e38, 1e-40)
 
 
-def rms_norm_exact(x, weight, eps):
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
-
-
 class Norm:
     """One norm: ours, torch's and the oracle, all as (x, weight, bias, eps) -> output. An added residual is half of x."""
 
     def __init__(self, op):
         self.op, self.adds, self.has_bias = op, op.startswith("add_"), "layer" in op
+        # What is added in front was tested by the op without it: fewer sizes do.
+        self.lengths = (1, 33, 768) if self.adds else LENGTHS
+        self.gradient_lengths = (65, 768) if self.adds else (31, 65, 129, 768, 1000)
 
     def ours(self, x, weight, bias, eps):
         function, shape = getattr(transfuse, self.op), x.shape[-1:]
@@ -281,7 +292,7 @@ class Norm:
         total = (x / 2 + x / 2 if self.adds else x).double()
         if self.has_bias:
             return layer_norm_reference(total, x.shape[-1:], weight.double(), bias.double(), eps)
-        return rms_norm_exact(total, weight.double(), eps)
+        return rms_norm_reference(total, x.shape[-1:], weight.double(), eps)
 
     def inputs(self, dtype, name, columns):
         std, mean, eps = NORM_FAMILIES[name]
@@ -300,7 +311,7 @@ def _norm_ulp(norm, dtype, device, function):
     """In units of the last place of max(|weight * xhat|, |bias|, 1), the contract's measure."""
     found = []
     for name in _norm_families(dtype):
-        for columns in LENGTHS:
+        for columns in norm.lengths:
             *tensors, eps = norm.inputs(dtype, name, columns)
             exact = norm.exact(*tensors, eps)
             bias = tensors[2].double() if norm.has_bias else torch.zeros(columns, dtype=torch.float64)
@@ -316,7 +327,7 @@ def _norm_gradients(norm, dtype, device, function):
     for name in _norm_families(dtype):
         if name == "subnormals":
             continue  # xhat is itself subnormal: the last bit of grad_weight is an absolute one
-        for columns in (31, 65, 129, 768, 1000):
+        for columns in norm.gradient_lengths:
             *tensors, eps = norm.inputs(dtype, name, columns)
             used = tensors if norm.has_bias else tensors[:2]
             # An incoming gradient of the size of x keeps the gradients of huge rows in range.
@@ -351,7 +362,7 @@ def _norm_constant_rows(norm, dtype, device, function):
 def _norms(op):
     norm = Norm(op)
     for dtype in (torch.float32, *SIXTEEN_BIT):
-        bound, words = (MAX_ULP["layer_norm_forward"], "") if dtype == torch.float32 else (testing.ROUNDED_ONCE_ULP, ", rounded once")
+        bound, words = (MAX_ULP[f"{op.removeprefix('add_')}_forward"], "") if dtype == torch.float32 else (testing.ROUNDED_ONCE_ULP, ", rounded once")
         statement = f"forward on {len(_norm_families(dtype))} hard families{words}"
         rows = [("forward-ulp", statement, bound, "ULP of max(|weight*xhat|, |bias|, 1)", _norm_ulp),
                 ("gradients", "gradients on the same families", 1.0, "of testing.error_budget", _norm_gradients)]
@@ -364,11 +375,49 @@ def _norms(op):
             yield _promise(op, dtype, what, statement, bound, unit, measure, TORCH)
 
 
+# ---- rotary ----
+
+
+def _torch_rotary(x, cos, sin, *, interleaved):
+    """What models write out, in input's dtype."""
+    if interleaved:
+        first, second = x[..., 0::2], x[..., 1::2]
+        return torch.stack((first * cos - second * sin, second * cos + first * sin), -1).flatten(-2)
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def _rotary_ulp(dtype, device, function):
+    """Angles under which the products cancel, and sizes from the smallest up."""
+    x = draw(4, 50, 64, dtype=torch.float64, seed=3)
+    if dtype != torch.float16:
+        x = x * torch.logspace(-30, 30, 50, dtype=torch.float64)[:, None]
+    x = x.to(dtype)
+    found = []
+    for interleaved in (False, True):
+        angles = torch.atan2(x[0].double()[:, :32], x[0].double()[:, 32:])
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        exact = rotary_reference(x.double(), cos.double(), sin.double(), interleaved=interleaved)
+        distance = ulp_distance(function(*(t.to(device) for t in (x, cos, sin)), interleaved=interleaved).cpu(), exact)
+        found.append((float(distance.max()), "interleaved" if interleaved else "halves"))
+    return max(found)
+
+
+def _rotary():
+    for dtype in (torch.float32, *SIXTEEN_BIT):
+        def measure(backend, device, dtype=dtype):
+            return _beside(partial(_rotary_ulp, dtype, device), transfuse.rotary, _torch_rotary)
+
+        yield _promise("rotary", dtype, "forward-ulp", "both forms, products that cancel, sizes 1e-30 to 1e30",
+                       testing.ROUNDED_ONCE_ULP, "ULP", measure, "torch, op by op")
+
+
 NORMS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm")
 
 PROMISES = (
     *_gelu("none"),
     *_gelu("tanh"),
     *_softmax(),
-    *(promise for op in NORMS if op in OPS for promise in _norms(op)),
+    *(promise for op in NORMS for promise in _norms(op)),
+    *_rotary(),
 )
