@@ -15,16 +15,7 @@ import transfuse
 from transfuse.bench.harness import ParityError, gradients_of
 from transfuse.testing import draw, error_budget
 
-OPS = (
-    "attention",
-    "varlen_attention",
-    "masked_softmax",
-    "layer_norm",
-    "add_layer_norm",
-    "gelu",
-    "rotary",
-    "decode_attention",
-)
+OPS = ("attention", "varlen_attention", "masked_softmax", "layer_norm", "add_layer_norm", "gelu", "rotary", "decode_attention")
 FUNCTIONS = {"attention": "scaled_dot_product_attention"}  # where the public name is not the stem
 DTYPES = (torch.float32, torch.bfloat16)
 DIRECTIONS = ("forward", "backward")
