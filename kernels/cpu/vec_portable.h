@@ -11,6 +11,8 @@ typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef double f64x8 __attribute__((vector_size(64)));
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef int64_t i64x8 __attribute__((vector_size(64)));
 
 struct f32 {
@@ -29,11 +31,10 @@ struct mask64 {
   i64x8 v;
 };
 
-// A vector whose lane i is value(i).
+// A vector whose lane i is value(i), for the few operations that GCC's vectors do not have.
 template <class Vector, class Value>
 TRANSFUSE_INLINE Vector each(int count, Value value) {
-  Vector result;
-#pragma GCC unroll 16
+  Vector result = {};
   for (int i = 0; i < count; ++i) result[i] = value(i);
   return result;
 }
@@ -76,7 +77,6 @@ TRANSFUSE_INLINE mask operator|(mask a, mask b) { return {a.v | b.v}; }
 TRANSFUSE_INLINE mask operator~(mask a) { return {~a.v}; }
 TRANSFUSE_INLINE uint32_t to_bits(mask a) {  // lane i is bit i
   uint32_t bits = 0;
-#pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) bits |= static_cast<uint32_t>(a.v[i] & 1) << i;
   return bits;
 }
@@ -135,16 +135,13 @@ TRANSFUSE_INLINE f32 ldexp(f32 a, f32 n) {
 
 // ---- 16-bit storage ----
 
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
 TRANSFUSE_INLINE i32 load_words(const uint16_t* p, int64_t n) {
-  uint16_t word[16] = {};
-  __builtin_memcpy(word, p, static_cast<size_t>(n) * sizeof(uint16_t));
-  return {TRANSFUSE_EACH16(i32x16, static_cast<int32_t>(word[i]))};
+  return {__builtin_convertvector(copy_in<u16x16>(p, n), i32x16)};
 }
 TRANSFUSE_INLINE void store_words(uint16_t* p, i32 a, int64_t n) {
-  uint16_t word[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) word[i] = static_cast<uint16_t>(a.v[i]);
-  __builtin_memcpy(p, word, static_cast<size_t>(n) * sizeof(uint16_t));
+  const u16x16 word = __builtin_convertvector(a.v, u16x16);
+  __builtin_memcpy(p, &word, static_cast<size_t>(n) * sizeof(uint16_t));
 }
 TRANSFUSE_INLINE f32 load(const bf16* p, int64_t n) {
   return from_bits(shift_left<16>(load_words(&p->bits, at_most(n, lanes))));
@@ -182,16 +179,24 @@ TRANSFUSE_INLINE void store(f16* p, f32 a) { store(p, a, lanes); }
 // ---- doubles ----
 
 TRANSFUSE_INLINE f64 set1d(double x) { return {x - f64x8{}}; }
-TRANSFUSE_INLINE f64 low(f32 a) { return {TRANSFUSE_EACH8(f64x8, static_cast<double>(a.v[i]))}; }       // lanes 0..7
-TRANSFUSE_INLINE f64 high(f32 a) { return {TRANSFUSE_EACH8(f64x8, static_cast<double>(a.v[i + 8]))}; }  // lanes 8..15
+// Lanes 0..7 (half 0) or 8..15 (half 1) of a vector of sixteen, and both together.
+template <class Half, class Whole>
+TRANSFUSE_INLINE Half half_of(Whole a, int half) {
+  Half result;
+  __builtin_memcpy(&result, reinterpret_cast<const char*>(&a) + half * sizeof result, sizeof result);
+  return result;
+}
+template <class Whole, class Half>
+TRANSFUSE_INLINE Whole joined(Half lo, Half hi) {
+  Whole result;
+  __builtin_memcpy(&result, &lo, sizeof lo);
+  __builtin_memcpy(reinterpret_cast<char*>(&result) + sizeof lo, &hi, sizeof hi);
+  return result;
+}
+TRANSFUSE_INLINE f64 low(f32 a) { return {__builtin_convertvector(half_of<f32x8>(a.v, 0), f64x8)}; }
+TRANSFUSE_INLINE f64 high(f32 a) { return {__builtin_convertvector(half_of<f32x8>(a.v, 1), f64x8)}; }
 TRANSFUSE_INLINE f32 narrow(f64 lo, f64 hi) {  // one rounding
-  f32x16 result;
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    result[i] = static_cast<float>(lo.v[i]);
-    result[i + 8] = static_cast<float>(hi.v[i]);
-  }
-  return {result};
+  return {joined<f32x16>(__builtin_convertvector(lo.v, f32x8), __builtin_convertvector(hi.v, f32x8))};
 }
 TRANSFUSE_INLINE f64 load(const double* p) { return {copy_in<f64x8>(p, lanes64)}; }
 TRANSFUSE_INLINE f64 load(const double* p, int64_t n) { return {copy_in<f64x8>(p, at_most(n, lanes64))}; }
@@ -199,12 +204,12 @@ TRANSFUSE_INLINE void store(double* p, f64 a) { __builtin_memcpy(p, &a.v, sizeof
 TRANSFUSE_INLINE void store(double* p, f64 a, int64_t n) {
   __builtin_memcpy(p, &a.v, static_cast<size_t>(at_most(n, lanes64)) * sizeof(double));
 }
-TRANSFUSE_INLINE f64 load64(const float* p) { return {TRANSFUSE_EACH8(f64x8, static_cast<double>(p[i]))}; }
+TRANSFUSE_INLINE f64 load64(const float* p) { return {__builtin_convertvector(copy_in<f32x8>(p, lanes64), f64x8)}; }
 TRANSFUSE_INLINE f64 load64(const bf16* p) { return low(load(p, lanes64)); }
 TRANSFUSE_INLINE f64 load64(const f16* p) { return low(load(p, lanes64)); }
 TRANSFUSE_INLINE void store64(float* p, f64 a) {
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) p[i] = static_cast<float>(a.v[i]);
+  const f32x8 rounded = __builtin_convertvector(a.v, f32x8);
+  __builtin_memcpy(p, &rounded, sizeof rounded);
 }
 TRANSFUSE_INLINE f64 operator+(f64 a, f64 b) { return {a.v + b.v}; }
 TRANSFUSE_INLINE f64 operator-(f64 a, f64 b) { return {a.v - b.v}; }
@@ -219,10 +224,10 @@ TRANSFUSE_INLINE mask64 isnan(f64 a) { return {a.v != a.v}; }
 TRANSFUSE_INLINE mask64 operator&(mask64 a, mask64 b) { return {a.v & b.v}; }
 TRANSFUSE_INLINE mask64 operator|(mask64 a, mask64 b) { return {a.v | b.v}; }
 TRANSFUSE_INLINE mask64 operator~(mask64 a) { return {~a.v}; }
-TRANSFUSE_INLINE mask64 low(mask a) { return {TRANSFUSE_EACH8(i64x8, static_cast<int64_t>(a.v[i]))}; }
-TRANSFUSE_INLINE mask64 high(mask a) { return {TRANSFUSE_EACH8(i64x8, static_cast<int64_t>(a.v[i + 8]))}; }
+TRANSFUSE_INLINE mask64 low(mask a) { return {__builtin_convertvector(half_of<i32x8>(a.v, 0), i64x8)}; }
+TRANSFUSE_INLINE mask64 high(mask a) { return {__builtin_convertvector(half_of<i32x8>(a.v, 1), i64x8)}; }
 TRANSFUSE_INLINE mask narrow(mask64 lo, mask64 hi) {
-  return {TRANSFUSE_EACH16(i32x16, static_cast<int32_t>(i < 8 ? lo.v[i] : hi.v[i - 8]))};
+  return {joined<i32x16>(__builtin_convertvector(lo.v, i32x8), __builtin_convertvector(hi.v, i32x8))};
 }
 TRANSFUSE_INLINE f64 select(mask64 m, f64 yes, f64 no) {
   return {(f64x8)((m.v & (i64x8)yes.v) | (~m.v & (i64x8)no.v))};
@@ -251,8 +256,13 @@ TRANSFUSE_INLINE f64 ldexp(f64 a, f64 n) {
 TRANSFUSE_INLINE f32 fma(f32 a, f32 b, f32 c) { return {TRANSFUSE_EACH16(f32x16, __builtin_fmaf(a.v[i], b.v[i], c.v[i]))}; }
 TRANSFUSE_INLINE f64 fma(f64 a, f64 b, f64 c) { return {TRANSFUSE_EACH8(f64x8, __builtin_fma(a.v[i], b.v[i], c.v[i]))}; }
 #else
+// Not inlined: it is fifty instructions, and the kernels are made of it.
+static __attribute__((noinline, unused)) void fma_in_double(const f32& a, const f32& b, f32& c) {
+  c = narrow(low(a) * low(b) + low(c), high(a) * high(b) + high(c));
+}
 TRANSFUSE_INLINE f32 fma(f32 a, f32 b, f32 c) {
-  return narrow(low(a) * low(b) + low(c), high(a) * high(b) + high(c));
+  fma_in_double(a, b, c);
+  return c;
 }
 TRANSFUSE_INLINE f64 fma(f64 a, f64 b, f64 c) { return a * b + c; }
 #endif
