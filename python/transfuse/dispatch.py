@@ -129,7 +129,7 @@ def backends() -> dict[str, bool | str]:
 ALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def cpu_reasons(problem: Problem, dtypes: Sequence[torch.dtype] = ALL_DTYPES[:2]) -> tuple[str, ...]:
+def cpu_reasons(problem: Problem, dtypes: Sequence[torch.dtype] = ALL_DTYPES) -> tuple[str, ...]:
     """The reasons every compiled CPU kernel shares: module, device, dtype."""
     reasons = []
     if extension.cpu_unavailable:

@@ -30,22 +30,22 @@ MAX_ULP = {
     "masked_softmax_forward": 4.0,
     "layer_norm_forward": 2.0,
     "rms_norm_forward": 2.0,
-    "norm_forward_float64": 5.0,  # of float64: torch's own loses 1e6 of them at mean/std 1e6
     "attention_softcap": 4.0,
     "attention_softcap_slope": 4.0,
     "rotary_forward": 0.5,  # of float32 and 16-bit results, against float64
-    "rotary_float64": 1.5,  # of the largest of both products and the result
 }
-# What the elements of a float64 row err by in common, its rstd's error: mean over rows, units of roundoff.
-NORM_ROW_ERROR = 0.4
-# 16-bit results of row ops: half a unit is the rounding, the rest what float32 or float64 inside adds to it.
-ROUNDED_ONCE_ULP = 0.51
 # The same in units of float64's last place, for float64.
 MAX_ULP_FLOAT64 = {
     "gelu_forward": 4.0,
     "gelu_backward": 4.0,
     "masked_softmax_forward": 4.0,
+    "norm_forward": 5.0,  # torch's own loses 1e6 at mean/std 1e6
+    "rotary_forward": 1.5,  # of the largest of both products and the result
 }
+# What the elements of a float64 row err by in common, its rstd's error: mean over rows, units of roundoff.
+NORM_ROW_ERROR = 0.4
+# 16-bit results of row ops: half a unit is the rounding, the rest what float32 or float64 inside adds to it.
+ROUNDED_ONCE_ULP = 0.51
 # Rotary angles are a product of two float64 factors: roundings of 2^-53 each, relative to the angle.
 ANGLE_ROUNDOFFS = 4
 # The gradient of GELU crosses 0: within this distance of the root the bound is absolute.

@@ -174,8 +174,6 @@ class PackedModel(Swapped):
                 return "a layer's attention is not accelerated"
             if any("forward" in part.__dict__ for part in (layer.attention, attention)):
                 return "a layer's attention is not accelerated"
-            if attention.training and attention.dropout.p > 0:
-                return "attention dropout while training"
             if layer.chunk_size_feed_forward:
                 return "chunk_size_feed_forward is set"
         return ""
@@ -244,14 +242,18 @@ class SelfAttention(Swapped):
         query = self.query(hidden_states).view(heads)  # [B, S, heads, D], views: the kernels take strides
         key = self.key(hidden_states).view(heads)
         value = self.value(hidden_states).view(heads)
+        dropout_p = self.dropout.p if self.training else 0.0
         if packed:
             packing = attention_mask
             output = varlen_attention(
-                query[0], key[0], value[0], packing.cu_seqlens, max_seqlen_q=packing.max_seqlen, scale=self.scaling
+                query[0], key[0], value[0], packing.cu_seqlens, max_seqlen_q=packing.max_seqlen, dropout_p=dropout_p,
+                scale=self.scaling,
             ).unsqueeze(0)
         else:
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-            output = scaled_dot_product_attention(query, key, value, attention_mask, scale=self.scaling).transpose(1, 2)
+            output = scaled_dot_product_attention(
+                query, key, value, attention_mask, dropout_p, scale=self.scaling
+            ).transpose(1, 2)
         return output.flatten(-2), None  # a view of the kernel's [.., S, heads, D]
 
     def _why_stock(self, past_key_values: Any, kwargs: dict[str, Any]) -> str:
@@ -262,8 +264,6 @@ class SelfAttention(Swapped):
             return f"attention implementation {self.config._attn_implementation!r}"
         if kwargs.get("output_attentions", self.config.output_attentions):
             return "output_attentions=True"
-        if self.training and self.dropout.p > 0:
-            return "attention dropout while training"
         return ""
 
 

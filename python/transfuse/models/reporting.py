@@ -105,7 +105,7 @@ def _notes(model: nn.Module, steps: list[swap.Step], accelerated: bool) -> list[
     if any(not accelerated or isinstance(step.module, step.fused) for step in packs):
         notes.append(
             "padded path, by design: 4-D or float masks, output_attentions, tracing (torch.compile, export), "
-            "decoder use, attention dropout while training"
+            "decoder use"
         )
         notes.append("padding-free: padded positions of the outputs are 0, in every hidden_states entry too")
     if extension.cpu_unavailable:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transfuse import dispatch, extension
 from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
 from transfuse.checks import check_tensor
-from transfuse.dispatch import ALL_DTYPES, Implementation, cpu_reasons, dtype_name, supports_all
+from transfuse.dispatch import Implementation, cpu_reasons, dtype_name, supports_all
 from transfuse.reference.gelu import gelu_reference
 
 
@@ -98,7 +98,7 @@ def _run_reference(input, bias, tanh):
 
 
 IMPLEMENTATIONS = (
-    Implementation("cpu", lambda problem: cpu_reasons(problem, ALL_DTYPES), _run_cpu),
+    Implementation("cpu", cpu_reasons, _run_cpu),
     Implementation("torch", supports_all, _run_torch, automatic=False),
     Implementation("reference", supports_all, _run_reference),
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from transfuse import dispatch, extension
 from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
-from transfuse.dispatch import ALL_DTYPES, Implementation, cpu_reasons, supports_all
+from transfuse.dispatch import Implementation, cpu_reasons, supports_all
 from transfuse.ops.norm_checks import autocast, check_norm, check_residual, fake_statistics
 from transfuse.reference.layer_norm import add_layer_norm_reference, layer_norm_reference
 
@@ -149,12 +149,12 @@ def _add_reference(input, residual, weight, bias, ndim, eps):
 
 
 IMPLEMENTATIONS = (
-    Implementation("cpu", lambda problem: cpu_reasons(problem, ALL_DTYPES), _run_cpu),
+    Implementation("cpu", cpu_reasons, _run_cpu),
     Implementation("torch", supports_all, _run_torch, automatic=False),
     Implementation("reference", supports_all, _run_reference),
 )
 ADD_IMPLEMENTATIONS = (
-    Implementation("cpu", lambda problem: cpu_reasons(problem, ALL_DTYPES), _add_cpu),
+    Implementation("cpu", cpu_reasons, _add_cpu),
     Implementation("torch", supports_all, _add_torch, automatic=False),
     Implementation("reference", supports_all, _add_reference),
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from transfuse import dispatch, extension
 from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
-from transfuse.dispatch import ALL_DTYPES, Implementation, cpu_reasons, supports_all
+from transfuse.dispatch import Implementation, cpu_reasons, supports_all
 from transfuse.ops.norm_checks import autocast, check_norm, check_residual, fake_statistics
 from transfuse.reference.rms_norm import add_rms_norm_reference, default_eps, rms_norm_reference
 
@@ -148,12 +148,12 @@ def _add_reference(input, residual, weight, ndim, eps):
 
 
 IMPLEMENTATIONS = (
-    Implementation("cpu", lambda problem: cpu_reasons(problem, ALL_DTYPES), _run_cpu),
+    Implementation("cpu", cpu_reasons, _run_cpu),
     Implementation("torch", supports_all, _run_torch, automatic=False),
     Implementation("reference", supports_all, _run_reference),
 )
 ADD_IMPLEMENTATIONS = (
-    Implementation("cpu", lambda problem: cpu_reasons(problem, ALL_DTYPES), _add_cpu),
+    Implementation("cpu", cpu_reasons, _add_cpu),
     Implementation("torch", supports_all, _add_torch, automatic=False),
     Implementation("reference", supports_all, _add_reference),
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 from transfuse import dispatch, extension
 from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
 from transfuse.checks import check_flag, check_tensor
-from transfuse.dispatch import ALL_DTYPES, Implementation, cpu_reasons, dtype_name, supports_all
+from transfuse.dispatch import Implementation, cpu_reasons, dtype_name, supports_all
 from transfuse.reference.rotary import rotary_reference
 
 _OP = "rotary"
@@ -95,10 +95,6 @@ def _problem(input: Tensor, cos: Tensor, sin: Tensor) -> RotaryProblem:
     )
 
 
-def _cpu_unsupported(problem: RotaryProblem) -> tuple[str, ...]:
-    return cpu_reasons(problem, ALL_DTYPES)
-
-
 def _run_cpu(input, cos, sin, interleaved):
     refuse_tangents(_OP, input, cos, sin)
     shape = input.shape
@@ -117,7 +113,7 @@ def _run_reference(input, cos, sin, interleaved):
 
 
 IMPLEMENTATIONS = (
-    Implementation("cpu", _cpu_unsupported, _run_cpu),
+    Implementation("cpu", cpu_reasons, _run_cpu),
     Implementation("reference", supports_all, _run_reference),
 )
 

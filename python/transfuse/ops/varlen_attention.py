@@ -93,7 +93,7 @@ class VarlenAttentionProblem(dispatch.Problem):
 
 
 def _cpu_unsupported(problem: VarlenAttentionProblem) -> tuple[str, ...]:
-    reasons = dispatch.cpu_reasons(problem, dispatch.ALL_DTYPES)
+    reasons = dispatch.cpu_reasons(problem)
     for name, size in (("head_dim", problem.query_shape[-1]), ("value's head_dim", problem.value_shape[-1])):
         if size > checks.MAX_HEAD_DIM:
             reasons += (f"{name} is {size}, the kernel takes up to {checks.MAX_HEAD_DIM}",)
