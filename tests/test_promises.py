@@ -182,7 +182,7 @@ def test_verify_says_what_has_no_kernel(capsys, monkeypatch):
     monkeypatch.setattr(gelu, "IMPLEMENTATIONS", gelu.IMPLEMENTATIONS[1:])
     assert main(["verify", "--promise", "2.gelu.float32.agrees-forward", "--backend", "cpu"]) == 0
     printed = capsys.readouterr().out
-    assert "no kernel for 1 promises: the op has no such backend" in printed and "1 without a kernel" in printed
+    assert "no kernel for 1 promise: the op has no such backend" in printed and "1 without a kernel" in printed
 
 
 def test_verify_auto_checks_what_a_call_takes(capsys):

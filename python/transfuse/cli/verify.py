@@ -19,7 +19,7 @@ from transfuse.cli import numerics_page
 from transfuse.cli.output import Progress, number, table
 from transfuse.dispatch import dtype_name
 from transfuse.promises.cases import check_op
-from transfuse.promises.promise import DTYPES
+from transfuse.promises.promise import DTYPES, counted
 
 DTYPE_NAMES = tuple(map(dtype_name, DTYPES))
 HEADERS = ("op", "dtype", "promise", "bound", "ours", "torch", "unit", "result")
@@ -87,7 +87,7 @@ def merged(outcomes):
         result = {"ok": "ok", "failed": "FAILED"}[status] + (f", {without} cases without a kernel" if without else "")
         yield op, _dtypes(members), statement, number(bound), number(worst), number(max(peers, default=None)), unit, result
     for (op, reason), members in refused.items():
-        yield op, _dtypes(members), f"no kernel for {len(members)} promises: {reason}", *"----", "no kernel"
+        yield op, _dtypes(members), f"no kernel for {counted(members, 'promise')}: {reason}", *"----", "no kernel"
 
 
 def _dtypes(outcomes):

@@ -15,7 +15,7 @@ import torch
 from transfuse import masked_softmax, scaled_dot_product_attention, varlen_attention
 from transfuse.dispatch import dtype_name, explain
 from transfuse.promises.cases import GRADIENT_SLACK
-from transfuse.promises.promise import DTYPES, Figure, NoKernel, Promise, reasons_of
+from transfuse.promises.promise import DTYPES, Figure, NoKernel, Promise, counted, reasons_of
 from transfuse.testing import assert_close
 
 CASES = json.loads(Path(__file__).with_name("masks.json").read_text())
@@ -224,12 +224,12 @@ def _promises():
             for rule, words in RULES.items():
                 of_rule = [case for case in cases if case["rule"] == rule]
                 if of_rule:
-                    yield _promise(op, dtype, f"rule-{rule}", f"{words} ({len(of_rule)} cases)", partial(_count_wrong, of_rule, run, dtype))
+                    yield _promise(op, dtype, f"rule-{rule}", f"{words} ({counted(of_rule, 'case')})", partial(_count_wrong, of_rule, run, dtype))
         compiled = one_per_signature(cases)
-        words = f"the same under torch.compile(fullgraph=True) ({len(compiled)} signatures)"
+        words = f"the same under torch.compile(fullgraph=True) ({counted(compiled, 'signature')})"
         measure = partial(_count_wrong, compiled, _compiled(run), torch.float32)
         yield _promise(op, torch.float32, "compiled", words, measure)
-    words = f"bad offsets are a ValueError that names the first bad entry ({len(CASES['bad_offsets'])} cases)"
+    words = f"bad offsets are a ValueError that names the first bad entry ({counted(CASES['bad_offsets'], 'table')})"
     yield _promise("varlen_attention", None, "bad-offsets", words, _bad_offsets)
 
 

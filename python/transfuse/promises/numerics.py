@@ -409,7 +409,7 @@ def _rotary():
             return _beside(partial(_rotary_ulp, dtype, device), transfuse.rotary, _torch_rotary)
 
         yield _promise("rotary", dtype, "forward-ulp", "both forms, products that cancel, sizes 1e-30 to 1e30",
-                       testing.ROUNDED_ONCE_ULP, "ULP", measure, "torch, op by op")
+                       MAX_ULP["rotary_forward"], "ULP", measure, "torch, op by op")
 
 
 NORMS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm")

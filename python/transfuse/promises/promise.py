@@ -71,6 +71,11 @@ def forget():
         function.cache_clear()
 
 
+def counted(items, noun):
+    """As words: 1 case, 7 cases."""
+    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
+
+
 class NoKernel(Exception):
     """The backend does not run what the promise is about; the text is the dispatcher's reason."""
 
