@@ -38,7 +38,9 @@ def test_kept(promise):
     _assert_kept(promise, "cpu")
 
 
-@pytest.mark.parametrize("promise", [pytest.param(p, id=p.id) for p in EVERY if p.section == 1 and "compiled" not in p.id])
+@pytest.mark.parametrize(
+    "promise", [pytest.param(p, id=p.id) for p in EVERY if p.section == 1 and "compiled" not in p.id]
+)
 def test_the_reference_keeps_every_mask(promise):
     _assert_kept(promise, "reference")
 
@@ -106,7 +108,10 @@ def _writes_its_input(real, input, *rest):
 MUTANTS = {  # promise -> (the op's page, what its kernel does instead)
     "2.gelu.float32.forward-ulp.none": (gelu, lambda real, *args: real(*args) * (1 + 2.0**-20)),
     "2.gelu.bfloat16.forward-misrounded.tanh": (gelu, lambda real, x, bias, tanh: real(x, bias, False)),
-    "2.gelu.float32.agrees-backward": (gelu, lambda real, x, bias, tanh: real(x.detach() + x * 1.001 - x.detach(), bias, tanh)),
+    "2.gelu.float32.agrees-backward": (
+        gelu,
+        lambda real, x, bias, tanh: real(x.detach() + x * 1.001 - x.detach(), bias, tanh),
+    ),
     "2.layer_norm.float32.forward-ulp": (layer_norm, lambda real, x, w, b, n, eps: real(x, w, b, n, eps * 1.001)),
     "2.layer_norm.float32.constant": (layer_norm, lambda real, x, w, b, n, eps: real(x, w, b, n, eps) + 1e-7),
     "2.masked_softmax.float32.row-sum": (masked_softmax, lambda real, *args: real(*args) * 1.00001),
@@ -124,12 +129,16 @@ def test_a_mutant_breaks_its_promise(id, monkeypatch):
     page, run = MUTANTS[id]
     Kernel(monkeypatch, page).replace(run)
     outcome = promises.check(promises.find(id), "cpu")
-    assert outcome.status == "failed" and outcome.figure.worst > outcome.promise.bound and outcome.figure.detail, outcome
+    assert outcome.status == "failed" and outcome.figure.worst > outcome.promise.bound and outcome.figure.detail, (
+        outcome
+    )
 
 
 def test_a_dropped_mask_breaks_section_1(monkeypatch):
     real = attention._forward
-    monkeypatch.setattr(attention, "_forward", lambda *args: real(*[None if i == 4 else arg for i, arg in enumerate(args)]))
+    monkeypatch.setattr(
+        attention, "_forward", lambda *args: real(*[None if i == 4 else arg for i, arg in enumerate(args)])
+    )
     outcome = promises.check(promises.find("1.attention.float32.rule-1"), "cpu")
     assert outcome.status == "failed" and "boolean mask: output" in outcome.figure.detail
 
@@ -142,7 +151,8 @@ def test_a_check_left_out_breaks_section_5(monkeypatch):
 
 @pytest.mark.parametrize(("event", "arguments", "kind"), [
     ("socket.connect", (), "network"), ("subprocess.Popen", (), "processes"), ("os.fork", (), "processes"),
-    ("open", ("x", "w", 0), "files"), ("open", ("x", None, 1), "files"), ("open", ("x", "r", 0), None), ("os.mkdir", ("x",), "files"),
+    ("open", ("x", "w", 0), "files"),
+    ("open", ("x", None, 1), "files"), ("open", ("x", "r", 0), None), ("os.mkdir", ("x",), "files"),
     ("pickle.find_class", ("os", "system"), "pickle"), ("import", ("os",), None),
 ])  # fmt: skip
 def test_what_the_watched_interpreter_reports(event, arguments, kind):
@@ -158,7 +168,10 @@ def test_verify_prints_a_failure_with_its_figure_and_how_to_repeat_it(tmp_path, 
     id = "2.gelu.float32.agrees-forward"
     assert main(["verify", "--promise", id, "--backend", "cpu", "--json", str(rows), "--junit", str(junit)]) == 1
     printed = capsys.readouterr().out
-    assert re.search(rf"FAILED {id}: [\d.e+]+ of testing.error_budget, bound 1: \w+: output has relative error 1.0e-02, allowed", printed)
+    assert re.search(
+        rf"FAILED {id}: [\d.e+]+ of testing.error_budget, bound 1: \w+: output has relative error 1.0e-02, allowed",
+        printed,
+    )
     assert f"repeat: transfuse verify --promise {id} --backend cpu --device cpu" in printed
     assert "0 of 1 promises kept, 1 failed, 0 without a kernel" in printed
     document = json.loads(rows.read_text())
@@ -182,7 +195,7 @@ def test_verify_says_what_has_no_kernel(capsys, monkeypatch):
     monkeypatch.setattr(gelu, "IMPLEMENTATIONS", gelu.IMPLEMENTATIONS[1:])
     assert main(["verify", "--promise", "2.gelu.float32.agrees-forward", "--backend", "cpu"]) == 0
     printed = capsys.readouterr().out
-    assert "no kernel for 1 promises: the op has no such backend" in printed and "1 without a kernel" in printed
+    assert "no kernel for 1 promise: the op has no such backend" in printed and "1 without a kernel" in printed
 
 
 def test_verify_auto_checks_what_a_call_takes(capsys):
@@ -208,9 +221,19 @@ def test_repeat_names_a_level_that_is_forced(monkeypatch):
 
 def test_the_page_names_every_promise_of_section_2_with_its_bound():
     """The figures are a run's; the promises and bounds must be today's."""
-    rows = re.findall(r"^\| .* \| ([^|]+) \| [^|]+ \| [^|]+ \| [^|]+ \| [^|]* \| `([^`]+)` \|$", (ROOT / "docs/numerics.md").read_text(), re.M)
-    promised = {promise.id: numerics_page.number(promise.bound) for promise in EVERY if promise.section == 2 and not promise.slow}
-    assert {id: bound for bound, id in rows} == promised, "run: transfuse verify --backend cpu --section 2 --markdown docs/numerics.md"
+    rows = re.findall(
+        r"^\| .* \| ([^|]+) \| [^|]+ \| [^|]+ \| [^|]+ \| [^|]* \| `([^`]+)` \|$",
+        (ROOT / "docs/numerics.md").read_text(),
+        re.M,
+    )
+    promised = {
+        promise.id: numerics_page.number(promise.bound)
+        for promise in EVERY
+        if promise.section == 2 and not promise.slow
+    }
+    assert {id: bound for bound, id in rows} == promised, (
+        "run: transfuse verify --backend cpu --section 2 --markdown docs/numerics.md"
+    )
 
 
 def test_the_page_shows_figures_failures_and_what_has_no_kernel():
@@ -225,9 +248,16 @@ def test_the_page_shows_figures_failures_and_what_has_no_kernel():
             (absent, "no kernel", None, "not built"),
         )
     ]
-    environment = dict.fromkeys(("machine", "cores", "threads", "cpu_isa", "transfuse", "torch", "python", "platform", "commit", "date"), "?")
+    environment = dict.fromkeys(
+        ("machine", "cores", "threads", "cpu_isa", "transfuse", "torch", "python", "platform", "commit", "date"), "?"
+    )
     page = numerics_page.render(outcomes, environment)
-    assert "| 0.25 | 17 |" in page and "at x &#124; y" in page and "**9, FAILED**" in page and "No kernel: not built." in page
+    assert (
+        "| 0.25 | 17 |" in page
+        and "at x &#124; y" in page
+        and "**9, FAILED**" in page
+        and "No kernel: not built." in page
+    )
 
 
 def test_cases_agree_with_torch_where_torch_has_the_op():

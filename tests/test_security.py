@@ -43,7 +43,20 @@ def test_nothing_leaves_the_process(tmp_path):
         message = "strace is missing: apt-get install strace"
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
     log, report = tmp_path / "strace.txt", tmp_path / "report.json"
-    command = [strace, "-f", "-qq", "-e", f"trace={TRACED}", "-o", str(log), sys.executable, "-B", str(security.TRACE), str(report), "cpu"]
+    command = [
+        strace,
+        "-f",
+        "-qq",
+        "-e",
+        f"trace={TRACED}",
+        "-o",
+        str(log),
+        sys.executable,
+        "-B",
+        str(security.TRACE),
+        str(report),
+        "cpu",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if "PTRACE" in done.stderr and not report.exists():
         pytest.skip(f"this machine lets nothing be traced: {done.stderr.splitlines()[0]}")

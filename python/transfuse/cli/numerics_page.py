@@ -1,6 +1,6 @@
 """docs/numerics.md: the promises of section 2 with the figures of one run, written by
 
-    transfuse verify --backend cpu --section 2 --markdown docs/numerics.md
+transfuse verify --backend cpu --section 2 --markdown docs/numerics.md
 """
 
 from transfuse.cli.output import number

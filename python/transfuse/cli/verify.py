@@ -19,7 +19,7 @@ from transfuse.cli import numerics_page
 from transfuse.cli.output import Progress, number, table
 from transfuse.dispatch import dtype_name
 from transfuse.promises.cases import check_op
-from transfuse.promises.promise import DTYPES
+from transfuse.promises.promise import DTYPES, counted
 
 DTYPE_NAMES = tuple(map(dtype_name, DTYPES))
 HEADERS = ("op", "dtype", "promise", "bound", "ours", "torch", "unit", "result")
@@ -28,7 +28,9 @@ HEADERS = ("op", "dtype", "promise", "bound", "ours", "torch", "unit", "result")
 def add_arguments(parser):
     parser.add_argument("--op", help="only this op")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="only this dtype")
-    parser.add_argument("--section", type=int, choices=tuple(promises.SECTIONS), help="only this section of the contract")
+    parser.add_argument(
+        "--section", type=int, choices=tuple(promises.SECTIONS), help="only this section of the contract"
+    )
     parser.add_argument("--promise", metavar="ID", help="only this promise, as a failure prints it")
     parser.add_argument(
         "--backend", default="auto", choices=env.BACKENDS, help="check this backend; auto: what a call takes"
@@ -85,9 +87,18 @@ def merged(outcomes):
         worst = max((figure.worst for figure in figures), default=None)
         without = sum(figure.without for figure in figures)
         result = {"ok": "ok", "failed": "FAILED"}[status] + (f", {without} cases without a kernel" if without else "")
-        yield op, _dtypes(members), statement, number(bound), number(worst), number(max(peers, default=None)), unit, result
+        yield (
+            op,
+            _dtypes(members),
+            statement,
+            number(bound),
+            number(worst),
+            number(max(peers, default=None)),
+            unit,
+            result,
+        )
     for (op, reason), members in refused.items():
-        yield op, _dtypes(members), f"no kernel for {len(members)} promises: {reason}", *"----", "no kernel"
+        yield op, _dtypes(members), f"no kernel for {counted(members, 'promise')}: {reason}", *"----", "no kernel"
 
 
 def _dtypes(outcomes):
@@ -122,7 +133,10 @@ def _write_junit(path, outcomes, seconds):
     )
     for outcome in outcomes:
         entry = ElementTree.SubElement(
-            suite, "testcase", classname=f"transfuse.{outcome.promise.op}", name=outcome.promise.id,
+            suite,
+            "testcase",
+            classname=f"transfuse.{outcome.promise.op}",
+            name=outcome.promise.id,
             time=f"{outcome.seconds:.3f}",
         )
         if outcome.status == "failed":

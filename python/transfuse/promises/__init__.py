@@ -1,4 +1,4 @@
-"""The contract as data: one page per section, each a tuple PROMISES. `transfuse verify` runs them and prints the figures.
+"""The contract as data: one page per section, each a tuple PROMISES. `transfuse verify` runs them and prints figures.
 
     from transfuse import promises
 

@@ -4,7 +4,7 @@ from functools import partial
 
 from transfuse.dispatch import dtype_name
 from transfuse.promises.cases import DIRECTIONS, OPS, PARITY_CASES, selected
-from transfuse.promises.promise import DTYPES, Figure, Promise
+from transfuse.promises.promise import DTYPES, Figure, Promise, counted
 
 
 def _worst_case(op, dtype, direction, backend, device):
@@ -23,7 +23,7 @@ PROMISES = tuple(
         section=2,
         op=op,
         dtype=dtype,
-        statement=f"{direction} agrees with the float64 reference, {len(selected(PARITY_CASES, op))} cases",
+        statement=f"{direction} agrees with the float64 reference, {counted(selected(PARITY_CASES, op), 'case')}",
         bound=1.0,
         unit="of testing.error_budget",
         measure=partial(_worst_case, op, dtype, direction),

@@ -34,7 +34,7 @@ def tensors(dtype, len_q=64, len_k=96, head_dim=64, scale=1.0, batch=SEEDS, head
 def saturated(dtype, logit, len_k=96):
     """Scores of that size, with near ties in every row: elsewhere a saturated softmax has no error to compare.
 
-    Keys come in pairs that differ in the last 16 dimensions only, where queries are so small that scores move by about 1.
+    Keys come in pairs that differ in the last 16 dimensions only, where queries are small: scores move by about 1.
     """
     query, key, value = tensors(dtype, len_k=len_k, scale=logit**0.5)
     half = key.shape[2] // 2
@@ -145,8 +145,13 @@ def _against_peer(op, family, dtype, size, rounding_share, backend, device):
 
 def _pooled():
     criteria = (
-        ("rms", "rms error", _rms, testing.ATTENTION_RMS_RATIO,
-         testing.ATTENTION_ROUNDING_RATIO / testing.ATTENTION_RMS_RATIO),
+        (
+            "rms",
+            "rms error",
+            _rms,
+            testing.ATTENTION_RMS_RATIO,
+            testing.ATTENTION_ROUNDING_RATIO / testing.ATTENTION_RMS_RATIO,
+        ),
         ("row", "largest row's error", _largest_row, testing.ATTENTION_ROW_RATIO, 1.0),
     )
     for op, families in FAMILIES.items():
@@ -156,7 +161,9 @@ def _pooled():
                 for what, words, size, bound, share in criteria:
                     measure = partial(_against_peer, op, family, dtype, size, share)
                     statement = f"{name}: {words}, {results}"
-                    yield _promise(op, dtype, f"{what}.{family}", statement, bound, "of torch's", measure, "torch, CPU kernel")
+                    yield _promise(
+                        op, dtype, f"{what}.{family}", statement, bound, "of torch's", measure, "torch, CPU kernel"
+                    )
 
 
 def _promise(op, dtype, what, statement, bound, unit, measure, peer=None):
@@ -170,7 +177,9 @@ def _huge_equal_scores(dtype, backend, device):
     """q = k = v = 133120: scale * score - scale * max is rounding residue unless it is exactly 0."""
     value = 133120.0 if dtype != torch.float16 else 60000.0
     huge = torch.full((1, 1, 65, 64), value, dtype=dtype, device=device)
-    wrong, peer = (int(f(huge, huge, huge).ne(huge).sum()) for f in (scaled_dot_product_attention, F.scaled_dot_product_attention))
+    wrong, peer = (
+        int(f(huge, huge, huge).ne(huge).sum()) for f in (scaled_dot_product_attention, F.scaled_dot_product_attention)
+    )
     return Figure(wrong, f"of {huge.numel()}", peer)
 
 
@@ -217,7 +226,9 @@ def _poisoned_keys(dtype, backend, device):
         for tensor in inputs[1:]:
             tensor[:, :, excluded] = poison
         names = ("output", "lse", *RESULTS[1:])
-        wrong += [f"{name} under {poison}" for name, a, e in zip(names, run(), clean, strict=True) if not torch.equal(a, e)]
+        wrong += [
+            f"{name} under {poison}" for name, a, e in zip(names, run(), clean, strict=True) if not torch.equal(a, e)
+        ]
     return Figure(len(wrong), ", ".join(wrong))
 
 
@@ -234,10 +245,22 @@ def _head_dims(dtype, backend, device):
 
 
 EXACT = (
-    ("huge-equal-scores", "q = k = v = 133120 (float16: 60000) is returned exactly", "elements wrong", _huge_equal_scores, "torch, CPU kernel"),
+    (
+        "huge-equal-scores",
+        "q = k = v = 133120 (float16: 60000) is returned exactly",
+        "elements wrong",
+        _huge_equal_scores,
+        "torch, CPU kernel",
+    ),
     ("infinite-score", "one +inf score makes its row NaN and no other", "facts wrong", _infinite_score, None),
     ("poisoned-keys", "NaN and inf in excluded keys and values change no bit", "results changed", _poisoned_keys, None),
-    ("head-dims", f"{len(HEAD_DIMS)} head dimensions from 1 to 512 agree with float64", "head dimensions wrong", _head_dims, None),
+    (
+        "head-dims",
+        f"{len(HEAD_DIMS)} head dimensions from 1 to 512 agree with float64",
+        "head dimensions wrong",
+        _head_dims,
+        None,
+    ),
 )
 
 PROMISES = (

@@ -1,7 +1,7 @@
 """CONTRACT section 3: the same bits on every run, in every batch, place, padding and packing, on any number of threads.
 
-A Batch says once how an op's work grows with a batch; every promise here is then the same few lines for all ops. What is
-counted is always runs that differ in any bit, of results and gradients.
+A Batch says once how an op's work grows with a batch; every promise here is then the same few lines for all ops. What
+is counted is always runs that differ in any bit, of results and gradients.
 """
 
 import os
@@ -102,7 +102,7 @@ class Work:
         return result if isinstance(result, tuple) else (result,)
 
     def prepare(self, rows=slice(None)):
-        """A function that computes these entries and nothing else: (results with the batch as dimension 0, summed ones)."""
+        """A function that does nothing but compute these entries: (results with the batch in front, summed ones)."""
         leaves = [t.clone() for t in (*(t[rows] for t in self.batched), *self.shared)]
         grads, count = [g[rows] for g in self.grads], len(self.batched)
         if self.batch.gradients:
@@ -240,7 +240,10 @@ def _attention_padding(dtype, device):
         *inputs, grad = (t[:, :, : length + padding].clone() for t in tensors)
         grad[:, :, length:] = 0
         keep = torch.arange(length + padding, device=device) < length
-        for words, options in (("lengths", {"seqlens_k": torch.tensor([length] * 2, device=device)}), ("mask", {"attn_mask": keep})):
+        for words, options in (
+            ("lengths", {"seqlens_k": torch.tensor([length] * 2, device=device)}),
+            ("mask", {"attn_mask": keep}),
+        ):
             padded = _results(partial(attention, **options), inputs, grad)
             if not same(short, [t[:, :, :length] for t in padded]):
                 differing.append(f"{padding} more by {words}")
@@ -254,7 +257,11 @@ def _softmax_padding(dtype, device):
     for padding in PADDINGS:
         poison = torch.full((3, 5, padding), torch.nan, dtype=dtype, device=device)
         keep = torch.arange(90 + padding, device=device) < 90
-        padded = _results(lambda t, keep=keep: transfuse.masked_softmax(t, keep), [torch.cat((x, poison), -1)], torch.cat((grad, poison), -1))
+        padded = _results(
+            lambda t, keep=keep: transfuse.masked_softmax(t, keep),
+            [torch.cat((x, poison), -1)],
+            torch.cat((grad, poison), -1),
+        )
         if not same(short, [t[..., :90] for t in padded]):
             differing.append(f"{padding} more keys")
     return _count(differing, len(PADDINGS))
@@ -294,11 +301,35 @@ def _varlen_packing(dtype, device):
 # ---- the promises ----
 
 FOR_EVERY_OP = (  # (id, statement, unit, work -> figure, slow)
-    ("repeats", f"{REPEATS_QUICK} repeats give the same bits", "runs differ", partial(_repeats, repeats=REPEATS_QUICK), False),
-    ("repeats-full", f"{REPEATS_FULL:,} repeats give the same bits", "runs differ", partial(_repeats, repeats=REPEATS_FULL), True),
+    (
+        "repeats",
+        f"{REPEATS_QUICK} repeats give the same bits",
+        "runs differ",
+        partial(_repeats, repeats=REPEATS_QUICK),
+        False,
+    ),
+    (
+        "repeats-full",
+        f"{REPEATS_FULL:,} repeats give the same bits",
+        "runs differ",
+        partial(_repeats, repeats=REPEATS_FULL),
+        True,
+    ),
     ("threads", "1 to 8 threads give the same bits", "runs differ", _threads, False),
-    ("batch", f"an entry alone and in {len(BATCHES_QUICK)} batches of 1 to 512", "runs differ", partial(_batch_sizes, sizes=BATCHES_QUICK), False),
-    ("batch-full", "an entry in every batch of 1 to 512", "runs differ", partial(_batch_sizes, sizes=range(1, LARGEST_BATCH + 1)), True),
+    (
+        "batch",
+        f"an entry alone and in {len(BATCHES_QUICK)} batches of 1 to 512",
+        "runs differ",
+        partial(_batch_sizes, sizes=BATCHES_QUICK),
+        False,
+    ),
+    (
+        "batch-full",
+        "an entry in every batch of 1 to 512",
+        "runs differ",
+        partial(_batch_sizes, sizes=range(1, LARGEST_BATCH + 1)),
+        True,
+    ),
     ("position", "an entry at any place, in any order", "runs differ", _positions, False),
     ("fork", "a forked child computes the same after use", "runs differ", _forked_child, False),
     ("python-threads", f"{PYTHON_THREADS} Python threads at once", "runs differ", _python_threads, False),
@@ -316,6 +347,10 @@ def _measure(op, dtype, figure_of, backend, device):
     return figure_of(Work(op, dtype, device))
 
 
+def _measure_alone(figure_of, dtype, backend, device):
+    return figure_of(dtype, device)
+
+
 def _promises():
     for op in OPS:
         for dtype in DTYPES:
@@ -325,7 +360,7 @@ def _promises():
                 yield Promise(f"3.{op}.{name}.{what}", 3, op, dtype, statement, 0, unit, measure, slow=slow)
             for only, what, statement, figure_of in FOR_ONE_OP:
                 if only == op:
-                    measure = lambda backend, device, figure_of=figure_of, dtype=dtype: figure_of(dtype, device)  # noqa: E731
+                    measure = partial(_measure_alone, figure_of, dtype)
                     yield Promise(f"3.{op}.{name}.{what}", 3, op, dtype, statement, 0, "runs differ", measure)
 
 

@@ -1,4 +1,4 @@
-"""CONTRACT section 5: a bad call is refused before memory is touched, by the right exception, naming op, argument, expected, got.
+"""CONTRACT section 5: a bad call is refused before memory is touched, naming op, argument, expected and got.
 
 The exact words of every refusal are tested beside each op; here stands what all of them have in common.
 """
@@ -169,7 +169,11 @@ BAD_CALLS = {
         ("cache_seqlens", ValueError, _decode(Q, K, V, LENGTHS[:1])),
         ("cache_seqlens", ValueError, _decode(Q, K, V, LENGTHS + 1)),
         ("new_value", ValueError, _decode(Q, K, V, LENGTHS - 3, new_key=K[:, :, :1], new_value=V[:, :, :2])),
-        ("block_table", TypeError, _decode(Q, K.transpose(1, 2), V.transpose(1, 2), LENGTHS, block_table=torch.zeros(2, 1))),
+        (
+            "block_table",
+            TypeError,
+            _decode(Q, K.transpose(1, 2), V.transpose(1, 2), LENGTHS, block_table=torch.zeros(2, 1)),
+        ),
         ("window", ValueError, _decode(Q, K, V, LENGTHS, window=(-1, 0))),
         ("softcap", ValueError, _decode(Q, K, V, LENGTHS, softcap=0.0)),
         ("scale", ValueError, _decode(Q, K, V, LENGTHS, scale=float("nan"))),
@@ -221,13 +225,29 @@ TOO_LARGE = {
 
 PROMISES = (
     *(
-        Promise(f"5.{op}.any.bad-calls", 5, op, None, f"{len(BAD_CALLS[op])} bad calls are refused in words", 0,
-                "calls refused badly", partial(_count, op))
+        Promise(
+            f"5.{op}.any.bad-calls",
+            5,
+            op,
+            None,
+            f"{len(BAD_CALLS[op])} bad calls are refused in words",
+            0,
+            "calls refused badly",
+            partial(_count, op),
+        )
         for op in OPS
     ),
     *(
-        Promise(f"5.{op}.any.allocation", 5, op, None, "a failed allocation names op and bytes", 0, "messages wrong",
-                partial(_allocation, op, call))
+        Promise(
+            f"5.{op}.any.allocation",
+            5,
+            op,
+            None,
+            "a failed allocation names op and bytes",
+            0,
+            "messages wrong",
+            partial(_allocation, op, call),
+        )
         for op, call in TOO_LARGE.items()
     ),
 )

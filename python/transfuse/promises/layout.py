@@ -1,4 +1,4 @@
-"""CONTRACT section 4: any strides give the same bits, nothing that is passed in or saved is written, offsets are 64-bit.
+"""CONTRACT section 4: any strides give the same bits, nothing passed in or saved is written, offsets are 64-bit.
 
 Everything here runs the cases of cases.py, so that an op that has a case has these promises.
 """
@@ -55,7 +55,10 @@ class Call:
         if not output.requires_grad:
             return [output]
         wanted = [t for t in leaves if t.requires_grad]
-        return [output.detach(), *torch.autograd.grad(output, wanted, self.grad_output if grad_output is None else grad_output)]
+        return [
+            output.detach(),
+            *torch.autograd.grad(output, wanted, self.grad_output if grad_output is None else grad_output),
+        ]
 
     def __str__(self):
         return self.case.name
@@ -113,7 +116,10 @@ def _never_written(op, dtype, backend, device):
         with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
             leaves, output = call.start(call.inputs)
         kept += [("a saved tensor", t, t.detach().clone()) for t in saved]
-        kept += [("output", output, output.detach().clone()), ("grad_output", call.grad_output, call.grad_output.clone())]
+        kept += [
+            ("output", output, output.detach().clone()),
+            ("grad_output", call.grad_output, call.grad_output.clone()),
+        ]
         if output.requires_grad:
             torch.autograd.grad(output, [t for t in leaves if t.requires_grad], call.grad_output)
         wrong += [f"{call}: {words}" for words, t, before in kept if not _same_bits(t, before)]
@@ -156,16 +162,46 @@ def _gradcheck(op, dtype, backend, device):
 
 OF_GRADIENTS = ("backward-twice", "gradcheck")
 ROWS = (  # (id, statement, unit, measure, dtypes, slow)
-    ("strides", "any strides of any argument and of grad_output give the same bits", "layouts differ", _strides, DTYPES, False),
-    ("far-apart", "entries 2^31 elements apart give the same bits", "tensors differ", _far_apart, (torch.bfloat16, torch.float16), False),
-    ("far-apart-full", "entries 2^31 elements apart give the same bits", "tensors differ", _far_apart, (torch.float32, torch.float64), True),
-    ("written", "inputs, outputs and saved tensors are never written", "tensors written", _never_written, DTYPES, False),
+    (
+        "strides",
+        "any strides of any argument and of grad_output give the same bits",
+        "layouts differ",
+        _strides,
+        DTYPES,
+        False,
+    ),
+    (
+        "far-apart",
+        "entries 2^31 elements apart give the same bits",
+        "tensors differ",
+        _far_apart,
+        (torch.bfloat16, torch.float16),
+        False,
+    ),
+    (
+        "far-apart-full",
+        "entries 2^31 elements apart give the same bits",
+        "tensors differ",
+        _far_apart,
+        (torch.float32, torch.float64),
+        True,
+    ),
+    (
+        "written",
+        "inputs, outputs and saved tensors are never written",
+        "tensors written",
+        _never_written,
+        DTYPES,
+        False,
+    ),
     ("backward-twice", "a second backward gives the same bits", "cases differ", _backward_twice, DTYPES, False),
     ("gradcheck", "gradients agree with finite differences", "cases wrong", _gradcheck, (torch.float64,), False),
 )
 
 PROMISES = tuple(
-    Promise(f"4.{op}.{dtype_name(dtype)}.{what}", 4, op, dtype, statement, 0, unit, partial(measure, op, dtype), slow=slow)
+    Promise(
+        f"4.{op}.{dtype_name(dtype)}.{what}", 4, op, dtype, statement, 0, unit, partial(measure, op, dtype), slow=slow
+    )
     for op in OPS
     for what, statement, unit, measure, dtypes, slow in ROWS
     for dtype in dtypes

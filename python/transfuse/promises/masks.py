@@ -15,7 +15,7 @@ import torch
 from transfuse import masked_softmax, scaled_dot_product_attention, varlen_attention
 from transfuse.dispatch import dtype_name, explain
 from transfuse.promises.cases import GRADIENT_SLACK
-from transfuse.promises.promise import DTYPES, Figure, NoKernel, Promise, reasons_of
+from transfuse.promises.promise import DTYPES, Figure, NoKernel, Promise, counted, reasons_of
 from transfuse.testing import assert_close
 
 CASES = json.loads(Path(__file__).with_name("masks.json").read_text())
@@ -33,8 +33,23 @@ RULES = {
 # As the data calls the gradient of an argument.
 SHORT = {"mask": "attn_mask", "bias": "attn_bias", "slopes": "alibi_slopes", "sinks": "sinks"}
 # What masked_softmax has of a dense case.
-SOFTMAX_KEYS = {"name", "rule", "zeros", "scores", "constant", "values", "attn_mask", "attn_bias", "options", "output",
-                "lse", "value_grad", "mask_grad", "bias_grad", "output_shape"}
+SOFTMAX_KEYS = {
+    "name",
+    "rule",
+    "zeros",
+    "scores",
+    "constant",
+    "values",
+    "attn_mask",
+    "attn_bias",
+    "options",
+    "output",
+    "lse",
+    "value_grad",
+    "mask_grad",
+    "bias_grad",
+    "output_shape",
+}
 
 
 def number(text):
@@ -54,7 +69,13 @@ def tensor(nested, dtype, device="cpu"):
         return None
 
     def read(node):
-        return [read(child) for child in node] if isinstance(node, list) else node if isinstance(node, bool) else number(node)
+        return (
+            [read(child) for child in node]
+            if isinstance(node, list)
+            else node
+            if isinstance(node, bool)
+            else number(node)
+        )
 
     values = read(nested)
     boolean = torch.tensor(values).dtype == torch.bool
@@ -99,7 +120,7 @@ def _compare(case, results):
 
 
 def run_attention(case, dtype, backend, device, wrap=lambda function: function):
-    """One dense case. query is the identity and key the scores' transpose: [L, D], or [B, H, L, D] with one key head."""
+    """One dense case. query is the identity, key the scores' transpose: [L, D], or [B, H, L, D] with one key head."""
     scores = _scores(case)
     len_q, len_k = scores.shape
     tensors = {"query": torch.eye(len_q), "key": scores.mT.contiguous(), "value": _values(case, len_k)}
@@ -135,7 +156,10 @@ def run_softmax(case, dtype, backend, device, wrap=lambda function: function):
     mask = options.pop("attn_mask", options.pop("attn_bias", None))
     _require(backend, masked_softmax, scores, mask, **options)
     output = wrap(masked_softmax)(scores, mask, **options) @ value
-    leaves = {"value": value, **({"mask" if "attn_mask" in case else "bias": mask} if mask is not None and mask.requires_grad else {})}
+    leaves = {
+        "value": value,
+        **({"mask" if "attn_mask" in case else "bias": mask} if mask is not None and mask.requires_grad else {}),
+    }
     grads = torch.autograd.grad(output, list(leaves.values()), torch.ones_like(output))
     results = [(f"{name}_grad", grad, scores.shape[0]) for name, grad in zip(leaves, grads, strict=True)]
     _compare(case, [("output", output, scores.shape[1]), *results])
@@ -194,7 +218,9 @@ def _compiled(run):
 
 def signature(case):
     """What a compiled call specialises on: which arguments there are and of which kind, and the flags."""
-    kinds = [(name, str(tensor(case[name], torch.float32).dtype)) for name in ("attn_mask", "attn_bias") if name in case]
+    kinds = [
+        (name, str(tensor(case[name], torch.float32).dtype)) for name in ("attn_mask", "attn_bias") if name in case
+    ]
     present = [name for name in ("alibi_slopes", "sinks", "seqlens_k", "batch", "heads") if name in case]
     return str((kinds, present, sorted(case.get("options", {}).items())))
 
@@ -224,12 +250,18 @@ def _promises():
             for rule, words in RULES.items():
                 of_rule = [case for case in cases if case["rule"] == rule]
                 if of_rule:
-                    yield _promise(op, dtype, f"rule-{rule}", f"{words} ({len(of_rule)} cases)", partial(_count_wrong, of_rule, run, dtype))
+                    yield _promise(
+                        op,
+                        dtype,
+                        f"rule-{rule}",
+                        f"{words} ({counted(of_rule, 'case')})",
+                        partial(_count_wrong, of_rule, run, dtype),
+                    )
         compiled = one_per_signature(cases)
-        words = f"the same under torch.compile(fullgraph=True) ({len(compiled)} signatures)"
+        words = f"the same under torch.compile(fullgraph=True) ({counted(compiled, 'signature')})"
         measure = partial(_count_wrong, compiled, _compiled(run), torch.float32)
         yield _promise(op, torch.float32, "compiled", words, measure)
-    words = f"bad offsets are a ValueError that names the first bad entry ({len(CASES['bad_offsets'])} cases)"
+    words = f"bad offsets are a ValueError that names the first bad entry ({counted(CASES['bad_offsets'], 'table')})"
     yield _promise("varlen_attention", None, "bad-offsets", words, _bad_offsets)
 
 

@@ -1,4 +1,4 @@
-"""CONTRACT section 2, op by op: gelu over all floats, softmax and the norms on the families that random numbers never show.
+"""CONTRACT section 2, op by op: gelu over all floats, the others on the families that random numbers never show.
 
 Each measure takes the function under test, so that torch's own is measured beside it in the same way. The oracle is the
 float64 reference. Attention has a page of its own.
@@ -76,7 +76,7 @@ def _result(function, x, direction):
         return function(x)
 
 
-def _gelu_error(form, floats, device, direction, ours):
+def _gelu_error(form, floats, direction, device, ours):
     """(largest error, where): in ULP, but for the gradient's zone around its root, which the next function measures."""
     worst, where = 0.0, ""
     for x in floats():
@@ -103,13 +103,16 @@ def _gelu_root(form, device, ours):
     """Largest absolute error of the gradient around its root; a wrong sign counts as infinite."""
     bits = int(torch.tensor(testing.GELU_ROOT[form]).view(torch.int32))
     x = _float32_from(torch.arange(bits - 1700, bits + 1700))  # 1700 steps of 2^-24 are the zone of 1e-4
-    exact, slope = _slope(partial(gelu_reference, approximate=form), x.double()), _slope(ours, x.to(device)).cpu().double()
+    exact, slope = (
+        _slope(partial(gelu_reference, approximate=form), x.double()),
+        _slope(ours, x.to(device)).cpu().double(),
+    )
     error = torch.where(slope.sign() == exact.sign(), (slope - exact).abs(), torch.inf)
     at = int(error.argmax())
     return float(error[at]), f"at x = {x[at].item()!r}"
 
 
-def _gelu_misrounded(form, dtype, device, direction, ours):
+def _gelu_misrounded(form, dtype, direction, device, ours):
     x = all_16_bit(dtype)
     exact = _result(partial(gelu_reference, approximate=form), x.double(), direction)
     wrong = ulp_distance(_result(ours, x.to(device), direction).cpu(), exact) > 0.5
@@ -137,28 +140,31 @@ def _gelu_special(form, device, ours):
 def _gelu(form):
     ours, theirs = partial(transfuse.gelu, approximate=form), partial(F.gelu, approximate=form)
 
-    def beside(worst_of):
-        return lambda backend, device: _beside(partial(worst_of, device), ours, theirs)
+    def promise(dtype, what, statement, bound, unit, worst_of):
+        def measure(backend, device):
+            return _beside(partial(worst_of, device), ours, theirs)
 
-    name = FORMS[form]
+        return _promise("gelu", dtype, f"{what}.{form}", f"{FORMS[form]} {statement}", bound, unit, measure, TORCH)
+
     for direction in ("forward", "backward"):
         bound = MAX_ULP[f"gelu_{direction}"]
         away = ", but for 1e-4 around the gradient's root" if direction == "backward" else ""
-        error = lambda device, f, direction=direction: _gelu_error(form, swept_floats, device, direction, f)  # noqa: E731
-        yield _promise("gelu", torch.float32, f"{direction}-ulp.{form}", f"{name} {direction}, a sweep of float32{away}", bound,
-                       "ULP", beside(error), TORCH)
-        yield _promise("gelu", torch.float32, f"{direction}-ulp-all.{form}", f"{name} {direction}, all 2^32 float32{away}", bound,
-                       "ULP", partial(_exhaustive, partial(sweeps.sweep_gelu, form, direction)), slow=True)
+        error = partial(_gelu_error, form, swept_floats, direction)
+        yield promise(torch.float32, f"{direction}-ulp", f"{direction}, a sweep of float32{away}", bound, "ULP", error)
+        sweep = partial(_exhaustive, partial(sweeps.sweep_gelu, form, direction))
+        statement = f"{FORMS[form]} {direction}, all 2^32 float32{away}"
+        yield _promise("gelu", torch.float32, f"{direction}-ulp-all.{form}", statement, bound, "ULP", sweep, slow=True)
         for dtype in SIXTEEN_BIT:
-            count = lambda device, f, dtype=dtype, direction=direction: _gelu_misrounded(form, dtype, device, direction, f)  # noqa: E731
-            statement = f"{name} {direction}, every finite 16-bit input"
-            yield _promise("gelu", dtype, f"{direction}-misrounded.{form}", statement, 0, "inputs misrounded", beside(count), TORCH)
-    statement = f"{name} backward within 1e-4 of its root: right sign and absolute error"
-    root = lambda device, f: _gelu_root(form, device, f)  # noqa: E731
-    yield _promise("gelu", torch.float32, f"backward-root.{form}", statement, testing.GELU_ROOT_ERROR, "absolute", beside(root), TORCH)
-    special = lambda device, f: _gelu_special(form, device, f)  # noqa: E731
-    statement = f"{name} at infinities, NaN, zeros and the last subnormal"
-    yield _promise("gelu", torch.float32, f"special.{form}", statement, 0, "cases wrong", beside(special), TORCH)
+            count, statement = (
+                partial(_gelu_misrounded, form, dtype, direction),
+                f"{direction}, every finite 16-bit input",
+            )
+            yield promise(dtype, f"{direction}-misrounded", statement, 0, "inputs misrounded", count)
+    statement = "backward within 1e-4 of its root: right sign and absolute error"
+    root, special = partial(_gelu_root, form), partial(_gelu_special, form)
+    yield promise(torch.float32, "backward-root", statement, testing.GELU_ROOT_ERROR, "absolute", root)
+    statement = "at infinities, NaN, zeros and the last subnormal"
+    yield promise(torch.float32, "special", statement, 0, "cases wrong", special)
 
 
 # ---- masked_softmax ----
@@ -200,7 +206,9 @@ def _softmax_outputs(dtype, device, backend, function):
 
 def _softmax_worst(dtype, device, backend, error, function):
     """(largest error(output, exact), where) over the families."""
-    return max((error(output, exact), words) for output, exact, words in _softmax_outputs(dtype, device, backend, function))
+    return max(
+        (error(output, exact), words) for output, exact, words in _softmax_outputs(dtype, device, backend, function)
+    )
 
 
 def _largest_ulp(output, exact):
@@ -230,7 +238,14 @@ def _one_key_not_one(device, ours):
 def _softmax():
     ours, theirs = transfuse.masked_softmax, _torch_softmax
     measures = [
-        (torch.float32, "row-sum", "a row sums to 1, logit std 1 to 1e7", testing.SOFTMAX_ROW_SUM_ERROR, "absolute", _row_sum_error),
+        (
+            torch.float32,
+            "row-sum",
+            "a row sums to 1, logit std 1 to 1e7",
+            testing.SOFTMAX_ROW_SUM_ERROR,
+            "absolute",
+            _row_sum_error,
+        ),
     ]
     for dtype in DTYPES:
         words, bound = "weights are rounded once", testing.ROUNDED_ONCE_ULP
@@ -240,14 +255,31 @@ def _softmax():
             measures.append((dtype, "forward-ulp", words, bound, "ULP", _largest_ulp))
         measures.append((dtype, "excluded", "excluded weights are exactly +0", 0, "weights wrong", _excluded_not_zero))
     for dtype, what, statement, bound, unit, error in measures:
+
         def measure(backend, device, dtype=dtype, error=error):
             return _beside(partial(_softmax_worst, dtype, device, backend, error), ours, theirs)
 
         yield _promise("masked_softmax", dtype, what, statement, bound, unit, measure, TORCH)
-    yield _promise("masked_softmax", torch.float32, "one-key", "a row with one key is exactly 1", 0, "rows wrong",
-                   lambda backend, device: _beside(partial(_one_key_not_one, device), ours, theirs), TORCH)
-    yield _promise("masked_softmax", torch.float32, "exp-ulp-all", "every float32 score below its row's maximum",
-                   MAX_ULP["masked_softmax_forward"], "ULP", partial(_exhaustive, sweeps.sweep_masked_softmax), slow=True)
+    yield _promise(
+        "masked_softmax",
+        torch.float32,
+        "one-key",
+        "a row with one key is exactly 1",
+        0,
+        "rows wrong",
+        lambda backend, device: _beside(partial(_one_key_not_one, device), ours, theirs),
+        TORCH,
+    )
+    yield _promise(
+        "masked_softmax",
+        torch.float32,
+        "exp-ulp-all",
+        "every float32 score below its row's maximum",
+        MAX_ULP["masked_softmax_forward"],
+        "ULP",
+        partial(_exhaustive, sweeps.sweep_masked_softmax),
+        slow=True,
+    )
 
 
 # ---- norms ----
@@ -269,7 +301,7 @@ CONSTANTS = (0.0, 1.0, -123456.0, 1e30, 3e38, 1e-40)
 
 
 class Norm:
-    """One norm: ours, torch's and the oracle, all as (x, weight, bias, eps) -> output. An added residual is half of x."""
+    """One norm: ours, torch's and the oracle, as (x, weight, bias, eps) -> output. An added residual is half of x."""
 
     def __init__(self, op):
         self.op, self.adds, self.has_bias = op, op.startswith("add_"), "layer" in op
@@ -304,7 +336,11 @@ class Norm:
 def _norm_families(dtype):
     """The families that the dtype can hold."""
     largest = torch.finfo(dtype).max
-    return [name for name, (std, mean, _) in NORM_FAMILIES.items() if 5 * std + mean < largest and (std > 1e-7 or largest > 1e5)]
+    return [
+        name
+        for name, (std, mean, _) in NORM_FAMILIES.items()
+        if 5 * std + mean < largest and (std > 1e-7 or largest > 1e5)
+    ]
 
 
 def _norm_ulp(norm, dtype, device, function):
@@ -336,7 +372,9 @@ def _norm_gradients(norm, dtype, device, function):
             results = []
             for call, wide, place in ((function, dtype, device), (norm.exact, torch.float64, "cpu")):
                 leaves = [t.to(place, wide).requires_grad_() for t in tensors]
-                results.append(torch.autograd.grad(call(*leaves, eps), leaves[: len(used)], grad_output.to(place, wide)))
+                results.append(
+                    torch.autograd.grad(call(*leaves, eps), leaves[: len(used)], grad_output.to(place, wide))
+                )
             for what, actual, exact in zip(("input", "weight", "bias"), *results):
                 allowed = error_budget(dtype, columns) * float(exact.abs().max())
                 error = float((actual.cpu().double() - exact).abs().max())
@@ -362,13 +400,20 @@ def _norm_constant_rows(norm, dtype, device, function):
 def _norms(op):
     norm = Norm(op)
     for dtype in (torch.float32, *SIXTEEN_BIT):
-        bound, words = (MAX_ULP[f"{op.removeprefix('add_')}_forward"], "") if dtype == torch.float32 else (testing.ROUNDED_ONCE_ULP, ", rounded once")
+        bound, words = (
+            (MAX_ULP[f"{op.removeprefix('add_')}_forward"], "")
+            if dtype == torch.float32
+            else (testing.ROUNDED_ONCE_ULP, ", rounded once")
+        )
         statement = f"forward on {len(_norm_families(dtype))} hard families{words}"
-        rows = [("forward-ulp", statement, bound, "ULP of max(|weight*xhat|, |bias|, 1)", _norm_ulp),
-                ("gradients", "gradients on the same families", 1.0, "of testing.error_budget", _norm_gradients)]
+        rows = [
+            ("forward-ulp", statement, bound, "ULP of max(|weight*xhat|, |bias|, 1)", _norm_ulp),
+            ("gradients", "gradients on the same families", 1.0, "of testing.error_budget", _norm_gradients),
+        ]
         if norm.has_bias:
             rows.append(("constant", "a constant row gives exactly bias", 0, "rows wrong", _norm_constant_rows))
         for what, statement, bound, unit, worst_of in rows:
+
             def measure(backend, device, worst_of=worst_of, dtype=dtype):
                 return _beside(partial(worst_of, norm, dtype, device), norm.ours, norm.torchs)
 
@@ -405,11 +450,20 @@ def _rotary_ulp(dtype, device, function):
 
 def _rotary():
     for dtype in (torch.float32, *SIXTEEN_BIT):
+
         def measure(backend, device, dtype=dtype):
             return _beside(partial(_rotary_ulp, dtype, device), transfuse.rotary, _torch_rotary)
 
-        yield _promise("rotary", dtype, "forward-ulp", "both forms, products that cancel, sizes 1e-30 to 1e30",
-                       testing.ROUNDED_ONCE_ULP, "ULP", measure, "torch, op by op")
+        yield _promise(
+            "rotary",
+            dtype,
+            "forward-ulp",
+            "both forms, products that cancel, sizes 1e-30 to 1e30",
+            MAX_ULP["rotary_forward"],
+            "ULP",
+            measure,
+            "torch, op by op",
+        )
 
 
 NORMS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm")

@@ -1,4 +1,4 @@
-"""What a promise is, and how one is checked: the one mechanism behind `transfuse verify`, its tests and docs/numerics.md."""
+"""What a promise is, and how one is checked: the one mechanism behind `transfuse verify` and docs/numerics.md."""
 
 import time
 from collections.abc import Callable
@@ -71,6 +71,11 @@ def forget():
         function.cache_clear()
 
 
+def counted(items, noun):
+    """As words: 1 case, 7 cases."""
+    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
+
+
 class NoKernel(Exception):
     """The backend does not run what the promise is about; the text is the dispatcher's reason."""
 
@@ -136,7 +141,7 @@ def check(promise, backend="auto", device="cpu"):
 
 
 def taken_by(op, dtype, backend, device):
-    """The backend that a call of `op` takes when `backend` is asked for. Raises NoKernel with the reasons against it."""
+    """The backend that a call of `op` takes when `backend` is asked for. Raises NoKernel with the reasons."""
     case = next((case for case in PARITY_CASES if case.op == op), None)
     if case is None:
         return backend

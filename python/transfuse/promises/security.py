@@ -16,8 +16,20 @@ from transfuse.promises.promise import Figure, Promise
 
 TRACE = Path(__file__).with_name("trace.py")
 # Modules that importing must not add to torch's own.
-HEAVY = {"triton", "transformers", "sentence_transformers", "torch._dynamo", "torch._inductor", "subprocess", "socket", "ssl",
-         "urllib.request", "http.client", "pickle", "multiprocessing"}
+HEAVY = {
+    "triton",
+    "transformers",
+    "sentence_transformers",
+    "torch._dynamo",
+    "torch._inductor",
+    "subprocess",
+    "socket",
+    "ssl",
+    "urllib.request",
+    "http.client",
+    "pickle",
+    "multiprocessing",
+}
 
 
 @cache
@@ -73,4 +85,6 @@ ROWS = (
     ("variables", "no environment variable names code: each is a flag or a choice", "variables", _variables),
 )
 
-PROMISES = tuple(Promise(f"6.all.any.{what}", 6, "all", None, statement, 0, unit, measure) for what, statement, unit, measure in ROWS)
+PROMISES = tuple(
+    Promise(f"6.all.any.{what}", 6, "all", None, statement, 0, unit, measure) for what, statement, unit, measure in ROWS
+)

@@ -16,9 +16,32 @@ import torch  # noqa: E402
 # Audit events (name or prefix) by what they would mean.
 WATCHED = {
     "network": ("socket.", "urllib.", "http.", "ftplib.", "smtplib.", "ssl."),
-    "processes": ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pty.", "os.startfile"),
-    "files": ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
-              "os.chown", "os.utime", "shutil.", "tempfile.", "sqlite3.", "mmap."),
+    "processes": (
+        "subprocess.",
+        "os.system",
+        "os.exec",
+        "os.posix_spawn",
+        "os.spawn",
+        "os.fork",
+        "pty.",
+        "os.startfile",
+    ),
+    "files": (
+        "os.mkdir",
+        "os.rename",
+        "os.remove",
+        "os.rmdir",
+        "os.link",
+        "os.symlink",
+        "os.truncate",
+        "os.chmod",
+        "os.chown",
+        "os.utime",
+        "shutil.",
+        "tempfile.",
+        "sqlite3.",
+        "mmap.",
+    ),
     "pickle": ("pickle.",),
 }
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -104,7 +127,9 @@ def main(out, backend):
             if "backward" in case.directions:
                 gradients_of(case.ours, inputs, case.grad_output(inputs))()
     _enter("")
-    report.update(events=events, calls=len(work), children=_children(), sockets=sorted(set(_sockets()) - set(before["sockets"])))
+    report.update(
+        events=events, calls=len(work), children=_children(), sockets=sorted(set(_sockets()) - set(before["sockets"]))
+    )
     with open(out, "w") as file:
         json.dump(report, file)
 
