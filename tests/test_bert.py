@@ -295,14 +295,14 @@ def test_wrong_attention_shows(monkeypatch, padding_free, mutant):
     batch = batch_of(mask)
     varlen, padded = transfuse.models.bert.varlen_attention, transfuse.models.bert.scaled_dot_product_attention
 
-    def wrong_varlen(query, key, value, cu_seqlens, *, max_seqlen_q, scale):
+    def wrong_varlen(query, key, value, cu_seqlens, *, max_seqlen_q, scale, **options):
         if mutant == "mask":
             cu_seqlens, max_seqlen_q = cu_seqlens[[0, -1]], query.shape[0]
         return varlen(query, key, value * (1.001 if mutant == "value" else 1), cu_seqlens, max_seqlen_q=max_seqlen_q,
-                      scale=scale * (1.01 if mutant == "scale" else 1))
+                      scale=scale * (1.01 if mutant == "scale" else 1), **options)
 
-    def wrong_padded(query, key, value, attn_mask, *, scale):
-        return padded(query, key, value * (1.001 if mutant == "value" else 1), None if mutant == "mask" else attn_mask,
+    def wrong_padded(query, key, value, attn_mask, dropout_p, *, scale):
+        return padded(query, key, value * (1.001 if mutant == "value" else 1), None if mutant == "mask" else attn_mask, dropout_p,
                       scale=scale * (1.01 if mutant == "scale" else 1))
 
     monkeypatch.setattr(transfuse.models.bert, "varlen_attention", wrong_varlen)

@@ -82,14 +82,14 @@ def test_loss_curve_is_that_of_stock(capsys):
 def test_a_small_mistake_shows(monkeypatch, capsys, mistake):
     right = transfuse.models.bert.varlen_attention
 
-    def wrong(query, key, value, cu_seqlens, *, max_seqlen_q, scale):
+    def wrong(query, key, value, cu_seqlens, *, max_seqlen_q, **options):
         if mistake == "query times 1.01":
             query = query * 1.01
         if mistake == "value times 1.001":
             value = value * 1.001
         if mistake == "mask dropped":
             cu_seqlens, max_seqlen_q = cu_seqlens[[0, -1]], query.shape[0]
-        return right(query, key, value, cu_seqlens, max_seqlen_q=max_seqlen_q, scale=scale)
+        return right(query, key, value, cu_seqlens, max_seqlen_q=max_seqlen_q, **options)
 
     monkeypatch.setattr(transfuse.models.bert, "varlen_attention", wrong)
     difference = largest_difference(mistake)

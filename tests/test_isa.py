@@ -161,7 +161,7 @@ def test_op_tests_pass_on_every_level(level):
     if level not in _C.cpu_isa_levels():
         pytest.skip(f"this CPU has no {level}")
     files = [path for op in OPS for path in sorted((ROOT / "tests").glob(f"test_{op}*.py")) if "graphs" not in path.name]
-    out = _run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", "not compile and not isa",
+    out = _run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", "-k", "not compile and not isa",
                *files, *(ROOT / f"tests/test_{name}.py" for name in ("norms", "varlen_attention", "decode_attention")), TRANSFUSE_CPU_ISA=level)
     assert re.search(r"\d{3,} passed", out), out[-2000:]
 
