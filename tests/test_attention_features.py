@@ -90,13 +90,13 @@ def test_slopes_and_sinks_alone_may_require_grad(name):
 @pytest.mark.parametrize("storage", (torch.float64, torch.bfloat16, torch.float16))
 def test_slopes_and_sinks_come_in_any_dtype(storage, dtype):
     options = {
-        "alibi_slopes": draw(HEADS, dtype=storage, requires_grad=True),
+        "alibi_slopes": draw(HEADS, dtype=storage, scale=0.05, requires_grad=True),
         "sinks": draw(HEADS, dtype=storage, seed=1, requires_grad=True),
     }
     output = scaled_dot_product_attention(*inputs(dtype), **options)
     grads = torch.autograd.grad(output.sum(), list(options.values()))
     assert all(grad.dtype == storage and grad.shape == (HEADS,) for grad in grads)
-    if storage != torch.float64:  # float64 gradients of what was computed in float32 are float32's
+    if storage != torch.float64 or dtype == torch.float64:  # else a float64 gradient of what was computed in float32
         assert_matches_reference(scaled_dot_product_attention, *inputs(dtype), return_lse=True, **options)
 
 
@@ -294,6 +294,17 @@ def test_a_softcap_bounds_infinite_scores(dtype):
     with use_backend("reference"):
         exact = scaled_dot_product_attention(query.double(), key.double(), value.double(), softcap=4.0)
     assert_close(scaled_dot_product_attention(query, key, value, softcap=4.0), exact, LEN_K)
+
+
+@in_every_dtype
+def test_a_tiny_softcap_is_a_mean(dtype):
+    """scale / cap overflows a float: a score of 0 must not become 0 * inf."""
+    query, key, value = inputs(dtype)
+    query = torch.where(torch.arange(LEN_Q).view(-1, 1) % 2 == 0, 0, query.detach()).requires_grad_()
+    results = scaled_dot_product_attention(query, key, value, softcap=1e-40)
+    assert_close(results, value.detach().double().mean(2, keepdim=True).expand_as(results), LEN_K)
+    grads = torch.autograd.grad(results.sum(), (query, key, value))
+    assert all(bool(grad.isfinite().all()) for grad in grads)
 
 
 # ---- saturated rows ----

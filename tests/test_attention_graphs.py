@@ -154,6 +154,22 @@ def test_compile_with_changing_lengths():
         output.sum().backward()
 
 
+@needs_kernels
+def test_compile_with_changing_options():
+    """A window and a softcap become symbols when they change."""
+    torch.compiler.reset()
+
+    def function(query, left, softcap):
+        return scaled_dot_product_attention(query, query, query, window=(left, 2), softcap=softcap, is_causal=True)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length, left, softcap in ((4, 1, 2.0), (7, 3, 3.0), (33, 8, 2.5)):
+        query = draw(2, 3, length, 16, requires_grad=True)
+        output = compiled(query, left, softcap)
+        assert torch.equal(output, function(query, left, softcap))
+        output.sum().backward()
+
+
 def test_compile_warns_of_a_fallback_and_is_right():
     torch.compiler.reset()
     query = draw(1, 1, 2, 513)

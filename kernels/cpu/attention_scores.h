@@ -141,7 +141,8 @@ struct ScoreTransform {
     const double size = p.scale < 0 ? -p.scale : p.scale;
     scale = splat<V>(static_cast<Real>(size));
     cap = splat<V>(static_cast<Real>(p.softcap));
-    scale_over_cap = splat<V>(static_cast<Real>(capped ? size / p.softcap : 0.0));
+    constexpr double largest = 0x1.fffffep127;  // a float; so that a tiny cap makes 0 * largest of a score of 0
+    scale_over_cap = splat<V>(static_cast<Real>(capped ? __builtin_fmin(size / p.softcap, largest) : 0.0));
     slope = splat<V>(static_cast<Real>(sloped ? p.alibi_slopes[s.batch * p.alibi_batch + head] : 0.0));
   }
   // The score, and d softcap(s) / ds into cap_slope. Without bias, slope or softcap theirs are not looked at.

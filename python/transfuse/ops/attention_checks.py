@@ -3,7 +3,6 @@
 Each message names op, argument, what came and what was expected.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -16,6 +15,7 @@ from transfuse.dispatch import dtype_name
 MAX_HEAD_DIM = 512
 NO_FEATURES: dict = {}  # shared by every call without such options; never written
 _INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -174,10 +174,10 @@ def check_window(op: str, window: tuple) -> tuple[int | None, int | None]:
 
 
 def check_softcap(op: str, softcap: float) -> float:
-    """A positive finite number."""
-    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
+    """A positive finite number. A comparison, since it may be symbolic."""
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{op}: softcap is a {type(softcap).__name__}, expected float or None")
-    if not (softcap > 0 and math.isfinite(softcap)):
+    if not 0.0 < softcap <= _FLOAT32_MAX:
         raise ValueError(f"{op}: softcap is {softcap}, expected a positive finite number")
     return float(softcap)
 
