@@ -7,6 +7,7 @@
 #include <cstring>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "allocate.h"
@@ -127,6 +128,23 @@ void check_writable(const char* argument, const Tensor& t) {
           ", expected memory of its own to write new keys to");
 }
 
+// The bytes from the first to the last element of a tensor.
+std::pair<const char*, const char*> extent(const Tensor& t) {
+  int64_t last = 0;
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  const char* first = static_cast<const char*>(t.const_data_ptr());
+  return {first, first + (last + 1) * t.element_size()};
+}
+
+// What is written may not be what is read.
+void check_apart(const char* argument, const Tensor& t, const char* cache_name, const Tensor& cache) {
+  if (t.numel() == 0 || cache.numel() == 0) return;
+  const auto [first, stop] = extent(t);
+  const auto [cache_first, cache_stop] = extent(cache);
+  check(stop <= cache_first || cache_stop <= first, op, ": ", argument, " lies in the memory of ", cache_name,
+        ", expected memory of its own");
+}
+
 // Heads [begin, end) of all batch entries in order: entries that share a page write to it one after the other.
 void copy_heads(const Cache& c, const Tensor& cache, const Tensor& added, int64_t begin, int64_t end) {
   const DecodeTensor to = c.view(cache);
@@ -158,6 +176,12 @@ void decode_attention_append(const Tensor key_cache, const Tensor value_cache, c
         new_key.size(2), " (new_key's)");
   check_writable("key_cache", key_cache);
   check_writable("value_cache", value_cache);
+  check(key_cache.numel() == 0 || key_cache.const_data_ptr() != value_cache.const_data_ptr(), op,
+        ": value_cache is key_cache, expected memory of its own to write new values to");
+  check_apart("new_key", new_key, "key_cache", key_cache);
+  check_apart("new_key", new_key, "value_cache", value_cache);
+  check_apart("new_value", new_value, "key_cache", key_cache);
+  check_apart("new_value", new_value, "value_cache", value_cache);
   const int64_t elements = new_key.numel() + new_value.numel();
   parallel_for(0, c.num_kv_heads, elements < serial_elements ? c.num_kv_heads : 1, [&](int64_t begin, int64_t end) {
     copy_heads(c, key_cache, new_key, begin, end);
@@ -266,6 +290,8 @@ std::tuple<Tensor, Tensor> decode_attention_forward(const Tensor query, const Te
                                                     std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
                                                     int64_t num_new, double scale, int64_t window_left,
                                                     double softcap) {
+  check(num_new >= 0, op, ": num_new is ", num_new, ", expected at least 0");
+  check(softcap >= 0, op, ": softcap is ", softcap, ", expected at least 0");
   const Cache c = make_cache(key_cache, value_cache, cache_seqlens, block_table, num_new);
   check_tensor("query", query, key_cache.scalar_type());
   const int64_t batch = query.size(0), heads = query.size(1), length = query.size(2);

@@ -253,3 +253,30 @@ def test_a_dropped_grad_lse_is_seen(monkeypatch):
     monkeypatch.setattr(page, "_backward", lambda grad_output, grad_lse, *rest: original(grad_output, None, *rest))
     with pytest.raises(AssertionError):
         assert_matches_reference(scaled_dot_product_attention, *suite.inputs(), return_lse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_scores_that_are_all_minus_infinity_weigh_nothing(dtype):
+    """As torch: a valid key whose score is -inf has weight 0, and a row of them gives 0. No key is excluded here."""
+    query, key, value = (torch.ones(1, 1, 3, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    with torch.no_grad():
+        key[:] = -torch.inf
+        key[0, 0, 0] = 1.0
+        query[0, 0, 0] = 2.0
+    for keys in (slice(None), slice(1, None)):
+        q, k, v = query, key[:, :, keys], value[:, :, keys]
+        output, lse = scaled_dot_product_attention(q, k, v, return_lse=True)
+        with use_backend("reference"):
+            exact, exact_lse = scaled_dot_product_attention(q, k, v, return_lse=True)
+        assert torch.equal(output, exact) and torch.allclose(lse, exact_lse)
+        assert torch.equal(output, torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    assert not output.any() and (lse == -torch.inf).all()
+
+
+def test_autocast_takes_a_mask_of_another_dtype():
+    query, mask = torch.randn(1, 2, 5, 8), torch.randn(5, 5).half()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = scaled_dot_product_attention(query, query, query, attn_mask=mask)
+        stock = torch.nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=mask)
+    assert ours.dtype == stock.dtype == torch.bfloat16
+    assert (ours.float() - stock.float()).abs().max() < 0.05

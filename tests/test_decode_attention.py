@@ -534,3 +534,10 @@ def test_inference_mode_and_explain():
         explanation.chosen == "cpu" and "new_keys=1, paged=False" in str(explanation) and "window" in str(explanation)
     )
     assert torch.equal(key, copies[0]) and torch.equal(value, copies[1])  # it ran nothing
+
+
+@pytest.mark.parametrize("softcap", [1e-3, 1.0, 1e14, 1e20, 3e38])
+def test_a_softcap_of_any_size(softcap):
+    """A large cap is no cap: the difference of two numbers near 1 would be nothing."""
+    q, k, v = draw(2, 2, 1, 24, seed=1), draw(2, 2, 33, 24, seed=2), draw(2, 2, 33, 24, seed=3)
+    assert_matches_reference(transfuse.decode_attention, q, k, v, torch.tensor([33, 7]), softcap=softcap, backward=False)

@@ -208,3 +208,20 @@ def test_raw_ops_check_again(op, args, text):
     with pytest.raises(ValueError) as error:
         getattr(torch.ops.transfuse, f"decode_attention_{op}")(*args)
     assert str(error.value) == f"decode_attention: {text}"
+
+
+def test_what_is_written_is_not_what_is_read():
+    cache, other = torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16)
+    new, query, lengths = torch.ones(1, 2, 1, 16), torch.ones(1, 2, 1, 16), torch.tensor([3])
+    for arguments, text in (
+        ((cache, cache, new, new), "value_cache is key_cache, expected memory of its own"),
+        ((cache, other, cache[:, :, 4:5], new), "new_key lies in the memory of key_cache"),
+        ((cache, other, new, cache[:, :, 4:5]), "new_value lies in the memory of key_cache"),
+    ):
+        keys, values, new_key, new_value = arguments
+        with use_backend("cpu"), pytest.raises(ValueError, match=text):
+            decode_attention(query, keys, values, lengths, new_key=new_key, new_value=new_value)
+    assert not cache.any() and not other.any()
+    both = torch.zeros(1, 2, 2, 8, 16)  # two caches in turns in one memory are apart
+    decode_attention(query, both[:, 0], both[:, 1], lengths, new_key=new, new_value=new)
+    assert both[:, :, :, 3].all() and not both[:, :, :, 4:].any()

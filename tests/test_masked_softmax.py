@@ -431,7 +431,7 @@ def test_torch_backend_agrees(mask, causal):
      "masked_softmax: dim is 0, expected one of the last two dimensions with is_causal"),
     (lambda: masked_softmax(draw(2, 3), [True]), TypeError, "masked_softmax: mask is a list, expected a Tensor or None"),
     (lambda: masked_softmax(draw(2, 3), torch.ones(2, 3, dtype=torch.int64)), TypeError,
-     "masked_softmax: mask has dtype int64, expected bool or float32 (input's)"),
+     "masked_softmax: mask has dtype int64, expected one of bool, float32"),
     (lambda: masked_softmax(draw(2, 3), _keep(2)), ValueError,
      "masked_softmax: mask has shape (2,), expected one that broadcasts to (2, 3) (input's)"),
     (lambda: masked_softmax(draw(2, 3), _keep(1, 2, 3)), ValueError,

@@ -28,6 +28,7 @@ def _changed_ops_are_measured_anew(request):
 
 def _assert_kept(promise, backend):
     outcome = promises.check(promise, backend)
+    assert backend != "cpu" or outcome.status != "no kernel", f"the CPU lost a kernel: {outcome.reason}"
     if outcome.status == "no kernel":
         pytest.skip(f"no kernel: {outcome.reason}")
     assert outcome.status == "ok", f"{outcome.reason or outcome.figure}\n  repeat: {outcome.repeat}"
@@ -141,6 +142,18 @@ def test_a_dropped_mask_breaks_section_1(monkeypatch):
     )
     outcome = promises.check(promises.find("1.attention.float32.rule-1"), "cpu")
     assert outcome.status == "failed" and "boolean mask: output" in outcome.figure.detail
+
+
+@pytest.mark.parametrize("promise", ["2.attention.float32.rms.normal", "2.attention.float32.agrees-backward"])
+def test_a_nan_in_one_gradient_breaks_section_2(monkeypatch, promise):
+    real = attention._backward
+    monkeypatch.setattr(
+        attention, "_backward", lambda *args: (lambda g: (g[0], g[1] * torch.nan, *g[2:]))(real(*args))
+    )
+    promises.promise.forget()
+    outcome = promises.check(promises.find(promise), "cpu")
+    promises.promise.forget()
+    assert outcome.status == "failed" and outcome.figure.worst == torch.inf
 
 
 def test_a_check_left_out_breaks_section_5(monkeypatch):

@@ -66,10 +66,11 @@ void softmax_panel(const ScorePanel& t, const Scratch& s, int64_t r, bool first,
     maximum = row_maximum(scores, keep, t.keys);
   }
   maximum = max(maximum, before);
+  const vec shift = select(maximum == fill(-infinity), fill(0), maximum);  // where every score is -inf: weights of 0
 
   vec sums[4] = {fill(0), fill(0), fill(0), fill(0)};
   const auto emit = [&](int64_t j, vec& sum) {
-    vec w = weight(load_row(scores + j * panel) - maximum);
+    vec w = weight(load_row(scores + j * panel) - shift);
     if (keep) w = select(load_row(keep + j * panel) > fill(0), w, fill(0));
     sum = sum + w;
     store_row(scores + j * panel, w);

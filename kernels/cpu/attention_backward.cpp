@@ -133,13 +133,14 @@ Maximum score_panel(const Tile& t, int64_t r) {
 // weights(r) = exp(logit - maximum), and their sums.
 vec weigh_panel(const Tile& t, int64_t r, vec maximum) {
   const ScaledExp weight(logit_scale(t.p));
+  const vec shift = select(maximum == fill(-infinity), fill(0), maximum);  // where every score is -inf: weights of 0
   vec sums[4] = {fill(0), fill(0), fill(0), fill(0)};
   t.for_each_block([&](int64_t key, int64_t n) {
     real* weights = t.weights(r) + key * panel;
     const real* keep = t.keep(r) + key * panel;
     const bool plain = t.takes_all(r, key, n);
     for (int64_t j = 0; j < n; ++j) {
-      vec w = weight(load_row(weights + j * panel) - maximum);
+      vec w = weight(load_row(weights + j * panel) - shift);
       if (!plain) w = select(load_row(keep + j * panel) > fill(0), w, fill(0));
       sums[j % 4] = sums[j % 4] + w;
       store_row(weights + j * panel, w);

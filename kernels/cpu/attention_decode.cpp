@@ -9,6 +9,7 @@
 #include "attention_decode.h"
 
 #include "exp.h"
+#include "tanh.h"
 #include "vec.h"
 
 namespace transfuse::cpu::TRANSFUSE_ISA {
@@ -158,12 +159,9 @@ TRANSFUSE_INLINE void add_values(const double* weights, const uint8_t* excluded,
   for (int c = 0; c < vectors; ++c) store_wide(output + c * lanes, sum[c]);
 }
 
-// c * tanh(x / c), by e^(-2|x / c|): the error is a few roundings of c.
 TRANSFUSE_INLINE wide cap_scores(wide x, double softcap) {
-  const wide one = splat<wide>(1.0), y = x / splat<wide>(softcap);
-  const wide t = exponential(abs(y) * splat<wide>(-2.0));
-  const wide size = splat<wide>(softcap) * ((one - t) / (one + t));
-  return select(y < splat<wide>(0.0), -size, size);
+  const wide cap = splat<wide>(softcap);
+  return cap * tanh_and_slope(x / cap).value;
 }
 
 // n elements of the bias from `offset` on, in double.

@@ -72,7 +72,9 @@ class RotaryEmbedding(torch.nn.Module):
         if kept is None or kept[0].shape[0] < length or kept[0].device != device or kept[0].dtype != dtype:
             rows = max(_SMALLEST_TABLE, 1 << (length - 1).bit_length())
             with torch.inference_mode(False), torch.no_grad():  # kept tables serve training calls too
-                kept = self._kept = self.tables(torch.arange(rows, device=device), dtype)
+                kept = self.tables(torch.arange(rows, device=device), dtype)
+            if type(kept[0]) is Tensor and not torch._C._are_functorch_transforms_active():
+                self._kept = kept  # not a fake tensor, nor one of a transform that ends
         return kept[0][:length], kept[1][:length]
 
     def __getstate__(self):

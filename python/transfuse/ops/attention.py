@@ -192,6 +192,7 @@ def _normalise(
         restore: the caller's dimensions before [Lq, Dv], or None if there were four.
     """
     query, key, value = checks.autocast(query, key, value)
+    attn_mask, attn_bias = checks.autocast_additive(query, attn_mask, attn_bias)
     checks.check_tensors(_OP, query, key, value)
     query, key, value, lead = _to_4d(query, key, value, enable_gqa)
     batch, heads, len_q, head_dim = query.shape

@@ -31,6 +31,17 @@ def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
     return tuple(cast)
 
 
+def autocast_additive(query: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast, masks and biases in a dtype that is neither query's nor float32, in query's (already cast)."""
+    if not isinstance(query, Tensor) or query.is_meta or not torch.is_autocast_enabled(query.device.type):
+        return tensors
+    kept = (torch.bool, torch.float32, query.dtype)
+    return tuple(
+        t.to(query.dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype not in kept else t
+        for t in tensors
+    )
+
+
 def features_in_use(
     op: str,
     query: Tensor,

@@ -116,7 +116,7 @@ def _cpu_unsupported(problem: DecodeAttentionProblem) -> tuple[str, ...]:
 
 
 def _run_cpu(query, key_cache, value_cache, seqlens, new_key, new_value, block_table, bias, scale, features):
-    refuse_tangents(_OP, query, key_cache, value_cache, new_key, new_value, bias)
+    refuse_tangents(_OP, query, key_cache, value_cache, new_key, new_value, bias, features.get("alibi_slopes"), features.get("sinks"))
     if new_key is not None:
         torch.ops.transfuse.decode_attention_append.default(
             key_cache, value_cache, seqlens, block_table, new_key, new_value

@@ -80,7 +80,8 @@ def _check(input, mask, scale, is_causal, causal_alignment, dim) -> None:
 def _check_mask(input: Tensor, mask: Tensor) -> None:
     check_tensor("masked_softmax", "mask", mask, "a Tensor or None")
     if mask.dtype not in (torch.bool, input.dtype, torch.float32):
-        raise TypeError(f"masked_softmax: mask has dtype {dtype_name(mask.dtype)}, expected bool or {dtype_name(input.dtype)} (input's)")
+        expected = ", ".join(dict.fromkeys(("bool", "float32", dtype_name(input.dtype))))
+        raise TypeError(f"masked_softmax: mask has dtype {dtype_name(mask.dtype)}, expected one of {expected}")
     extra = input.dim() - mask.dim()
     if extra < 0 or any(m not in (1, n) for m, n in zip(mask.shape, input.shape[extra:], strict=True)):
         raise ValueError(f"masked_softmax: mask has shape {tuple(mask.shape)}, expected one that broadcasts to "

@@ -77,7 +77,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """float32 where torch's autocast says so: the norms are on its list for GPUs and not on that for the CPU."""
     if tensors[0].is_cpu or tensors[0].is_meta or not torch.is_autocast_enabled(tensors[0].device.type):
         return tensors
-    return tuple(None if t is None or t.dtype == torch.float64 else t.float() for t in tensors)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.float() for t in tensors)
 
 
 def fake_statistics(input: Tensor, ndim: int) -> Tensor:

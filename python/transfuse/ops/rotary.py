@@ -23,8 +23,8 @@ def rotary(input: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False
         query, key = transfuse.rotary(query, cos, sin), transfuse.rotary(key, cos, sin)
 
     Args:
-        input: [..., L, D], usually [B, H, L, D]; floating dtype, any strides. It is never copied first, so the usual
-            view of [B, L, H, D] memory costs nothing.
+        input: [..., L, D], usually [B, H, L, D]; floating dtype, any strides. Up to four dimensions it is never
+            copied first, so the usual view of [B, L, H, D] memory costs nothing.
         cos, sin: [L, R/2], or [B, L, R/2] where B is input's first dimension or 1; input's dtype, or float32 beside a
             16-bit input. R <= D: the leading R columns are rotated, the others are copied.
         interleaved: pairs are columns (2i, 2i + 1), as in GPT-J; else (i, i + R/2), as in LLaMA and GPT-NeoX.

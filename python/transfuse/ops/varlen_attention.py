@@ -178,6 +178,7 @@ def _normalise(
 ):
     """Checks everything once; returns what the implementations take, and the options that only some of them have."""
     query, key, value = checks.autocast(query, key, value)
+    (attn_bias,) = checks.autocast_additive(query, attn_bias)
     checks.check_tensors(_OP, query, key, value)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 3:

@@ -4,7 +4,7 @@ from functools import partial
 
 from transfuse.dispatch import dtype_name
 from transfuse.promises.cases import DIRECTIONS, OPS, PARITY_CASES, selected
-from transfuse.promises.promise import DTYPES, Figure, Promise, counted
+from transfuse.promises.promise import DTYPES, Figure, Promise, counted, worst_of
 
 
 def _worst_case(op, dtype, direction, backend, device):
@@ -13,8 +13,8 @@ def _worst_case(op, dtype, direction, backend, device):
     for case in selected(PARITY_CASES, op):
         parity = case.compare(case.inputs(dtype, device), direction)
         where = f"{case.name}: {parity.what} has relative error {parity.largest:.1e}, allowed {parity.budget:.1e}"
-        found.append(Figure(parity.largest / parity.budget, where))
-    return max(found, key=lambda figure: figure.worst)
+        found.append((parity.largest / parity.budget, where))
+    return Figure(*worst_of(found))
 
 
 PROMISES = tuple(

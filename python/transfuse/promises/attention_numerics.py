@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import transfuse
 from transfuse import scaled_dot_product_attention, testing
 from transfuse.dispatch import dtype_name
-from transfuse.promises.promise import DTYPES, Figure, Promise, remembered
+from transfuse.promises.promise import DTYPES, Figure, Promise, remembered, worst_of
 from transfuse.testing import assert_matches_reference, draw
 
 POOLED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -139,7 +139,7 @@ def _against_peer(op, family, dtype, size, rounding_share, backend, device):
         base = max(peer, rounding_share * rounding)
         ratio = ours / base if base else 0.0 if ours == 0 else torch.inf
         found.append((ratio, f"{what}: {ours:.2e}, torch {peer:.2e}, rounding alone {rounding:.2e}"))
-    worst, where = max(found)
+    worst, where = worst_of(found)
     return Figure(worst, where, 1.0)
 
 

@@ -1,5 +1,6 @@
 """What a promise is, and how one is checked: the one mechanism behind `transfuse verify` and docs/numerics.md."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,6 +70,12 @@ def forget():
     """Measures anew from here on: for whoever changes an op in a process that has measured it."""
     for function in _remembered:
         function.cache_clear()
+
+
+def worst_of(found):
+    """The (figure, words) of the largest figure. A NaN is larger than any: it compares with nothing by itself."""
+    return max(((figure, *words) if figure == figure else (math.inf, *words) for figure, *words in found),
+               key=lambda entry: entry[0])
 
 
 def counted(items, noun):

@@ -1,7 +1,7 @@
 """CONTRACT section 6: what importing transfuse and using every op does to a machine, watched in a fresh interpreter.
 
-That interpreter is the one process that this package ever starts, and only here (trace.py says what it watches). The
-same run under strace, which sees what compiled code does, is tests/test_security.py.
+That interpreter, and the forked child of determinism.py, are the only processes that this package ever starts, and only
+when these promises are checked (trace.py says what is watched). The same run under strace, which sees what compiled code does, is tests/test_security.py.
 """
 
 import json
