@@ -23,7 +23,7 @@ def test_the_five_lines_run(capsys):
 
 
 def test_readme_is_short_and_names_both_commands():
-    assert len(README.splitlines()) < 90
+    assert len(README.splitlines()) < 100
     assert "make demo" in README and "make test" in README and "pip install ." in README
 
 
