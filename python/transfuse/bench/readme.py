@@ -9,6 +9,8 @@ import json
 import sys
 from pathlib import Path
 
+from transfuse.promises.cases import BENCH_CASES
+
 BEGIN = "<!-- measured: begin, written by `python -m transfuse.bench.readme` -->"
 END = "<!-- measured: end -->"
 # The README is one page: it shows these cases of the many that are measured.
@@ -64,8 +66,10 @@ def tables(documents):
         for row in shown:
             figure = f"{row['speedup']:.2f}x ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
             by_case.setdefault((row["op"], row["case"], row["shape"]), {})[row["direction"]] = figure
+        inference_only = {case.op for case in BENCH_CASES if "backward" not in case.directions}
         for (op, case, shape), found in by_case.items():
-            figures = " | ".join(found.get(direction, NOT_MEASURED) for direction in ("forward", "backward"))
+            missing = "none" if op in inference_only else NOT_MEASURED
+            figures = " | ".join(found.get(direction, missing) for direction in ("forward", "backward"))
             lines.append(f"| {op} | {case} | {shape} | {figures} |")
     return "\n".join(lines)
 
