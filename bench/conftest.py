@@ -66,3 +66,12 @@ def run_case(benchmark):
                 benchmark(case.ours, *inputs)
 
     return run
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """What the table of pytest-benchmark does not show: each case against its peer of the same run."""
+    for benchmark in getattr(getattr(config, "_benchmarksession", None), "benchmarks", ()):
+        info = benchmark.extra_info
+        if "speedup" in info:
+            low, high = info["speedup_low"], info["speedup_high"]
+            terminalreporter.write_line(f"{info['speedup']:6.2f}x torch ({low:.2f} to {high:.2f})  {benchmark.name}")
