@@ -9,10 +9,13 @@ positions come back as 0, in ``last_hidden_state`` and in every ``hidden_states`
 
 A call that cannot be packed takes the padded path, where the same modules run on [B, S, H] with the mask of
 transformers; ``report()`` counts such calls with their reasons.
+
+Inference on the CPU leaves the modules out: ``Encoder`` hands their parameters to fused_layers.py, packed or padded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -22,6 +25,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from transformers.models.bert import modeling_bert as modeling
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from transfuse import dispatch
+from transfuse.models.fused_layers import PART_TOKENS, EncoderLayer, gelu_form, pack_layers, run_layers
+from transfuse.models.packed_linear import forget, inference_on_cpu
 from transfuse.models.swap import (
     FAMILIES,
     PACKED,
@@ -43,6 +49,9 @@ _KNOWN_ATTENTION = ("sdpa", "eager")
 _Maybe: TypeAlias = torch.Tensor | None
 # Keyword arguments of a call that do not change what the encoder computes.
 _HARMLESS = frozenset({"return_dict", "num_items_in_batch"})
+# Arguments of an encoder's call that fused layers know nothing of, where they are given or set.
+_STOCK_ARGUMENTS = ("encoder_hidden_states", "encoder_attention_mask", "past_key_values")
+_STOCK_FLAGS = ("use_cache", "output_attentions", "output_hidden_states")
 
 
 class PackedModel(Swapped):
@@ -192,17 +201,116 @@ class PositionsFromIds(PackedModel):
 class Encoder(Swapped):
     """The stack of layers. On packed input it keeps the hidden states itself, where stock has hooks do it."""
 
-    needs_packing = True
+    takes_dtype = True
+
+    def train(self, mode: bool = True) -> nn.Module:
+        if mode:
+            forget(self)
+        return super().train(mode)
 
     def fused(self, hidden_states: torch.Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(attention_mask, Packing):
+        packed = isinstance(attention_mask, Packing)
+        states = [hidden_states] if packed and kwargs["output_hidden_states"] else None
+        reason = self._why_by_module(hidden_states, attention_mask, args, kwargs)
+        if not reason:
+            hidden_states = self._run_fused(hidden_states, attention_mask, states)
+        elif packed:
+            self._count_other_dtype(reason)
+            for layer in self.layer:
+                hidden_states = layer(hidden_states, attention_mask)
+                if states is not None:
+                    states.append(hidden_states)
+        else:
+            self._count_other_dtype(reason)
             return self.stock_forward(hidden_states, attention_mask, *args, **kwargs)
-        states = [hidden_states] if kwargs["output_hidden_states"] else None
-        for layer in self.layer:
-            hidden_states = layer(hidden_states, attention_mask)
-            if states is not None:
-                states.append(hidden_states)
         return modeling.BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states, hidden_states=states)
+
+    def _why_by_module(self, hidden_states: torch.Tensor, attention_mask: Any, args: tuple, kwargs: dict) -> str:
+        """The reason why a call runs module by module; empty when fused_layers.py can do it."""
+        if not inference_on_cpu(hidden_states):
+            return "training, autocast, tracing, or a device that packs no weights"
+        if hidden_states.numel() == 0 or not len(self.layer):
+            return "the input or the encoder is empty"
+        if dispatch.setting() not in ("auto", "cpu"):
+            return f"backend {dispatch.setting()!r}"
+        if not isinstance(attention_mask, Packing):
+            if args or any(kwargs.get(name) is not None for name in _STOCK_ARGUMENTS) or any(map(kwargs.get, _STOCK_FLAGS)):
+                return "an argument that only stock knows"
+            if self.config._attn_implementation not in _KNOWN_ATTENTION:
+                return f"attention implementation {self.config._attn_implementation!r}"
+            if attention_mask is not None and attention_mask.is_floating_point() and self.compute_dtype is not None:
+                return "a float mask"
+        if not all(map(_is_plain, self.layer)):
+            return "a module is hooked, training, or not the family's own"
+        return ""
+
+    def _run_fused(self, hidden_states: torch.Tensor, mask: Any, states: list[torch.Tensor] | None) -> torch.Tensor:
+        layers = [_encoder_layer(layer) for layer in self.layer]
+        own_dtype = hidden_states.dtype
+        packed = pack_layers(self, layers, self.compute_dtype or own_dtype)
+        shape = hidden_states.shape
+        hidden = hidden_states.reshape(-1, shape[-1]).to(packed.dtype)
+        if states is not None:
+            found: list[torch.Tensor] = []
+            hidden = run_layers(hidden, layers, packed, _varlen(mask), found)
+            states.extend(x.view(shape).to(own_dtype) for x in found)
+        elif isinstance(mask, Packing):
+            parts = [run_layers(hidden[rows], layers, packed, _varlen(part)) for rows, part in mask.parts(PART_TOKENS)]
+            hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
+        else:
+            hidden = run_layers(hidden, layers, packed, _dense(shape, mask))
+        return hidden.view(shape).to(own_dtype)
+
+    def _count_other_dtype(self, reason: str) -> None:
+        if self.compute_dtype is not None:
+            count_call(self, f"computed in the model's own dtype: {reason}")
+
+
+def _varlen(packing: Packing) -> Callable:
+    """Attention within the sequences of packed tokens."""
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        return varlen_attention(
+            query, key, value, packing.cu_seqlens, max_seqlen_q=packing.max_seqlen, scale=scale
+        )
+
+    return attend
+
+
+def _dense(shape: torch.Size, mask: torch.Tensor | None) -> Callable:
+    """Attention within the rows of a padded batch."""
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        query, key, value = (x.unflatten(0, shape[:2]).transpose(1, 2) for x in (query, key, value))
+        return scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2).flatten(0, 1)
+
+    return attend
+
+
+def _encoder_layer(layer: nn.Module) -> EncoderLayer:
+    """The modules of a BertLayer and of those of its shape."""
+    attention, output = layer.attention.self, layer.attention.output
+    intermediate = layer.intermediate
+    return EncoderLayer(
+        attention.query, attention.key, attention.value, output.dense, output.LayerNorm,
+        intermediate.dense, intermediate.intermediate_act_fn, layer.output.dense, layer.output.LayerNorm,
+        attention.num_attention_heads, attention.scaling,
+    )
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether every module of a layer is the one of its family, exchanged where it computes, unhooked and in eval."""
+    attention = layer.attention
+    computing = (attention.self, attention.output, layer.intermediate, layer.output)
+    return (
+        (is_exchanged(layer) or type(layer).__module__ in FAMILIES)
+        and type(attention).__module__ in FAMILIES
+        and all(map(is_exchanged, computing))
+        and all(map(unhooked, (layer, attention, *computing)))
+        and not any(drop.training or not unhooked(drop) for drop in
+                    (attention.self.dropout, attention.output.dropout, layer.output.dropout))
+        and _encoder_layer(layer).may_fuse()
+    )
 
 
 class Layer(Swapped):
@@ -291,15 +399,10 @@ class Intermediate(Swapped):
 
     def fused(self, hidden_states: torch.Tensor) -> torch.Tensor:
         dense, act = self.dense, self.intermediate_act_fn
-        form = _gelu_form(act)
+        form = gelu_form(act)
         if not form or type(dense) is not nn.Linear or dense.bias is None or not (unhooked(dense) and unhooked(act)):
             return self.stock_forward(hidden_states)
         return gelu(F.linear(hidden_states, dense.weight), form, bias=dense.bias)
-
-
-def _gelu_form(act: Any) -> str:
-    """"none" or "tanh" for an activation that accelerate() exchanged, else empty: any class may have the attribute."""
-    return getattr(act, "approximate", "") if is_exchanged(act) else ""
 
 
 def _pack(padded: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, Packing]:

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from transfuse import dispatch, env, extension
-from transfuse.models import swap
+from transfuse.models import packed_linear, swap
 from transfuse.models.verdict import Sample, check_sample, measure_speed
 
 # Device families on which a gain was measured on whole models. Elsewhere accelerate() needs sample= or force=True.
 MEASURED_DEVICES = ("cpu",)
 # Backends that need no compiled module and are taken only on request.
 _UNCOMPILED = ("torch", "reference")
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def accelerate(
@@ -37,17 +38,19 @@ def accelerate(
         padding_free: encoders compute real tokens only. Padded positions of their outputs are then 0 (so is what a
             head makes of them, such as ``pooler_output`` of a row whose first position is padding). False keeps
             stock's values everywhere.
-        dtype: compute dtype; only None for now.
+        dtype: what inference on the CPU computes in; parameters, state_dict and model.dtype stay. torch.bfloat16 runs
+            the products, attention and norms of encoder layers on bfloat16 tensors, with sums and statistics in float32;
+            the embeddings, and whatever follows the last layer, stay in the model's dtype. Calls with gradients, hooks
+            inside the encoder or autocast compute in the model's dtype; report() counts them. None is the model's own.
         sample: inputs to measure with (see ``verify``), needed where no gain was measured yet on the model's device:
             the model is then kept accelerated only when it is faster on them.
         force: exchange whether or not a gain is known.
     Returns:
         The same object. A second call is harmless, and applies its own options.
     Warns:
-        TransfuseWarning: nothing was exchanged, with the reason.
+        TransfuseWarning: nothing was exchanged, or ``dtype`` changes nothing, with the reason.
     Raises:
         TypeError, ValueError: a bad argument, or a backend that this machine or one of the model's ops has not.
-        NotImplementedError: dtype is given.
     """
     _check_arguments(model, backend, padding_free, dtype, sample, force)
     if env.get("TRANSFUSE_DISABLE"):
@@ -60,15 +63,18 @@ def accelerate(
             swap.put_back(step.module)
     reason = _why_nothing(model, wanted, backend, sample, force)
     if reason:
-        _warn_unchanged(model, reason)
+        _warn(f"accelerate: nothing changed in {type(model).__name__}: {reason}")
         return model
     for step in wanted:
-        swap.put(step.module, step.fused, backend)
+        swap.put(step.module, step.fused, backend, dtype)
+    if dtype is not None and not any(step.fused.takes_dtype for step in wanted):
+        _warn(f"accelerate: dtype={dtype} changes nothing in {type(model).__name__}: it has no encoder that takes it")
     if sample is not None and not force and _device(model) not in MEASURED_DEVICES:
         speed = measure_speed(model, sample)
         if speed.ratio <= 1:
             restore(model)
-            _warn_unchanged(model, f"on the sample it would run at {speed.ratio:.2f} of stock's speed")
+            slower = f"on the sample it would run at {speed.ratio:.2f} of stock's speed"
+            _warn(f"accelerate: nothing changed in {type(model).__name__}: {slower}")
     return model
 
 
@@ -83,16 +89,21 @@ def restore(model: nn.Module) -> nn.Module:
     check_model("restore", model)
     for _, module in list(swap.swapped_modules(model)):
         swap.put_back(module)
+    packed_linear.forget(model)
     return model
 
 
 def repack(model: nn.Module) -> nn.Module:
-    """To be called after weights were edited behind autograd's back (``.data``). Nothing is packed yet: nothing to do.
+    """To be called after weights were edited behind autograd's back (``.data``): the next call packs them anew.
+
+    Without it such an edit is noticed when it moves the tensor or changes one of 64 sampled elements of it. Edits that
+    autograd sees (an optimizer's step, ``load_state_dict``, ``copy_`` under no_grad) need no call.
 
     Raises:
         TypeError: ``model`` is not an nn.Module.
     """
     check_model("repack", model)
+    packed_linear.forget(model)
     return model
 
 
@@ -102,8 +113,7 @@ def check_model(op: str, model: object) -> None:
         raise TypeError(f"{op}: model is a {type(model).__name__}, expected a torch.nn.Module")
 
 
-def _warn_unchanged(model: nn.Module, reason: str) -> None:
-    text = f"accelerate: nothing changed in {type(model).__name__}: {reason}"
+def _warn(text: str) -> None:
     warnings.warn(text, dispatch.TransfuseWarning, stacklevel=3)
 
 
@@ -118,7 +128,9 @@ def _check_arguments(
     if dtype is not None:
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"accelerate: dtype is a {type(dtype).__name__}, expected torch.dtype or None")
-        raise NotImplementedError(f"accelerate: dtype={dtype} is not implemented yet, expected None (the model's own)")
+        if dtype not in COMPUTE_DTYPES:
+            allowed = " or ".join(map(str, COMPUTE_DTYPES))
+            raise ValueError(f"accelerate: dtype is {dtype}, expected {allowed}, or None (the model's own)")
     if sample is not None:
         check_sample("accelerate", sample)
 

@@ -46,8 +46,10 @@ class Swapped:
 
     stock: type[nn.Module]  # the class that restore() puts back
     needs_packing = False  # only used where padding_free=True
+    takes_dtype = False  # whether compute_dtype changes what it does
     backends = env.BACKENDS  # those that its ops have
     pinned_backend: str | None = None  # accelerate(backend=...): an instance attribute where it is not "auto"
+    compute_dtype: torch.dtype | None = None  # accelerate(dtype=...): an instance attribute where it is not None
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str:
@@ -111,19 +113,20 @@ def replacement_of(stock: type[nn.Module]) -> type[Swapped] | None:
     return importlib.import_module(family).REPLACEMENTS.get(stock) if family else None
 
 
-def put(module: nn.Module, fused: type[Swapped], backend: str) -> None:
-    """Exchanges one module's class."""
+def put(module: nn.Module, fused: type[Swapped], backend: str = "auto", dtype: torch.dtype | None = None) -> None:
+    """Exchanges one module's class and gives it the options of accelerate()."""
     module.__class__ = fused
-    if backend == "auto":
-        module.__dict__.pop("pinned_backend", None)
-    else:
-        module.pinned_backend = backend
+    for option, value, default in (("pinned_backend", backend, "auto"), ("compute_dtype", dtype, None)):
+        module.__dict__.pop(option, None)
+        if value != default:
+            setattr(module, option, value)
 
 
 def put_back(module: nn.Module) -> None:
     """Gives one module its stock class again; a class that was changed since is not ours to take away."""
     if is_exchanged(module):
-        module.__dict__.pop("pinned_backend", None)
+        for option in ("pinned_backend", "compute_dtype"):
+            module.__dict__.pop(option, None)
         module.__class__ = type(module).stock
 
 

@@ -5,7 +5,9 @@
     padded = unpack(output, packing)                      # [tokens, ...] -> [B, L, ...], zeros at padded places
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,6 +32,23 @@ class Packing:
     cu_seqlens: Tensor
     max_seqlen: int
     shape: tuple[int, ...]
+
+    def parts(self, tokens: int) -> Iterator["tuple[slice, Packing]"]:
+        """Whole sequences in groups of about ``tokens`` tokens, more where one is longer: their tokens, their Packing."""
+        bounds = self.cu_seqlens.tolist()
+        first, last = 0, len(bounds) - 1
+        while first < last:
+            stop = first + 1
+            while stop < last and bounds[stop + 1] - bounds[first] <= tokens:
+                stop += 1
+            rows = slice(bounds[first], bounds[stop])
+            if (first, stop) == (0, last):
+                yield rows, self
+            elif rows.start < rows.stop:
+                longest = max(b - a for a, b in pairwise(bounds[first : stop + 1]))
+                cu_seqlens = self.cu_seqlens[first : stop + 1] - bounds[first]
+                yield rows, Packing(self.indices[rows], cu_seqlens, longest, (stop - first, *self.shape[-1:]))
+            first = stop
 
 
 def pack(input: Tensor, attention_mask: "Tensor | Packing") -> tuple[Tensor, Packing]:
