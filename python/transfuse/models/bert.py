@@ -15,7 +15,6 @@ Inference on the CPU leaves the modules out: ``Encoder`` hands their parameters 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -26,8 +25,16 @@ from transformers.models.bert import modeling_bert as modeling
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from transfuse import dispatch
-from transfuse.models.fused_layers import PART_TOKENS, EncoderLayer, gelu_form, pack_layers, run_layers
-from transfuse.models.packed_linear import forget, inference_on_cpu
+from transfuse.models.fused_layers import (
+    PART_TOKENS,
+    Attend,
+    EncoderLayer,
+    FusedStack,
+    forget,
+    fused_stack,
+    gelu_form,
+)
+from transfuse.models.packed_linear import inference_on_cpu
 from transfuse.models.swap import (
     FAMILIES,
     PACKED,
@@ -211,62 +218,84 @@ class Encoder(Swapped):
     def fused(self, hidden_states: torch.Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         packed = isinstance(attention_mask, Packing)
         states = [hidden_states] if packed and kwargs["output_hidden_states"] else None
+        stack = None
         reason = self._why_by_module(hidden_states, attention_mask, args, kwargs)
         if not reason:
-            hidden_states = self._run_fused(hidden_states, attention_mask, states)
+            stack = fused_stack(self, self.layer, self.compute_dtype or hidden_states.dtype, self._encoder_layers)
+            reason = "" if stack else "a module of the encoder is hooked, in training mode, or not the family's own"
+        if reason and self.compute_dtype is not None:
+            count_call(self, f"computed in the model's own dtype: {reason}")
+        if stack:
+            hidden_states = _run_stack(stack, hidden_states, attention_mask, states)
         elif packed:
-            self._count_other_dtype(reason)
             for layer in self.layer:
                 hidden_states = layer(hidden_states, attention_mask)
                 if states is not None:
                     states.append(hidden_states)
         else:
-            self._count_other_dtype(reason)
             return self.stock_forward(hidden_states, attention_mask, *args, **kwargs)
         return modeling.BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states, hidden_states=states)
 
     def _why_by_module(self, hidden_states: torch.Tensor, attention_mask: Any, args: tuple, kwargs: dict) -> str:
-        """The reason why a call runs module by module; empty when fused_layers.py can do it."""
+        """The reason why a call runs module by module; empty when fused_layers.py may do it."""
         if not inference_on_cpu(hidden_states):
             return "training, autocast, tracing, or a device that packs no weights"
-        if hidden_states.numel() == 0 or not len(self.layer):
+        if hidden_states.numel() == 0 or len(self.layer) == 0:
             return "the input or the encoder is empty"
         if dispatch.setting() not in ("auto", "cpu"):
             return f"backend {dispatch.setting()!r}"
-        if not isinstance(attention_mask, Packing):
-            if args or any(kwargs.get(name) is not None for name in _STOCK_ARGUMENTS) or any(map(kwargs.get, _STOCK_FLAGS)):
-                return "an argument that only stock knows"
-            if self.config._attn_implementation not in _KNOWN_ATTENTION:
-                return f"attention implementation {self.config._attn_implementation!r}"
-            if attention_mask is not None and attention_mask.is_floating_point() and self.compute_dtype is not None:
-                return "a float mask"
-        if not all(map(_is_plain, self.layer)):
-            return "a module is hooked, training, or not the family's own"
+        if isinstance(attention_mask, Packing):
+            return ""
+        if args or any(kwargs.get(name) is not None for name in _STOCK_ARGUMENTS) or any(map(kwargs.get, _STOCK_FLAGS)):
+            return "an argument that only stock knows"
+        if self.config._attn_implementation not in _KNOWN_ATTENTION:
+            return f"attention implementation {self.config._attn_implementation!r}"
+        if attention_mask is not None and attention_mask.is_floating_point() and self.compute_dtype is not None:
+            return "a float mask"
         return ""
 
-    def _run_fused(self, hidden_states: torch.Tensor, mask: Any, states: list[torch.Tensor] | None) -> torch.Tensor:
-        layers = [_encoder_layer(layer) for layer in self.layer]
-        own_dtype = hidden_states.dtype
-        packed = pack_layers(self, layers, self.compute_dtype or own_dtype)
-        shape = hidden_states.shape
-        hidden = hidden_states.reshape(-1, shape[-1]).to(packed.dtype)
-        if states is not None:
-            found: list[torch.Tensor] = []
-            hidden = run_layers(hidden, layers, packed, _varlen(mask), found)
-            states.extend(x.view(shape).to(own_dtype) for x in found)
-        elif isinstance(mask, Packing):
-            parts = [run_layers(hidden[rows], layers, packed, _varlen(part)) for rows, part in mask.parts(PART_TOKENS)]
-            hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
-        else:
-            hidden = run_layers(hidden, layers, packed, _dense(shape, mask))
-        return hidden.view(shape).to(own_dtype)
-
-    def _count_other_dtype(self, reason: str) -> None:
-        if self.compute_dtype is not None:
-            count_call(self, f"computed in the model's own dtype: {reason}")
+    def _encoder_layers(self) -> list[EncoderLayer] | None:
+        """The modules of every layer; None where one is not exchanged or not of the family."""
+        return [_encoder_layer(layer) for layer in self.layer] if all(map(_is_known, self.layer)) else None
 
 
-def _varlen(packing: Packing) -> Callable:
+def _is_known(layer: nn.Module) -> bool:
+    attention = layer.attention
+    return (
+        (is_exchanged(layer) or type(layer).__module__ in FAMILIES)
+        and type(attention).__module__ in FAMILIES
+        and all(map(is_exchanged, (attention.self, attention.output, layer.intermediate, layer.output)))
+    )
+
+
+def _encoder_layer(layer: nn.Module) -> EncoderLayer:
+    attention, output, intermediate = layer.attention.self, layer.attention.output, layer.intermediate
+    return EncoderLayer(
+        attention.query, attention.key, attention.value, output.dense, output.LayerNorm,
+        intermediate.dense, intermediate.intermediate_act_fn, layer.output.dense, layer.output.LayerNorm,
+        attention.num_attention_heads, attention.scaling,
+    )
+
+
+def _run_stack(
+    stack: FusedStack, hidden_states: torch.Tensor, mask: Any, states: list[torch.Tensor] | None
+) -> torch.Tensor:
+    """[1, T, H] of a Packing or [B, S, H] with the mask of transformers; ``states`` receives every layer's output."""
+    shape, own_dtype = hidden_states.shape, hidden_states.dtype
+    hidden = hidden_states.reshape(-1, shape[-1]).to(stack.dtype)
+    if states is not None:
+        of_layers: list[torch.Tensor] = []
+        hidden = stack.run(hidden, _varlen(mask), of_layers)
+        states.extend(x.view(shape).to(own_dtype) for x in of_layers)
+    elif isinstance(mask, Packing):
+        parts = [stack.run(hidden[rows], _varlen(part)) for rows, part in mask.parts(PART_TOKENS)]
+        hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
+    else:
+        hidden = stack.run(hidden, _dense(shape, mask))
+    return hidden.view(shape).to(own_dtype)
+
+
+def _varlen(packing: Packing) -> Attend:
     """Attention within the sequences of packed tokens."""
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
@@ -277,7 +306,7 @@ def _varlen(packing: Packing) -> Callable:
     return attend
 
 
-def _dense(shape: torch.Size, mask: torch.Tensor | None) -> Callable:
+def _dense(shape: torch.Size, mask: torch.Tensor | None) -> Attend:
     """Attention within the rows of a padded batch."""
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
@@ -285,32 +314,6 @@ def _dense(shape: torch.Size, mask: torch.Tensor | None) -> Callable:
         return scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2).flatten(0, 1)
 
     return attend
-
-
-def _encoder_layer(layer: nn.Module) -> EncoderLayer:
-    """The modules of a BertLayer and of those of its shape."""
-    attention, output = layer.attention.self, layer.attention.output
-    intermediate = layer.intermediate
-    return EncoderLayer(
-        attention.query, attention.key, attention.value, output.dense, output.LayerNorm,
-        intermediate.dense, intermediate.intermediate_act_fn, layer.output.dense, layer.output.LayerNorm,
-        attention.num_attention_heads, attention.scaling,
-    )
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether every module of a layer is the one of its family, exchanged where it computes, unhooked and in eval."""
-    attention = layer.attention
-    computing = (attention.self, attention.output, layer.intermediate, layer.output)
-    return (
-        (is_exchanged(layer) or type(layer).__module__ in FAMILIES)
-        and type(attention).__module__ in FAMILIES
-        and all(map(is_exchanged, computing))
-        and all(map(unhooked, (layer, attention, *computing)))
-        and not any(drop.training or not unhooked(drop) for drop in
-                    (attention.self.dropout, attention.output.dropout, layer.output.dropout))
-        and _encoder_layer(layer).may_fuse()
-    )
 
 
 class Layer(Swapped):

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from transfuse import dispatch, env, extension
-from transfuse.models import packed_linear, swap
+from transfuse.models import swap
+from transfuse.models.fused_layers import forget
 from transfuse.models.verdict import Sample, check_sample, measure_speed
 
 # Device families on which a gain was measured on whole models. Elsewhere accelerate() needs sample= or force=True.
@@ -89,7 +90,7 @@ def restore(model: nn.Module) -> nn.Module:
     check_model("restore", model)
     for _, module in list(swap.swapped_modules(model)):
         swap.put_back(module)
-    packed_linear.forget(model)
+    forget(model)
     return model
 
 
@@ -103,7 +104,7 @@ def repack(model: nn.Module) -> nn.Module:
         TypeError: ``model`` is not an nn.Module.
     """
     check_model("repack", model)
-    packed_linear.forget(model)
+    forget(model)
     return model
 
 

@@ -1,10 +1,10 @@
 """Linear layers whose weights are kept a second time, in the layout that oneDNN multiplies fastest on this CPU.
 
-    packed = packed_for(encoder, groups, dtype)            # made at the first call, made again when a weight changed
-    query_key_value = packed.products[0](hidden)           # one product for the layers of the first group
+    packed = PackedLinears(groups, torch.float32)        # a group is one or several layers with the same input
+    query_key_value = packed.products[0](rows)           # [N, in] -> [N, out of all layers of the group]
 
-A packed copy belongs to no module, so state_dict, pickle and deepcopy know nothing of it. It holds as long as every
-weight is the same tensor at the same version with the same 64 sampled elements: an edit through ``.data`` changes
+A packed copy belongs to no module, so state_dict, pickle and deepcopy know nothing of it. It fits as long as every
+weight is the same memory at the same version with the same 64 sampled elements: an edit through ``.data`` changes
 neither of the first two, and ``transfuse.repack`` is for edits that the sample misses.
 
 oneDNN gives a row the same bits whatever the number of rows beside it, but for a single row, which runs as two.
@@ -13,15 +13,12 @@ oneDNN gives a row the same bits whatever the number of rows beside it, but for 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transfuse.nn.hooks import unhooked
-
-Group = tuple[nn.Linear, ...]  # layers of one input: a single product computes them all
+Group = tuple[nn.Linear, ...]
 
 _SAMPLED_ELEMENTS = 64
 _ROWS_HINT = 1024  # the number of rows that oneDNN chooses the layout for
@@ -51,45 +48,33 @@ class PackedLinears:
     def __init__(self, groups: Sequence[Group], dtype: torch.dtype):
         self.dtype = dtype
         self.products = [Product(group, dtype) for group in groups]
-        tensors = _tensors(groups)
+        self.layers = [layer for group in groups for layer in group]
+        tensors = self._tensors()
         self.states = [(tensor._version, tensor.data_ptr()) for tensor in tensors]
         self.samples = [_sample(tensor) for tensor in tensors]  # views: they show a later edit
         self.sampled = torch.cat(self.samples)
 
-    def fits(self, groups: Sequence[Group], dtype: torch.dtype) -> bool:
-        """Whether the groups still hold what was packed."""
-        return (
-            dtype == self.dtype
-            and [(tensor._version, tensor.data_ptr()) for tensor in _tensors(groups)] == self.states
-            and torch.equal(torch.cat(self.samples), self.sampled)
+    def fits(self) -> bool:
+        """Whether the layers still hold what was packed."""
+        states = [(tensor._version, tensor.data_ptr()) for tensor in self._tensors()]
+        return states == self.states and torch.equal(torch.cat(self.samples), self.sampled)
+
+    def bytes(self) -> int:
+        tensors = (tensor for product in self.products for tensor in (product.weight, product.bias))
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for layer in self.layers for tensor in layer._parameters.values() if tensor is not None]
+
+
+def may_pack(layer: nn.Module) -> bool:
+    """Whether this is a plain linear layer on the CPU, in a dtype that has packed products."""
+    return (
+        type(layer) is nn.Linear
+        and all(
+            tensor is None or type(tensor) is nn.Parameter and tensor.dtype in _DTYPES and tensor.device.type == "cpu"
+            for tensor in (layer.weight, layer.bias)
         )
-
-
-_packed: WeakKeyDictionary[nn.Module, PackedLinears] = WeakKeyDictionary()
-
-
-def packed_for(owner: nn.Module, groups: Sequence[Group], dtype: torch.dtype) -> PackedLinears:
-    """The packed copy that ``owner`` answers for; ``may_pack`` has said yes to every layer."""
-    packed = _packed.get(owner)
-    if packed is None or not packed.fits(groups, dtype):
-        packed = _packed[owner] = PackedLinears(groups, dtype)
-    return packed
-
-
-def forget(model: nn.Module) -> None:
-    """Frees the packed copies of a module and of all within."""
-    for module in model.modules():
-        _packed.pop(module, None)
-
-
-def packed_bytes(model: nn.Module) -> int:
-    """Memory that the packed copies of a module and of all within take."""
-    found = (_packed.get(module) for module in model.modules())
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for packed in found if packed is not None
-        for product in packed.products
-        for tensor in (product.weight, product.bias) if tensor is not None
     )
 
 
@@ -98,28 +83,12 @@ def inference_on_cpu(input: Tensor) -> bool:
     return (
         _available
         and input.device.type == "cpu"
+        and input.dtype in _DTYPES
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
     )
-
-
-def may_pack(layer: nn.Module) -> bool:
-    """Whether this is a plain linear layer in eval mode that nobody listens to."""
-    return (
-        type(layer) is nn.Linear
-        and not layer.training
-        and layer.weight.dtype in _DTYPES
-        and layer.weight.device.type == "cpu"
-        and type(layer.weight) is nn.Parameter
-        and unhooked(layer)
-    )
-
-
-def _tensors(groups: Sequence[Group]) -> list[Tensor]:
-    layers = (layer for group in groups for layer in group)
-    return [tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
 
 
 def _sample(tensor: Tensor) -> Tensor:
