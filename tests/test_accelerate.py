@@ -335,7 +335,7 @@ def test_float64_on_the_cpu_is_left_alone():
         (TypeError, "accelerate: padding_free is a int, expected bool", {"padding_free": 1}),
         (TypeError, "accelerate: force is a str, expected bool", {"force": "yes"}),
         (TypeError, "accelerate: dtype is a str, expected torch.dtype or None", {"dtype": "bfloat16"}),
-        (NotImplementedError, "accelerate: dtype=torch.bfloat16 is not implemented yet", {"dtype": torch.bfloat16}),
+        (ValueError, "accelerate: dtype is torch.float16, expected torch.float32 or torch.bfloat16", {"dtype": torch.float16}),
         (TypeError, "accelerate: the sample is a str, expected a mapping, a tensor, a tuple or", {"sample": "text"}),
         (ValueError, "accelerate: the sample is empty", {"sample": {}}),
     ],
@@ -430,6 +430,11 @@ def test_verify_changes_nothing_and_sees_a_wrong_layer(monkeypatch):
     nan = float("nan")
     monkeypatch.setattr(transfuse.models.bert.ResidualNorm, "fused", lambda self, x, y: right(self, x, y) * nan)
     assert not transfuse.verify(model, batch())
+    monkeypatch.undo()
+    right = transfuse.models.fused_layers._add_norm  # what runs where nobody listens
+    monkeypatch.setattr(transfuse.models.fused_layers, "_add_norm", lambda *arguments: right(*arguments) * 1.01)
+    verdict = transfuse.verify(model, batch())
+    assert not verdict and verdict.layers[0].ok
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])

@@ -287,10 +287,13 @@ def test_attention_dropout_while_training(padding_free):
 
 
 @pytest.mark.parametrize("mutant", ["scale", "value", "mask"])
+@pytest.mark.parametrize("by_module", [True, False])
 @pytest.mark.parametrize("padding_free", [True, False])
-def test_wrong_attention_shows(monkeypatch, padding_free, mutant):
+def test_wrong_attention_shows(monkeypatch, padding_free, by_module, mutant):
     """The suite is worth something: a scale of 1.01, values times 1.001 or a dropped mask are each seen."""
     stock, ours = pair(padding_free=padding_free)
+    if by_module:
+        ours.encoder.layer[0].register_forward_hook(lambda *_: None)
     mask = mask_of("right")
     batch = batch_of(mask)
     varlen, padded = transfuse.models.bert.varlen_attention, transfuse.models.bert.scaled_dot_product_attention
@@ -301,9 +304,9 @@ def test_wrong_attention_shows(monkeypatch, padding_free, mutant):
         return varlen(query, key, value * (1.001 if mutant == "value" else 1), cu_seqlens, max_seqlen_q=max_seqlen_q,
                       scale=scale * (1.01 if mutant == "scale" else 1), **options)
 
-    def wrong_padded(query, key, value, attn_mask, dropout_p, *, scale):
-        return padded(query, key, value * (1.001 if mutant == "value" else 1), None if mutant == "mask" else attn_mask, dropout_p,
-                      scale=scale * (1.01 if mutant == "scale" else 1))
+    def wrong_padded(query, key, value, attn_mask, *dropout_p, scale):
+        return padded(query, key, value * (1.001 if mutant == "value" else 1), None if mutant == "mask" else attn_mask,
+                      *dropout_p, scale=scale * (1.01 if mutant == "scale" else 1))
 
     monkeypatch.setattr(transfuse.models.bert, "varlen_attention", wrong_varlen)
     monkeypatch.setattr(transfuse.models.bert, "scaled_dot_product_attention", wrong_padded)

@@ -271,9 +271,8 @@ def _is_known(layer: nn.Module) -> bool:
 def _encoder_layer(layer: nn.Module) -> EncoderLayer:
     attention, output, intermediate = layer.attention.self, layer.attention.output, layer.intermediate
     return EncoderLayer(
-        attention.query, attention.key, attention.value, output.dense, output.LayerNorm,
+        attention, attention.query, attention.key, attention.value, output.dense, output.LayerNorm,
         intermediate.dense, intermediate.intermediate_act_fn, layer.output.dense, layer.output.LayerNorm,
-        attention.num_attention_heads, attention.scaling,
     )
 
 
@@ -296,12 +295,14 @@ def _run_stack(
 
 
 def _varlen(packing: Packing) -> Attend:
-    """Attention within the sequences of packed tokens."""
+    """Attention within the sequences of packed tokens, on views of the one product: the kernels take strides."""
 
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    def attend(module: nn.Module, query_key_value: torch.Tensor) -> torch.Tensor:
+        heads = query_key_value.view(-1, 3, module.num_attention_heads, module.attention_head_size)
+        query, key, value = heads.unbind(1)
         return varlen_attention(
-            query, key, value, packing.cu_seqlens, max_seqlen_q=packing.max_seqlen, scale=scale
-        )
+            query, key, value, packing.cu_seqlens, max_seqlen_q=packing.max_seqlen, scale=module.scaling
+        ).flatten(1)
 
     return attend
 
@@ -309,9 +310,11 @@ def _varlen(packing: Packing) -> Attend:
 def _dense(shape: torch.Size, mask: torch.Tensor | None) -> Attend:
     """Attention within the rows of a padded batch."""
 
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        query, key, value = (x.unflatten(0, shape[:2]).transpose(1, 2) for x in (query, key, value))
-        return scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2).flatten(0, 1)
+    def attend(module: nn.Module, query_key_value: torch.Tensor) -> torch.Tensor:
+        heads = query_key_value.view(*shape[:2], 3, module.num_attention_heads, module.attention_head_size)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        output = scaled_dot_product_attention(query, key, value, mask, scale=module.scaling)
+        return output.transpose(1, 2).reshape(-1, module.all_head_size)
 
     return attend
 

@@ -31,13 +31,14 @@ from transfuse.ops.layer_norm import add_layer_norm
 PART_TOKENS = 1024
 PIECE_ROWS = 256
 
-# (query, key, value, scale), each [tokens, heads, head_dim] -> context, of the same shape
-Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+# (the layer's attention module, query, key and value side by side [tokens, 3 * H]) -> context [tokens, H]
+Attend = Callable[[nn.Module, Tensor], Tensor]
 
 
 class EncoderLayer(NamedTuple):
-    """The modules that do one layer's arithmetic."""
+    """The modules that do one layer's arithmetic, and the one that says how it attends."""
 
+    attention: nn.Module
     query: nn.Linear
     key: nn.Linear
     value: nn.Linear
@@ -47,8 +48,6 @@ class EncoderLayer(NamedTuple):
     activation: nn.Module
     output: nn.Linear
     output_norm: nn.LayerNorm
-    num_heads: int
-    scale: float
 
     def groups(self) -> tuple[tuple[nn.Linear, ...], ...]:
         """Its products, in the order in which they run."""
@@ -140,9 +139,8 @@ def _is_quiet(module: nn.Module) -> bool:
 
 def _run_layer(hidden: Tensor, layer: EncoderLayer, products: list[Product], attend: Attend) -> Tensor:
     query_key_value, attention_output, intermediate, output = products
-    heads = query_key_value(hidden).view(hidden.shape[0], 3, layer.num_heads, -1)
-    context = attend(*heads.unbind(1), layer.scale)
-    hidden = _add_norm(attention_output(context.flatten(1)), hidden, layer.attention_norm)
+    context = attend(layer.attention, query_key_value(hidden))
+    hidden = _add_norm(attention_output(context), hidden, layer.attention_norm)
 
     form, bias = gelu_form(layer.activation), layer.intermediate.bias
     pieces = []

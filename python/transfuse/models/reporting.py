@@ -10,6 +10,7 @@ from torch import nn
 
 from transfuse import dispatch, extension
 from transfuse.models import swap
+from transfuse.models.fused_layers import packed_bytes
 from transfuse.models.verdict import Sample, Speed, Verdict, check_sample, measure_speed, verify
 
 _NOT_MEASURED = "not measured: pass sample= (a tokenizer's output, or texts for sentence-transformers)"
@@ -100,7 +101,7 @@ def report(model: nn.Module, sample: Sample | None = None) -> Report:
 
 def _notes(model: nn.Module, steps: list[swap.Step], accelerated: bool) -> list[str]:
     """What holds for every call of this model and cannot be read from its calls so far."""
-    notes = ["Linear and Embedding layers: torch's own matrix products and look-ups stay"]
+    notes = ["Embedding layers, and Linear layers outside an encoder: torch's own look-ups and products stay"]
     packs = [step for step in steps if step.fused is not None and step.fused.needs_packing]
     if any(not accelerated or isinstance(step.module, step.fused) for step in packs):
         notes.append(
@@ -108,6 +109,9 @@ def _notes(model: nn.Module, steps: list[swap.Step], accelerated: bool) -> list[
             "decoder use"
         )
         notes.append("padding-free: padded positions of the outputs are 0, in every hidden_states entry too")
+    held = packed_bytes(model)
+    if held:
+        notes.append(f"packed weights: {held / 2**20:.1f} MiB beside the parameters, freed by train() and restore()")
     if extension.cpu_unavailable:
         notes.append(extension.cpu_unavailable)
     return notes

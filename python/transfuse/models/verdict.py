@@ -10,7 +10,7 @@ import copy
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
@@ -93,6 +93,9 @@ class Speed:
 def verify(model: nn.Module, batch: Sample) -> Verdict:
     """Runs stock and accelerated on one batch, in eval mode without gradients, and compares per layer and end to end.
 
+    A layer's output is seen by a hook, and a hooked encoder computes module by module in the model's own dtype. The
+    model runs a second time without hooks, fused and in accelerate()'s ``dtype``; the worse of its outputs counts.
+
     Args:
         model: accelerated or not; it is not changed.
         batch: keyword arguments of its forward as a mapping (a tokenizer's output), a tensor or tuple of positional
@@ -111,9 +114,13 @@ def verify(model: nn.Module, batch: Sample) -> Verdict:
     with _recorded(stock, watched) as stock_layers:
         expected = run_model(stock, batch)
     with _recorded(fused, watched) as fused_layers:
-        actual = run_model(fused, batch)
-    keep = _keep_mask(model, batch)
-    outputs = tuple(_difference(name, value, actual.get(name), keep) for name, value in expected.items())
+        by_module = run_model(fused, batch)
+    actual = run_model(fused, batch)
+    keep, computed_in = _keep_mask(model, batch), _compute_dtype(fused)
+    outputs = tuple(
+        _worse(_difference(name, value, run.get(name), keep, computed_in) for run in (actual, by_module))
+        for name, value in expected.items()
+    )
     called = [name for name in watched if stock_layers[name]]
     layers = tuple(_layer_difference(name, stock_layers[name], fused_layers[name], keep) for name in called)
     total = 0 if keep is None else keep.numel()
@@ -247,19 +254,30 @@ def _keep_mask(model: nn.Module, batch: Sample) -> torch.Tensor | None:
     return mask.bool() if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
 
+def _worse(differences: Iterable[Difference]) -> Difference:
+    return max(differences, key=lambda d: float("inf") if d.max_abs != d.max_abs else d.max_abs)
+
+
+def _compute_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype that accelerate() was given, if any."""
+    return next((m.compute_dtype for _, m in swap.swapped_modules(model) if m.compute_dtype is not None), None)
+
+
 def _difference(
-    name: str, expected: torch.Tensor, actual: torch.Tensor | None, keep: torch.Tensor | None
+    name: str, expected: torch.Tensor, actual: torch.Tensor | None, keep: torch.Tensor | None,
+    computed_in: torch.dtype | None = None,
 ) -> Difference:
+    dtype = computed_in or expected.dtype
     if actual is None or actual.shape != expected.shape:
-        return Difference(name, float("nan"), model_tolerance(expected.dtype))
+        return Difference(name, float("nan"), model_tolerance(dtype))
     if keep is not None and expected.shape[:2] == keep.shape:
         expected, actual = expected[keep], actual[keep]
     elif keep is not None and expected.shape[:1] == keep.shape[:1] and _is_of_first_position(name):
         expected, actual = expected[keep[:, 0]], actual[keep[:, 0]]
     if expected.numel() == 0:
-        return Difference(name, 0.0, model_tolerance(expected.dtype))
+        return Difference(name, 0.0, model_tolerance(dtype))
     max_abs = float((expected.double() - actual.double()).abs().max())
-    return Difference(name, max_abs, model_tolerance(expected.dtype, float(expected.abs().max())))
+    return Difference(name, max_abs, model_tolerance(dtype, float(expected.abs().max())))
 
 
 def _is_of_first_position(name: str) -> bool:

@@ -144,8 +144,8 @@ def check_tensors(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
         and is_dense(query) and is_dense(key) and is_dense(value)
         and query.dtype is key.dtype is value.dtype and query.dtype in _FLOATS
         and query.device == key.device == value.device
-        and query.dim() == key.dim() == value.dim() == 4
-        and query.shape[3] == key.shape[3] > 0 and value.shape[3] > 0
+        and query.dim() >= 2 and key.dim() >= 2 and value.dim() >= 2
+        and query.shape[-1] == key.shape[-1] > 0 and value.shape[-1] > 0
     ):  # fmt: skip
         return  # the common case, in one microsecond; the rest finds the words
     for name, tensor in (("query", query), ("key", key), ("value", value)):
