@@ -25,6 +25,7 @@
 namespace transfuse::cpu::TRANSFUSE_ISA {
 constexpr int64_t lanes = 16;
 constexpr int64_t lanes64 = 8;
+constexpr int64_t lookup_size = 32;
 }  // namespace transfuse::cpu::TRANSFUSE_ISA
 
 #if defined(__AVX512F__)

@@ -77,6 +77,10 @@ TRANSFUSE_INLINE i32 mul_high_unsigned(i32 a, i32 b) {
 }
 TRANSFUSE_INLINE mask less_unsigned(i32 a, i32 b) { return {_mm512_cmplt_epu32_mask(a.v, b.v)}; }
 TRANSFUSE_INLINE i32 load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+// table[index mod 32] of every lane.
+TRANSFUSE_INLINE f32 lookup(const float (&table)[lookup_size], i32 index) {
+  return {_mm512_permutex2var_ps(_mm512_loadu_ps(table), index.v, _mm512_loadu_ps(table + lanes))};
+}
 template <int n>
 TRANSFUSE_INLINE i32 shift_left(i32 a) { return {_mm512_slli_epi32(a.v, n)}; }
 template <int n>
