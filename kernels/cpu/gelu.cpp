@@ -115,15 +115,11 @@ using SumOf = Vec<std::conditional_t<std::is_same_v<T, double>, double, float>>;
 // A sum rounded to the storage type: fused equals unfused, where input + bias is a tensor of that type.
 TRANSFUSE_INLINE f32 rounded(f32 x, float) { return x; }
 TRANSFUSE_INLINE wide rounded(wide x, double) { return x; }
-TRANSFUSE_INLINE f32 rounded(f32 x, f16) {
-  f16 half[lanes];
+template <class T>
+TRANSFUSE_INLINE f32 rounded(f32 x, T) {
+  T half[lanes];
   store(half, x);
   return load(half);
-}
-TRANSFUSE_INLINE f32 rounded(f32 x, bf16) {
-  const i32 odd = shift_right<16>(bits(x)) & set1i(1);
-  const i32 r = (bits(x) + odd + set1i(0x7FFF)) & set1i(static_cast<int32_t>(0xFFFF0000u));
-  return select(isnan(x), x, from_bits(r));
 }
 
 // Runs body(element, column, n, x) over the vectors of each row, x = input + bias.
@@ -166,10 +162,15 @@ struct WaitingLanes {
   int64_t at[lanes] = {};
   int64_t count = 0;
 
-  TRANSFUSE_INLINE void add(float value, int64_t where) {
-    x[count] = value;
-    at[count] = where;
-    if (++count == lanes) flush();
+  // Lane i, where bit i of `which` is set, is x[i] and belongs at output[first + i]. Out of line: the loop over the other
+  // lanes keeps its tables in registers.
+  [[gnu::noinline]] void add(const float* values, uint32_t which, int64_t first) {
+    for (; which != 0; which &= which - 1) {
+      const int lane = __builtin_ctz(which);
+      x[count] = values[lane];
+      at[count] = first + lane;
+      if (++count == lanes) flush();
+    }
   }
   void flush() {
     alignas(64) T results[lanes];
@@ -179,27 +180,19 @@ struct WaitingLanes {
   }
 };
 
-constexpr int many_uncertain = 8;  // of sixteen: then waiting costs more than it saves
-
 // A lane takes the core or the double form by its own value alone, so its bits do not depend on its neighbours.
 template <class Form, class T, class B>
-void forward_rows(const GeluParams& p, int64_t begin, int64_t end) {
+[[gnu::noinline]] void forward_rows(const GeluParams& p, int64_t begin, int64_t end) {
   T* output = static_cast<T*>(p.output);
   WaitingLanes<Form, T> waiting{output};
   for_each_sum<T, B>(p, begin, end, [&](int64_t at, int64_t, int64_t n, f32 x) __attribute__((always_inline)) {
     const f32 core = gelu_core<Form>(x);
     const mask left = uncertain(x, core, T{});
-    uint32_t bits = to_bits(left) & ((uint32_t{1} << n) - 1);
-    if (__builtin_popcount(bits) >= many_uncertain)
-      return store_n(output + at, select(left, gelu_everywhere<Form, T>(x), core), n);
     store_n(output + at, core, n);
-    if (bits == 0) return;
+    if (__builtin_expect(!any(left), 1)) return;
     alignas(64) float values[lanes];
     store(values, x);
-    for (; bits != 0; bits &= bits - 1) {
-      const int lane = __builtin_ctz(bits);
-      waiting.add(values[lane], at + lane);
-    }
+    waiting.add(values, to_bits(left) & ((uint32_t{1} << n) - 1), at);
   });
   waiting.flush();
 }
@@ -213,12 +206,21 @@ void forward_rows_of_doubles(const GeluParams& p, int64_t begin, int64_t end) {
 }
 
 template <class Form, class T>
+[[gnu::noinline]] void gradient_everywhere(const float* grad_output, const float* x, float* gradient) {
+  const wide value = load_wide(x);
+  const wide slope = {slope_everywhere<Form>(value.lo), slope_everywhere<Form>(value.hi)};
+  store(gradient, narrow_for<T>(load_wide(grad_output) * slope));
+}
+template <class Form, class T>
 TRANSFUSE_INLINE f32 gradient_of(f32 grad_output, f32 x, T type) {
   const f32 core = grad_output * slope_core<Form>(x);
   const mask left = uncertain(x, core, type);
-  if (!any(left)) return core;
-  const wide slope = {slope_everywhere<Form>(low(x)), slope_everywhere<Form>(high(x))};
-  return select(left, narrow_for<T>(widen(grad_output) * slope), core);
+  if (__builtin_expect(!any(left), 1)) return core;
+  alignas(64) float values[3][lanes];
+  store(values[0], grad_output);
+  store(values[1], x);
+  gradient_everywhere<Form, T>(values[0], values[1], values[2]);
+  return select(left, load(values[2]), core);
 }
 template <class Form>
 TRANSFUSE_INLINE wide gradient_of(wide grad_output, wide x, double) {
@@ -232,7 +234,7 @@ TRANSFUSE_INLINE void store_rounded(T* p, wide x, int64_t n) {
 TRANSFUSE_INLINE void store_rounded(double* p, wide x, int64_t n) { store_wide(p, x, n); }
 
 template <class Form, class T, class B>
-void backward_rows(const GeluParams& p, int64_t begin, int64_t end, double* bias_sum) {
+[[gnu::noinline]] void backward_rows(const GeluParams& p, int64_t begin, int64_t end, double* bias_sum) {
   const T* grad_output = static_cast<const T*>(p.grad_output);
   T* output = static_cast<T*>(p.output);
   for_each_sum<T, B>(p, begin, end, [&](int64_t at, int64_t column, int64_t n, auto x) __attribute__((always_inline)) {
