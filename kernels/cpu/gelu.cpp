@@ -112,17 +112,8 @@ TRANSFUSE_INLINE mask uncertain(f32 x, f32 y, f16) {
 template <class T>
 using SumOf = Vec<std::conditional_t<std::is_same_v<T, double>, double, float>>;
 
-// A sum rounded to the storage type: fused equals unfused, where input + bias is a tensor of that type.
-TRANSFUSE_INLINE f32 rounded(f32 x, float) { return x; }
-TRANSFUSE_INLINE wide rounded(wide x, double) { return x; }
-template <class T>
-TRANSFUSE_INLINE f32 rounded(f32 x, T) {
-  T half[lanes];
-  store(half, x);
-  return load(half);
-}
-
-// Runs body(element, column, n, x) over the vectors of each row, x = input + bias.
+// Runs body(element, column, n, x) over the vectors of each row, x = input + bias rounded to the storage type: fused equals
+// unfused, where input + bias is a tensor of that type.
 template <class T, class B, class Body>
 TRANSFUSE_INLINE void for_each_sum(const GeluParams& p, int64_t begin, int64_t end, Body body) {
   const T* input = static_cast<const T*>(p.input);
