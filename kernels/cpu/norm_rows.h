@@ -305,7 +305,6 @@ template <class Norm, class T, class W>
   const int64_t cols = p.cols;
   const W* weight = static_cast<const W*>(p.weight);
   const W* bias = static_cast<const W*>(p.bias);
-  using Statistic = std::conditional_t<std::is_same_v<T, double>, double, float>;  // what is saved
   for (int64_t row = begin; row < end; row += group_rows) {
     const int64_t count = end - row < group_rows ? end - row : group_rows;
     const T* input = static_cast<const T*>(p.input) + row * cols;
@@ -316,9 +315,6 @@ template <class Norm, class T, class W>
       const int64_t at = r * cols;
       rows[r] = residual ? begin_row<Norm>(input + at, residual + at, sum + at, cols, p.eps)
                          : statistics_of<Norm>(input + at, cols, p.eps);
-      const double mean = (rows[r].mean + rows[r].mean_tail) / rows[r].scale, rstd = rows[r].rstd * rows[r].scale;
-      if (Norm::centered) static_cast<Statistic*>(p.mean)[row + r] = static_cast<Statistic>(mean);
-      static_cast<Statistic*>(p.rstd)[row + r] = static_cast<Statistic>(rstd);
     }
     const T* x = residual ? sum : input;
     T* output = static_cast<T*>(p.output) + row * cols;
