@@ -20,9 +20,10 @@ namespace transfuse::cpu::TRANSFUSE_ISA {
 
 namespace {
 
-// Rows that go through the last pass together, so that a vector of weights is loaded and widened once for both. More
-// rows gain nothing measurable and leave L1 at 4096 columns.
+// Rows that go through the last pass together, so that a vector of weights is loaded and widened once for all of them. In
+// the backward the terms of the weights' gradients, too, are added in float over a group and then once in double.
 constexpr int64_t group_rows = 2;
+constexpr int64_t backward_group_rows = 4;
 static_assert(group_rows == 2, "the last group is a pair or a single row");
 static_assert(norm_block == lanes, "reduce works in whole vectors");
 // Columns whose terms are added in lanes before the lanes are added to the row's sum, in double: rounding errors grow
@@ -217,9 +218,15 @@ struct FloatRow {
     rest = static_cast<float>(all_of_rest);
     remainder = static_cast<float>((mean - all_of_mean) * all_of_rest);
   }
+  TRANSFUSE_INLINE f32 deviation(f32 x) const {
+    return centered ? fms(x, set1(scale), set1(mean)) : x * set1(scale);
+  }
   TRANSFUSE_INLINE f32 normalize(f32 x) const {
-    if constexpr (centered) return fma(fms(x, set1(scale), set1(mean)), set1(rest), set1(remainder));
-    return x * set1(scale) * set1(rest);
+    return centered ? fma(deviation(x), set1(rest), set1(remainder)) : deviation(x) * set1(rest);
+  }
+  // The mean of g * xhat, given those of g * deviation and of g.
+  TRANSFUSE_INLINE double from_deviation(double g_deviation, double g) const {
+    return centered ? g_deviation * rest + g * remainder : g_deviation * rest;
   }
 };
 
@@ -239,10 +246,15 @@ struct DoubleRow {
         rest(row.rstd),
         rest_tail(row.rstd_tail),
         remainder(row.mean_tail * row.rstd) {}
+  TRANSFUSE_INLINE wide deviation(wide x) const {
+    return centered ? x * set1w(scale) - set1w(mean) : x * set1w(scale);
+  }
   TRANSFUSE_INLINE wide normalize(wide x) const {
-    const wide deviation = centered ? x * set1w(scale) - set1w(mean) : x * set1w(scale);
-    const wide tail = deviation * set1w(rest_tail);
-    return fma(deviation, set1w(rest), centered ? tail - set1w(remainder) : tail);
+    const wide d = deviation(x), tail = d * set1w(rest_tail);
+    return fma(d, set1w(rest), centered ? tail - set1w(remainder) : tail);
+  }
+  TRANSFUSE_INLINE double from_deviation(double g_deviation, double g) const {
+    return g_deviation * rest + (g_deviation * rest_tail - (centered ? g * remainder : 0));
   }
 };
 
@@ -337,28 +349,36 @@ struct Projections {
 
 // The statistics are taken anew from the input: the saved ones are float32, and a mean rounded to float32 is off by a
 // tenth of a standard deviation at mean/std 1e6. The two means here are sums of products in the row's own type, over a
-// block of columns (their errors are divided by cols), and in double over the blocks.
+// block of columns (their errors are divided by cols), and in double over the blocks. What is summed in place of
+// g * xhat = g * (deviation * rest + remainder) is g * deviation.
 template <class Norm, class T, class W>
 TRANSFUSE_INLINE auto project_row(const T* x, const T* grad_output, const W* weight, int64_t cols, double eps) {
   using Row = RowOf<T, Norm::centered>;
   using V = typename Row::V;
   using Real = typename Row::Real;
   const Row row(statistics_of<Norm>(x, cols, eps));
-  double mean_g = 0, mean_g_xhat = 0;
+  double mean_g = 0, mean_g_deviation = 0;
   for (int64_t block = 0; block < cols; block += sum_block) {
-    V sum_g = splat<V>(0), sum_g_xhat = splat<V>(0);
-    for_each_vec(cols - block < sum_block ? cols - block : sum_block,
-                 [&](int64_t offset, int64_t n) __attribute__((always_inline)) {
-                   const int64_t i = block + offset;
-                   const V grad = load_as<V>(grad_output + i, n);  // 0 past the end of the row: adds nothing
-                   const V g = weight ? grad * load_as<V>(weight + i, n) : grad;
-                   if (Norm::centered) sum_g = sum_g + g;
-                   sum_g_xhat = fma(g, row.normalize(load_as<V>(x + i, n)), sum_g_xhat);
-                 });
-    mean_g += reduce_add(widen(sum_g));
-    mean_g_xhat += reduce_add(widen(sum_g_xhat));
+    V sum_g[2] = {splat<V>(0), splat<V>(0)}, sum_g_deviation[2] = {splat<V>(0), splat<V>(0)};
+    const auto add = [&](int64_t chain, int64_t i, int64_t n) __attribute__((always_inline)) {
+      const V grad = load_as<V>(grad_output + i, n);  // 0 past the end of the row: adds nothing
+      const V g = weight ? grad * load_as<V>(weight + i, n) : grad;
+      if (Norm::centered) sum_g[chain] = sum_g[chain] + g;
+      sum_g_deviation[chain] = fma(g, row.deviation(load_as<V>(x + i, n)), sum_g_deviation[chain]);
+    };
+    const int64_t end = cols - block < sum_block ? cols : block + sum_block;
+    int64_t i = block;
+    for (; i + 2 * lanes <= end; i += 2 * lanes) {
+      add(0, i, lanes);
+      add(1, i + lanes, lanes);
+    }
+    for (; i < end; i += lanes) add(0, i, end - i < lanes ? end - i : lanes);
+    mean_g += reduce_add(widen(sum_g[0] + sum_g[1]));
+    mean_g_deviation += reduce_add(widen(sum_g_deviation[0] + sum_g_deviation[1]));
   }
-  return Projections<Row>{row, static_cast<Real>(mean_g / cols), static_cast<Real>(mean_g_xhat / cols)};
+  mean_g /= cols;
+  mean_g_deviation /= cols;
+  return Projections<Row>{row, static_cast<Real>(mean_g), static_cast<Real>(row.from_deviation(mean_g_deviation, mean_g))};
 }
 
 template <class Norm, int64_t count, class T, class W, class Row>
@@ -374,6 +394,7 @@ TRANSFUSE_INLINE void differentiate_rows(const NormBackwardParams& p, int64_t ro
   for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     const V scale = weight ? load_as<V>(weight + i, n) : splat<V>(1);
     V weight_sum = splat<V>(0), bias_sum = splat<V>(0);
+#pragma GCC unroll 4
     for (int64_t r = 0; r < count; ++r) {
       const int64_t at = r * cols + i;
       const V xhat = rows[r].row.normalize(load_as<V>(x + at, n));
@@ -405,17 +426,19 @@ template <class Norm, class T, class W>
       if (weight_sums) weight_sums[i] = 0;
       if (bias_sums) bias_sums[i] = 0;
     }
-    for (int64_t row = row_begin; row < row_end; row += group_rows) {
-      const int64_t count = row_end - row < group_rows ? row_end - row : group_rows;
-      Projections<RowOf<T, Norm::centered>> rows[group_rows];
+    for (int64_t row = row_begin; row < row_end; row += backward_group_rows) {
+      const int64_t count = row_end - row < backward_group_rows ? row_end - row : backward_group_rows;
+      Projections<RowOf<T, Norm::centered>> rows[backward_group_rows];
       for (int64_t r = 0; r < count; ++r) {
         const int64_t at = (row + r) * cols;
         rows[r] = project_row<Norm>(input + at, grad_output + at, weight, cols, p.eps);
       }
-      if (count == group_rows)
-        differentiate_rows<Norm, group_rows, T, W>(p, row, rows, weight_sums, bias_sums);
-      else
-        differentiate_rows<Norm, 1, T, W>(p, row, rows, weight_sums, bias_sums);
+      if (count == backward_group_rows) {
+        differentiate_rows<Norm, backward_group_rows, T, W>(p, row, rows, weight_sums, bias_sums);
+        continue;
+      }
+      for (int64_t r = 0; r < count; ++r)
+        differentiate_rows<Norm, 1, T, W>(p, row + r, rows + r, weight_sums, bias_sums);
     }
   }
 }
