@@ -94,7 +94,8 @@ inline void check_cpu(const char* op, const char* argument, const Tensor& t) {
 }
 
 inline void check_same_shape(const char* op, const char* argument, const Tensor& t, const Tensor& other, const char* other_name) {
-  check(same_shape(t, other), op, ": ", argument, " has shape ", shape_of(t), ", expected ", shape_of(other), " (", other_name, "'s)");
+  if (same_shape(t, other)) return;  // words cost a microsecond
+  check(false, op, ": ", argument, " has shape ", shape_of(t), ", expected ", shape_of(other), " (", other_name, "'s)");
 }
 
 }  // namespace transfuse

@@ -26,8 +26,9 @@ void check_bias(const Tensor& input, const std::optional<Tensor>& bias) {
         ": bias has dtype ", name_of(bias->scalar_type()), ", expected ", name_of(type), " (input's)",
         narrow_input ? " or float32" : "");
   check(input.dim() >= 1, op, ": input has shape (), expected at least one dimension to add bias to");
-  check(bias->dim() == 1 && bias->size(0) == input.size(input.dim() - 1), op, ": bias has shape ", shape_of(*bias), ", expected (",
-        input.size(input.dim() - 1), ",) (input's last dimension)");
+  const int64_t columns = input.size(input.dim() - 1);
+  if (bias->dim() == 1 && bias->size(0) == columns) return;  // words cost a microsecond
+  check(false, op, ": bias has shape ", shape_of(*bias), ", expected (", columns, ",) (input's last dimension)");
 }
 
 // input and bias must be contiguous.

@@ -8,21 +8,19 @@
 
 namespace transfuse {
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, const std::optional<Tensor>& weight,
-                                                      const std::optional<Tensor>& bias, int64_t normalized_ndim,
-                                                      double eps) {
+Tensor layer_norm_forward(const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                          int64_t normalized_ndim, double eps) {
   const NormOperands operands("layer_norm", input, weight, bias, normalized_ndim, eps);
-  NormForwardResult result = norm_forward(operands, std::nullopt, true, cpu::pick_layer_norm_kernels());
-  return {result.output, result.mean, result.rstd};
+  return norm_forward(operands, std::nullopt, cpu::pick_layer_norm_kernels()).output;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& input, const Tensor& residual,
-                                                                  const std::optional<Tensor>& weight,
-                                                                  const std::optional<Tensor>& bias,
-                                                                  int64_t normalized_ndim, double eps) {
+std::tuple<Tensor, Tensor> add_layer_norm_forward(const Tensor& input, const Tensor& residual,
+                                                  const std::optional<Tensor>& weight,
+                                                  const std::optional<Tensor>& bias, int64_t normalized_ndim,
+                                                  double eps) {
   const NormOperands operands("add_layer_norm", input, weight, bias, normalized_ndim, eps);
-  NormForwardResult result = norm_forward(operands, residual, true, cpu::pick_layer_norm_kernels());
-  return {result.output, result.sum, result.mean, result.rstd};
+  NormForwardResult result = norm_forward(operands, residual, cpu::pick_layer_norm_kernels());
+  return {result.output, result.sum};
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output, const std::optional<Tensor>& grad_sum,
@@ -37,11 +35,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output
 
 STABLE_TORCH_LIBRARY_FRAGMENT(transfuse, m) {
   m.def(
-      "layer_norm_forward(Tensor input, Tensor? weight, Tensor? bias, int normalized_ndim, float eps)"
-      " -> (Tensor, Tensor, Tensor)");
+      "layer_norm_forward(Tensor input, Tensor? weight, Tensor? bias, int normalized_ndim, float eps) -> Tensor");
   m.def(
       "add_layer_norm_forward(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, int normalized_ndim,"
-      " float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+      " float eps) -> (Tensor, Tensor)");
   m.def(
       "layer_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor input, Tensor? weight, Tensor? bias,"
       " int normalized_ndim, float eps, bool need_input, bool need_weight, bool need_bias)"

@@ -15,17 +15,14 @@ namespace transfuse {
 // The input as a matrix: `rows` leading elements, `cols` in the normalised dimensions.
 struct NormMatrix {
   int64_t rows = 1, cols = 1;
-  std::vector<int64_t> normalized_shape, statistics_shape;  // statistics: the leading sizes, then ones, as in torch
+  std::vector<int64_t> normalized_shape;
 
   NormMatrix(const char* op, const Tensor& input, int64_t normalized_ndim) {
     check(normalized_ndim >= 1 && normalized_ndim <= input.dim(), op, ": normalized_ndim is ", normalized_ndim,
           ", expected 1 to ", input.dim(), " (input's number of dimensions)");
-    for (int64_t i = 0; i < input.dim(); ++i) {
-      const bool leading = i < input.dim() - normalized_ndim;
-      (leading ? rows : cols) *= input.size(i);
-      statistics_shape.push_back(leading ? input.size(i) : 1);
-      if (!leading) normalized_shape.push_back(input.size(i));
-    }
+    const auto sizes = input.sizes();
+    normalized_shape.assign(sizes.end() - normalized_ndim, sizes.end());
+    for (int64_t i = 0; i < input.dim(); ++i) (i < input.dim() - normalized_ndim ? rows : cols) *= sizes[i];
   }
 };
 
@@ -83,11 +80,11 @@ inline int64_t norm_grain(int64_t elements_per_unit) {
 }
 
 struct NormForwardResult {
-  Tensor output, sum, mean, rstd;  // sum where there is a residual, mean where the norm has one
+  Tensor output, sum;  // sum where there is a residual
 };
 
 inline NormForwardResult norm_forward(const NormOperands& operands, const std::optional<Tensor>& residual,
-                                      bool has_mean, const cpu::NormKernels& kernels) {
+                                      const cpu::NormKernels& kernels) {
   const char* op = operands.op;
   const NormMatrix& matrix = operands.matrix;
   operands.check_like_input("residual", residual);
@@ -96,18 +93,11 @@ inline NormForwardResult norm_forward(const NormOperands& operands, const std::o
   const std::optional<Tensor> w = contiguous(op, operands.weight), b = contiguous(op, operands.bias);
   NormForwardResult result;
   cpu::NormForwardParams params{};
-  const ScalarType statistic = operands.dtype == cpu::DType::f64 ? ScalarType::Double : ScalarType::Float;
   result.output = empty_like_dense(op, operands.input);
   if (residual) {
     result.sum = empty_like_dense(op, operands.input);
     params.sum = result.sum.mutable_data_ptr();
   }
-  if (has_mean) {
-    result.mean = empty_cpu(op, matrix.statistics_shape, statistic);
-    params.mean = result.mean.mutable_data_ptr();
-  }
-  result.rstd = empty_cpu(op, matrix.statistics_shape, statistic);
-  params.rstd = result.rstd.mutable_data_ptr();
   params.input = x.const_data_ptr();
   params.residual = data_of(y);
   params.weight = data_of(w);

@@ -8,19 +8,18 @@
 
 namespace transfuse {
 
-std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& input, const std::optional<Tensor>& weight,
-                                            int64_t normalized_ndim, double eps) {
+Tensor rms_norm_forward(const Tensor& input, const std::optional<Tensor>& weight, int64_t normalized_ndim,
+                        double eps) {
   const NormOperands operands("rms_norm", input, weight, std::nullopt, normalized_ndim, eps);
-  NormForwardResult result = norm_forward(operands, std::nullopt, false, cpu::pick_rms_norm_kernels());
-  return {result.output, result.rstd};
+  return norm_forward(operands, std::nullopt, cpu::pick_rms_norm_kernels()).output;
 }
 
-std::tuple<Tensor, Tensor, Tensor> add_rms_norm_forward(const Tensor& input, const Tensor& residual,
-                                                        const std::optional<Tensor>& weight, int64_t normalized_ndim,
-                                                        double eps) {
+std::tuple<Tensor, Tensor> add_rms_norm_forward(const Tensor& input, const Tensor& residual,
+                                                const std::optional<Tensor>& weight, int64_t normalized_ndim,
+                                                double eps) {
   const NormOperands operands("add_rms_norm", input, weight, std::nullopt, normalized_ndim, eps);
-  NormForwardResult result = norm_forward(operands, residual, false, cpu::pick_rms_norm_kernels());
-  return {result.output, result.sum, result.rstd};
+  NormForwardResult result = norm_forward(operands, residual, cpu::pick_rms_norm_kernels());
+  return {result.output, result.sum};
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const std::optional<Tensor>& grad_sum,
@@ -33,10 +32,10 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const st
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(transfuse, m) {
-  m.def("rms_norm_forward(Tensor input, Tensor? weight, int normalized_ndim, float eps) -> (Tensor, Tensor)");
+  m.def("rms_norm_forward(Tensor input, Tensor? weight, int normalized_ndim, float eps) -> Tensor");
   m.def(
       "add_rms_norm_forward(Tensor input, Tensor residual, Tensor? weight, int normalized_ndim, float eps)"
-      " -> (Tensor, Tensor, Tensor)");
+      " -> (Tensor, Tensor)");
   m.def(
       "rms_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor input, Tensor? weight, int normalized_ndim,"
       " float eps, bool need_input, bool need_weight) -> (Tensor, Tensor)");

@@ -98,10 +98,10 @@ def test_float32_ulp_where_the_method_changes(approximate):
 @pytest.mark.parametrize("approximate", FORMS)
 def test_strided_sweep_of_all_float32(approximate):
     """The command for all of them: transfuse verify --op gelu --full."""
-    for direction in ("forward", "backward"):
+    for direction, worst in (("forward", 2.0), ("backward", 2.5)):  # what ops/gelu.py says
         found = sweeps.sweep_gelu(approximate, direction, stride=SWEEP_STRIDE)
         assert found.inputs > 2**21 and found.errors == 0, found
-        assert 0.3 < found.worst_ulp <= 0.52, found  # what ops/gelu.py says
+        assert 0.3 < found.worst_ulp <= worst, found
 
 
 def test_sweeps_count_what_is_wrong(monkeypatch):

@@ -69,18 +69,6 @@ def test_parameters_are_optional_each(dtype, has_weight, has_bias):
     assert_matches_reference(add_layer_norm, x, draw(9, 65, dtype=dtype, seed=3), *arguments[1:])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_statistics_are_those_of_torch(dtype):
-    """Shapes and dtypes too, but for 16-bit rows: torch saves their statistics in 16 bits, we in float32."""
-    x, parameters = draw(4, 3, 10, dtype=dtype), LAYER_NORM.parameters(10, dtype)
-    ours = LAYER_NORM.raw("forward")(x, *parameters, 1, EPS)
-    wide = torch.promote_types(dtype, F32)
-    stock = torch.native_layer_norm(x.to(wide), (10,), *(p.to(wide) for p in parameters), EPS)
-    for a, b in zip(ours[1:], stock[1:], strict=True):
-        assert a.shape == b.shape and a.dtype == b.dtype
-        assert_close(a, b, num_terms=10)
-
-
 def test_add_layer_norm_module():
     x, residual = draw(64, 96), draw(64, 96, seed=1)
     module = AddLayerNorm(96, p=0.25)

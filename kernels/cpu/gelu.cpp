@@ -1,4 +1,4 @@
-// GELU, erf and tanh form: x * Phi(x), evaluated in double and rounded once. Tensors of doubles: gelu_f64.h.
+// GELU, erf and tanh form: x * Phi(x). Tensors of doubles: gelu_f64.h.
 //
 // Both forms are written with t = |x| as  gelu(x) = max(x, 0) - t * tail(t),  where tail(t) = Phi(-t) falls to 0:
 //   erf:   Phi(-t) = exp(-t^2/2) * R(t), R the Mills ratio over sqrt(2 pi), a rational function of t;
@@ -6,10 +6,9 @@
 // Nothing cancels for x < 0, where the result is -t * tail(t) alone, so the tail keeps its relative accuracy down to the
 // last subnormal. Likewise gelu'(x) = h(t) for x < 0 and 1 - h(t) for x >= 0 with h(t) = tail(t) - t * density(t).
 //
-// Most inputs of the erf form lie in |x| <= 3.5, where an odd polynomial serves both signs at half the price.
-//
-// Error: 2^-29 relative before the one rounding, so at most 0.52 ULP forward; backward the same but for the
-// neighbourhood of the root, where gelu' itself cancels (2^-41 absolute).
+// Most inputs lie in |x| < 63/16, where both tails are polynomials in float (gelu_segments.h). Beyond, and for the few
+// lanes whose float result lies so near the middle of two float16 that its error could choose the wrong one, they are
+// evaluated in double: an error of 2^-29 relative (the derivative near its root: 2^-41 absolute), rounded once.
 // Beyond t = 16 every tail is far below the last subnormal, so t is cut there: infinities and huge inputs need no case.
 #include "gelu.h"
 
@@ -17,6 +16,7 @@
 
 #include "exp.h"
 #include "gelu_f64.h"
+#include "gelu_segments.h"
 #include "vec.h"
 
 namespace transfuse::cpu::TRANSFUSE_ISA {
@@ -32,24 +32,6 @@ TRANSFUSE_INLINE f64 polynomial(const double (&c)[n], f64 t) {
   return sum;
 }
 
-// The same as two chains, of the even and of the odd powers, for polynomials so long that one chain's latency shows.
-template <int n>
-TRANSFUSE_INLINE f64 long_polynomial(const double (&c)[n], f64 t) {
-  const f64 t2 = t * t;
-  f64 a = set1d(c[n - 1]), b = set1d(c[n - 2]);
-#pragma GCC unroll 20
-  for (int i = n - 3; i >= 1; i -= 2) {
-    a = fma(a, t2, set1d(c[i]));
-    b = fma(b, t2, set1d(c[i - 1]));
-  }
-  // n odd: a ends at power 0 after one more step; n even: at power 1.
-  if constexpr (n % 2 == 1) {
-    return fma(b, t, fma(a, t2, set1d(c[0])));
-  } else {
-    return fma(a, t, b);
-  }
-}
-
 // R(t) = Phi(-t) exp(t^2/2) = P(t) / Q(t) on [0, 16], relative error 2^-39.
 constexpr double mills_p[] = {
     0x1.00000000014d9p-1, 0x1.25072584c3476p-1, 0x1.4988d461fe849p-2, 0x1.be1acc2038532p-4,
@@ -57,28 +39,13 @@ constexpr double mills_p[] = {
 constexpr double mills_q[] = {
     0x1.0000000000000p+0, 0x1.f1494f2405f07p+0, 0x1.b18b5af48110bp+0, 0x1.ba3fb22d2cdabp-1,
     0x1.1f1baeee1a755p-2, 0x1.df3c2e2f4dcd5p-5, 0x1.e32a91e3f0ef9p-8, 0x1.d20965981f27fp-12};
-// Phi(x) = 1/2 + x C(x^2) for |x| <= 3.5, relative error 2^-29 of Phi down to Phi(-3.5): no exp, no division.
-constexpr float core_limit = 3.5f;
-constexpr double core_forward[] = {
-    0x1.9884530b7bca8p-2, -0x1.1058327194ab4p-4, 0x1.46cfe98d4692dp-7, -0x1.373d224dbd97ap-10,
-    0x1.e409818b9116ap-14, -0x1.3c71d1035cdbap-17, 0x1.633c51421b872p-21, -0x1.59e929436fbc3p-25,
-    0x1.22d777553770cp-29, -0x1.9c17d087ceb3cp-34, 0x1.d4ad3d92bec68p-39, -0x1.8b67ee13a75ebp-44,
-    0x1.b141ead86a357p-50, -0x1.c8a07883953dfp-57};
-// gelu'(x) = 1/2 + x S(x^2) there, error 2^-29 of max(|gelu'|, 2e-4).
-constexpr double core_slope[] = {
-    0x1.9884532c4532bp-1, -0x1.1058367385558p-2, 0x1.ea384ac692bf2p-5, -0x1.373fa2c751f3ep-7,
-    0x1.2e965f0146c50p-10, -0x1.db31e8a6e61b2p-14, 0x1.38497335b2052p-17, -0x1.5f814cb4da844p-21,
-    0x1.5680885c6ab00p-25, -0x1.1f94240d75184p-29, 0x1.961452b9d8803p-34, -0x1.cb77ca280bce4p-39,
-    0x1.81355a60718acp-44, -0x1.a338ca425a49dp-50, 0x1.b6d2659e5a3ecp-57};
 constexpr double inverse_sqrt_2pi = 0x1.9884533d43651p-2;
 // tanh's argument, doubled: 2 sqrt(2/pi) (t + 0.044715 t^3).
 constexpr double tanh_c0 = 0x1.9884533d43651p+0, tanh_c1 = 0x1.2444f2a4d8b4bp-4;
 
 struct Erf {
   using Full = ErfFull;
-  static constexpr bool has_core = true;
-  TRANSFUSE_INLINE static f64 core(f64 x) { return x * fma(long_polynomial(core_forward, x * x), x, set1d(0.5)); }
-  TRANSFUSE_INLINE static f64 core_derivative(f64 x) { return fma(long_polynomial(core_slope, x * x), x, set1d(0.5)); }
+  using Core = ErfSegments;
   TRANSFUSE_INLINE static f64 gaussian(f64 t) { return exp(t * t * set1d(-0.5)); }
   // t * Phi(-t)
   TRANSFUSE_INLINE static f64 tail(f64 t) { return t * gaussian(t) * polynomial(mills_p, t) / polynomial(mills_q, t); }
@@ -91,7 +58,7 @@ struct Erf {
 
 struct Tanh {
   using Full = TanhFull;
-  static constexpr bool has_core = false;
+  using Core = TanhSegments;
   TRANSFUSE_INLINE static f64 tail(f64 t) {
     const f64 e = exp(t * fma(t * t, set1d(-tanh_c1), set1d(-tanh_c0)));
     return t * e / (e + set1d(1.0));
@@ -119,36 +86,34 @@ TRANSFUSE_INLINE f64 slope_everywhere(f64 x) {
   return select(x < zero64(), h, set1d(1.0) - h);
 }
 
+// The same for |x| < segments_end, in float.
 template <class Form>
-TRANSFUSE_INLINE f64 gelu_slope(f64 x) {
-  if constexpr (Form::has_core) {
-    const mask64 outside = abs(x) > set1d(core_limit);
-    const f64 core = Form::core_derivative(x);
-    return any(outside) ? select(outside, slope_everywhere<Form>(x), core) : core;
-  } else {
-    return slope_everywhere<Form>(x);
-  }
+TRANSFUSE_INLINE f32 gelu_core(f32 x) {
+  const f32 t = abs(x);
+  return fnma(t, evaluate(Form::Core::tail, t), max(zero(), x));
+}
+
+template <class Form>
+TRANSFUSE_INLINE f32 slope_core(f32 x) {
+  const f32 h = evaluate(Form::Core::slope, abs(x) - set1(Form::Core::shift));
+  return select(x < zero(), h, set1(1.0f) - h);
+}
+
+// Lanes whose result y = f(x), found by a core, may not be the right one for storage as T.
+TRANSFUSE_INLINE mask uncertain(f32 x, f32, float) { return abs(x) >= set1(segments_end); }
+TRANSFUSE_INLINE mask uncertain(f32 x, f32, bf16) { return abs(x) >= set1(segments_end); }
+TRANSFUSE_INLINE mask uncertain(f32 x, f32 y, f16) {
+  constexpr int32_t cut_bits = (1 << 13) - 1, middle = 1 << 12, error = 8;
+  const mask near_middle = less_unsigned((bits(y) & set1i(cut_bits)) - set1i(middle - error), set1i(2 * error));
+  return near_middle | (abs(y) < set1(0x1p-14f)) | (abs(x) >= set1(segments_end));  // subnormals have other middles
 }
 
 // What the sum of input and bias is computed in.
 template <class T>
 using SumOf = Vec<std::conditional_t<std::is_same_v<T, double>, double, float>>;
 
-// A sum rounded to the storage type: fused equals unfused, where input + bias is a tensor of that type.
-TRANSFUSE_INLINE f32 rounded(f32 x, float) { return x; }
-TRANSFUSE_INLINE wide rounded(wide x, double) { return x; }
-TRANSFUSE_INLINE f32 rounded(f32 x, f16) {
-  f16 half[lanes];
-  store(half, x);
-  return load(half);
-}
-TRANSFUSE_INLINE f32 rounded(f32 x, bf16) {
-  const i32 odd = shift_right<16>(bits(x)) & set1i(1);
-  const i32 r = (bits(x) + odd + set1i(0x7FFF)) & set1i(static_cast<int32_t>(0xFFFF0000u));
-  return select(isnan(x), x, from_bits(r));
-}
-
-// Runs body(element, column, n, x) over the vectors of each row, x = input + bias.
+// Runs body(element, column, n, x) over the vectors of each row, x = input + bias rounded to the storage type: fused equals
+// unfused, where input + bias is a tensor of that type.
 template <class T, class B, class Body>
 TRANSFUSE_INLINE void for_each_sum(const GeluParams& p, int64_t begin, int64_t end, Body body) {
   const T* input = static_cast<const T*>(p.input);
@@ -180,7 +145,7 @@ TRANSFUSE_INLINE f32 gelu_everywhere(f32 x) {
   return narrow_for<T>(wide{gelu_everywhere<Form>(low(x)), gelu_everywhere<Form>(high(x))});
 }
 
-// The few lanes that lie outside the core wait here until there are sixteen of them.
+// The few uncertain lanes wait here until there are sixteen of them.
 template <class Form, class T>
 struct WaitingLanes {
   T* output;
@@ -188,10 +153,15 @@ struct WaitingLanes {
   int64_t at[lanes] = {};
   int64_t count = 0;
 
-  TRANSFUSE_INLINE void add(float value, int64_t where) {
-    x[count] = value;
-    at[count] = where;
-    if (++count == lanes) flush();
+  // Lane i, where bit i of `which` is set, is x[i] and belongs at output[first + i]. Out of line: the loop over the other
+  // lanes keeps its tables in registers.
+  [[gnu::noinline]] void add(const float* values, uint32_t which, int64_t first) {
+    for (; which != 0; which &= which - 1) {
+      const int lane = __builtin_ctz(which);
+      x[count] = values[lane];
+      at[count] = first + lane;
+      if (++count == lanes) flush();
+    }
   }
   void flush() {
     alignas(64) T results[lanes];
@@ -201,31 +171,19 @@ struct WaitingLanes {
   }
 };
 
-constexpr int many_outside = 8;  // of sixteen: then waiting costs more than it saves
-
-// A lane takes the core or the tail form by its own value alone, so its bits do not depend on its neighbours.
+// A lane takes the core or the double form by its own value alone, so its bits do not depend on its neighbours.
 template <class Form, class T, class B>
-void forward_rows(const GeluParams& p, int64_t begin, int64_t end) {
+[[gnu::noinline]] void forward_rows(const GeluParams& p, int64_t begin, int64_t end) {
   T* output = static_cast<T*>(p.output);
   WaitingLanes<Form, T> waiting{output};
   for_each_sum<T, B>(p, begin, end, [&](int64_t at, int64_t, int64_t n, f32 x) __attribute__((always_inline)) {
-    if constexpr (Form::has_core) {
-      const f32 core = narrow_for<T>(wide{Form::core(low(x)), Form::core(high(x))});
-      const mask outside = abs(x) > set1(core_limit);
-      uint32_t bits = to_bits(outside);
-      if (__builtin_popcount(bits) >= many_outside)
-        return store_n(output + at, select(outside, gelu_everywhere<Form, T>(x), core), n);
-      store_n(output + at, core, n);
-      if (bits == 0) return;
-      alignas(64) float values[lanes];
-      store(values, x);
-      for (; bits != 0; bits &= bits - 1) {
-        const int lane = __builtin_ctz(bits);
-        waiting.add(values[lane], at + lane);
-      }
-    } else {
-      store_n(output + at, gelu_everywhere<Form, T>(x), n);
-    }
+    const f32 core = gelu_core<Form>(x);
+    const mask left = uncertain(x, core, T{});
+    store_n(output + at, core, n);
+    if (__builtin_expect(!any(left), 1)) return;
+    alignas(64) float values[lanes];
+    store(values, x);
+    waiting.add(values, to_bits(left) & ((uint32_t{1} << n) - 1), at);
   });
   waiting.flush();
 }
@@ -238,16 +196,28 @@ void forward_rows_of_doubles(const GeluParams& p, int64_t begin, int64_t end) {
   });
 }
 
-template <class Form>
-TRANSFUSE_INLINE wide slope_of(f32 x) {
-  return {gelu_slope<Form>(low(x)), gelu_slope<Form>(high(x))};
+template <class Form, class T>
+[[gnu::noinline]] void gradient_everywhere(const float* grad_output, const float* x, float* gradient) {
+  const wide value = load_wide(x);
+  const wide slope = {slope_everywhere<Form>(value.lo), slope_everywhere<Form>(value.hi)};
+  store(gradient, narrow_for<T>(load_wide(grad_output) * slope));
+}
+template <class Form, class T>
+TRANSFUSE_INLINE f32 gradient_of(f32 grad_output, f32 x, T type) {
+  const f32 core = grad_output * slope_core<Form>(x);
+  const mask left = uncertain(x, core, type);
+  if (__builtin_expect(!any(left), 1)) return core;
+  alignas(64) float values[3][lanes];
+  store(values[0], grad_output);
+  store(values[1], x);
+  gradient_everywhere<Form, T>(values[0], values[1], values[2]);
+  return select(left, load(values[2]), core);
 }
 template <class Form>
-TRANSFUSE_INLINE wide slope_of(wide x) {
-  return {gelu_slope_full<typename Form::Full>(x.lo), gelu_slope_full<typename Form::Full>(x.hi)};
+TRANSFUSE_INLINE wide gradient_of(wide grad_output, wide x, double) {
+  using Full = typename Form::Full;
+  return grad_output * wide{gelu_slope_full<Full>(x.lo), gelu_slope_full<Full>(x.hi)};
 }
-TRANSFUSE_INLINE wide in_double(f32 x) { return widen(x); }
-TRANSFUSE_INLINE wide in_double(wide x) { return x; }
 template <class T>
 TRANSFUSE_INLINE void store_rounded(T* p, wide x, int64_t n) {
   store_n(p, narrow_for<T>(x), n);
@@ -255,16 +225,14 @@ TRANSFUSE_INLINE void store_rounded(T* p, wide x, int64_t n) {
 TRANSFUSE_INLINE void store_rounded(double* p, wide x, int64_t n) { store_wide(p, x, n); }
 
 template <class Form, class T, class B>
-void backward_rows(const GeluParams& p, int64_t begin, int64_t end, double* bias_sum) {
+[[gnu::noinline]] void backward_rows(const GeluParams& p, int64_t begin, int64_t end, double* bias_sum) {
   const T* grad_output = static_cast<const T*>(p.grad_output);
   T* output = static_cast<T*>(p.output);
   for_each_sum<T, B>(p, begin, end, [&](int64_t at, int64_t column, int64_t n, auto x) __attribute__((always_inline)) {
-    const wide gradient = in_double(load_as<SumOf<T>>(grad_output + at, n)) * slope_of<Form>(x);
-    store_rounded(output + at, gradient, n);
+    const auto gradient = gradient_of<Form>(load_as<SumOf<T>>(grad_output + at, n), x, T{});
+    store_as(output + at, gradient, n);
     if (bias_sum == nullptr) return;
-    alignas(64) double gained[lanes];
-    store_wide(gained, gradient);
-    for (int64_t i = 0; i < n; ++i) bias_sum[column + i] += gained[i];
+    store_wide(bias_sum + column, load_wide(bias_sum + column, n) + widen(gradient), n);
   });
 }
 

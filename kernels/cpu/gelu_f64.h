@@ -80,18 +80,18 @@ struct ErfFull {
   static constexpr double cut = 39.0;  // Phi(-39) is far below the last subnormal
 
   TRANSFUSE_INLINE static Exponential gaussian(f64 t) {
-    const Pair square = two_product(t, t);
+    const Pair<f64> square = two_product(t, t);
     return exp_parts(square.hi * set1d(-0.5), square.lo * set1d(-0.5));
   }
   struct Mills {
     f64 w;
-    Pair factor;  // R(t) = w * factor
+    Pair<f64> factor;  // R(t) = w * factor
   };
   // w, the rounded 1 / (t + 4), stands for a point beside t. There R is read, and moved to t along its slope
   // t R - phi(0); the move joins the polynomial before its last addition.
   TRANSFUSE_INLINE static Mills mills(f64 t) {
     const f64 shift = set1d(mills_shift), s = t + shift, w = set1d(1.0) / s;
-    const Pair one = two_product(w, s);
+    const Pair<f64> one = two_product(w, s);
     const f64 miss = ((one.hi - set1d(1.0)) + one.lo + w * (t - (s - shift))) * s;
     const f64 first = set1d(mills_far[0]), rest = w * horner<1>(mills_far, w);
     const f64 move = (t * w * (first + rest) - set1d(phi0_hi)) * miss * s;
@@ -130,11 +130,11 @@ struct TanhFull {
 
   // exp(-z), not scaled yet.
   TRANSFUSE_INLINE static Exponential decay(f64 t) {
-    const Pair square = two_product(t, t);
-    const Pair cubic = two_product(square.hi, set1d(z_c1_hi));
-    const Pair rate = two_sum(set1d(z_c0_hi), cubic.hi);
+    const Pair<f64> square = two_product(t, t);
+    const Pair<f64> cubic = two_product(square.hi, set1d(z_c1_hi));
+    const Pair<f64> rate = two_sum(set1d(z_c0_hi), cubic.hi);
     const f64 rate_lo = rate.lo + (set1d(z_c0_lo) + cubic.lo + square.hi * set1d(z_c1_lo) + square.lo * set1d(z_c1_hi));
-    const Pair z = two_product(t, rate.hi);
+    const Pair<f64> z = two_product(t, rate.hi);
     return exp_parts(-z.hi, -(z.lo + t * rate_lo));
   }
   // t * E / (1 + E), E = exp(-z)
@@ -154,9 +154,9 @@ struct TanhFull {
           const Exponential e = decay(t);
           // h = E (1 + E - t z') / (1 + E)^2; what rounding took from each term of the difference is given back to it,
           // and so is twice what it took from 1 + E below the line.
-          const Pair below = two_sum(set1d(1.0), scale_by_power(e.fraction, e.power));
-          const Pair inner = two_sum(set1d(z_c0_hi), t * t * set1d(3 * z_c1_hi));
-          const Pair rate = two_product(t, inner.hi);
+          const Pair<f64> below = two_sum(set1d(1.0), scale_by_power(e.fraction, e.power));
+          const Pair<f64> inner = two_sum(set1d(z_c0_hi), t * t * set1d(3 * z_c1_hi));
+          const Pair<f64> rate = two_product(t, inner.hi);
           const f64 minus_rate = -rate.hi, rounded = below.hi + minus_rate;
           const f64 lost = sum_residual(below.hi, minus_rate, rounded) - (rate.lo + t * inner.lo);
           const f64 difference = rounded + (lost + below.lo * (set1d(1.0) - rounded - rounded));

@@ -16,7 +16,7 @@ struct LayerNorm {
   // `variance` loses at most a factor cols + 1 out of double's 2^53. A constant row has variance exactly 0 and mean
   // exactly x[0]; inf - inf turns a row with an infinity into NaN.
   template <class T>
-  TRANSFUSE_INLINE static Statistics statistics(const T* x, int64_t cols, double eps) {
+  [[gnu::noinline]] static Statistics statistics(const T* x, int64_t cols, double eps) {
     if (cols == 0) return {0, __builtin_nan("")};  // as torch
     const float first = to_float(x[0]);
     const wide shift = set1w(first);
@@ -43,7 +43,7 @@ struct LayerNorm {
     const double offset = row_sum(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
                             return value(i, n) - set1w(first);
                           }) / cols;
-    const Pair mean = exact_sum(first, offset);
+    const Pair<double> mean = two_sum(first, offset);
     const auto deviation = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
       return (value(i, n) - set1w(mean.hi)) - set1w(mean.lo);
     };
@@ -52,7 +52,7 @@ struct LayerNorm {
                             const wide d = deviation(i, n);
                             return d * d;
                           }) / cols;
-    const Pair rstd = scaled_rstd(square - correction * correction, eps, scale);
+    const Pair<double> rstd = scaled_rstd(square - correction * correction, eps, scale);
     return {mean.hi, rstd.hi, mean.lo + correction, rstd.lo, scale};
   }
 };

@@ -217,10 +217,10 @@ TRANSFUSE_INLINE void softmax_row(const Row<T, M>& row, double scale, T* output,
 TRANSFUSE_INLINE f64 nan_as_zero(f64 x) { return select(isnan(x), zero64(), x); }
 
 template <class M>
-TRANSFUSE_INLINE Pair exact_score(f64 x, f64 bias, f64 scale) {
-  const Pair product = two_product(x, scale);
+TRANSFUSE_INLINE Pair<f64> exact_score(f64 x, f64 bias, f64 scale) {
+  const Pair<f64> product = two_product(x, scale);
   if constexpr (is_additive<M>) {
-    const Pair sum = two_sum(product.hi, bias);
+    const Pair<f64> sum = two_sum(product.hi, bias);
     const f64 rest = nan_as_zero(product.lo + sum.lo), joined = sum.hi + rest;
     return {joined, rest - (joined - sum.hi)};
   } else {
@@ -233,14 +233,14 @@ struct WidePair {
 };
 template <class M>
 TRANSFUSE_INLINE WidePair exact_scores(const Keys<double>& keys, double scale) {
-  const Pair low = exact_score<M>(keys.x.lo, keys.bias.lo, set1d(scale));
-  const Pair high = exact_score<M>(keys.x.hi, keys.bias.hi, set1d(scale));
+  const Pair<f64> low = exact_score<M>(keys.x.lo, keys.bias.lo, set1d(scale));
+  const Pair<f64> high = exact_score<M>(keys.x.hi, keys.bias.hi, set1d(scale));
   return {{low.hi, high.hi}, {low.lo, high.lo}};
 }
 
 // exp(score - largest), both of them exact.
 TRANSFUSE_INLINE f64 exact_weight(f64 score, f64 score_rest, f64 largest, f64 largest_rest) {
-  const Pair difference = two_sum(score, -largest);
+  const Pair<f64> difference = two_sum(score, -largest);
   const f64 rest = nan_as_zero(difference.lo + (score_rest - largest_rest));
   const f64 exponent = difference.hi + rest;
   const f64 limit = set1d(exp_full_residual);  // only a weight of 0 has a larger one

@@ -16,8 +16,6 @@ struct NormForwardParams {
   const void* bias;      // [cols] param_dtype, or null: 0
   void* sum;             // [rows, cols] dtype; written where there is a residual
   void* output;          // [rows, cols] dtype
-  void* mean;            // [rows] float32, float64 for float64; null where the norm has none
-  void* rstd;            // the same
   int64_t cols;
   double eps;
   DType dtype, param_dtype;

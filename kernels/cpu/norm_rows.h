@@ -3,12 +3,16 @@
 //   centered                       whether it has a mean, and with it a bias
 //   statistics(x, cols, eps)       a row's Statistics; of float64 rows in a pass of their own
 //
-// Policy: the float32 forward stays in double to its end and rounds once; where four roundings in float do no harm, in
-// the forward of the 16-bit types and in the backward, a row is normalised in float against a mean of two floats; a
-// float64 row in double against a mean and an rstd of two doubles. Rows go in pairs that share the loads of the weights,
+// Policy: statistics are sums in float over deviations from a value of the row, in double where that would not do. The
+// float32 forward rounds about once; where four roundings in float do no harm, in the forward of the 16-bit types and in
+// the backward, a row is normalised in float against a mean of two floats; a float64 row in double against a mean and an
+// rstd of two doubles. Rows go in pairs that share the loads of the weights,
 // and a pair is still in L1 when its last pass starts. No residual is taken from an FMA: the baseline level has none.
 #pragma once
 
+#include <type_traits>
+
+#include "cpu/exact.h"
 #include "cpu/norm.h"
 #include "cpu/vec.h"
 
@@ -16,9 +20,10 @@ namespace transfuse::cpu::TRANSFUSE_ISA {
 
 namespace {
 
-// Rows that go through the last pass together, so that a vector of weights is loaded and widened once for both. More
-// rows gain nothing measurable and leave L1 at 4096 columns.
+// Rows that go through the last pass together, so that a vector of weights is loaded and widened once for all of them. In
+// the backward the terms of the weights' gradients, too, are added in float over a group and then once in double.
 constexpr int64_t group_rows = 2;
+constexpr int64_t backward_group_rows = 4;
 static_assert(group_rows == 2, "the last group is a pair or a single row");
 static_assert(norm_block == lanes, "reduce works in whole vectors");
 // Columns whose terms are added in lanes before the lanes are added to the row's sum, in double: rounding errors grow
@@ -31,30 +36,15 @@ struct Statistics {
   double mean, rstd;
   double mean_tail = 0, rstd_tail = 0;
   double scale = 1;
+  bool quick = false;  // taken in float: rstd and the deviations are far from the ends of float's range
 };
 
 // ---- statistics of float64 rows: what they need beyond double is a sum of two, without an FMA ----
 
-struct Pair {
-  double hi, lo;
-};
-TRANSFUSE_INLINE Pair exact_sum(double x, double y) {
-  const double sum = x + y, from_x = sum - x;
-  return {sum, (x - (sum - from_x)) + (y - from_x)};
-}
-// For factors below 2^996, each cut into two halves of 26 bits.
-TRANSFUSE_INLINE Pair exact_product(double x, double y) {
-  constexpr double cut = 0x1p27 + 1;
-  const double x_hi = cut * x - (cut * x - x), x_lo = x - x_hi;
-  const double y_hi = cut * y - (cut * y - y), y_lo = y - y_hi;
-  const double product = x * y;
-  return {product, x_lo * y_lo - (((product - x_hi * y_hi) - x_lo * y_hi) - x_hi * y_lo)};
-}
-
 // Sum of term(i, n) over a row. Only the sums in the lanes of a block round as they go.
 template <class Term>
 TRANSFUSE_INLINE double row_sum(int64_t cols, Term term) {
-  Pair sum = {0, 0};
+  Pair<double> sum = {0, 0};
   for (int64_t block = 0; block < cols; block += sum_block) {
     wide block_sum = set1w(0);
     for_each_vec(cols - block < sum_block ? cols - block : sum_block,
@@ -62,7 +52,7 @@ TRANSFUSE_INLINE double row_sum(int64_t cols, Term term) {
                    const wide value = term(block + i, n);
                    block_sum = block_sum + (n == lanes ? value : select(first_n_wide(n), value, set1w(0)));
                  });
-    const Pair longer = exact_sum(sum.hi, reduce_add(block_sum));
+    const Pair<double> longer = two_sum(sum.hi, reduce_add(block_sum));
     sum = {longer.hi, sum.lo + longer.lo};
   }
   return sum.lo == sum.lo ? sum.hi + sum.lo : sum.hi;  // an infinite sum has no remainder
@@ -73,6 +63,14 @@ TRANSFUSE_INLINE double power_of_two_below(double x) {
   uint64_t u;
   __builtin_memcpy(&u, &x, sizeof u);
   u &= uint64_t{0x7FF} << 52;
+  __builtin_memcpy(&x, &u, sizeof u);
+  return x;
+}
+// 1 / x for a power of two whose inverse is normal.
+TRANSFUSE_INLINE double inverse_of_power(double x) {
+  uint64_t u;
+  __builtin_memcpy(&u, &x, sizeof u);
+  u = (uint64_t{2046} << 52) - u;
   __builtin_memcpy(&x, &u, sizeof u);
   return x;
 }
@@ -91,14 +89,71 @@ TRANSFUSE_INLINE double unit_scale(const double* x, int64_t cols, double eps) {
 }
 // 1/sqrt(square + eps) of a row whose `square` was taken at `scale`: the rounded one and a Newton step from it, whose
 // residual is exact. eps stays above 0 at any scale, so that a constant row is 0 and not 0/0.
-TRANSFUSE_INLINE Pair scaled_rstd(double square, double eps, double scale) {
+TRANSFUSE_INLINE Pair<double> scaled_rstd(double square, double eps, double scale) {
   constexpr double smallest = 0x1p-900;  // far below the square of any row that is not constant
-  const Pair radicand = exact_sum(square, eps > 0 ? larger(eps * scale * scale, smallest) : 0);
+  const Pair<double> radicand = two_sum(square, eps > 0 ? larger(eps * scale * scale, smallest) : 0.0);
   const double rstd = 1 / __builtin_sqrt(radicand.hi);
-  const Pair inverse = exact_product(rstd, rstd), one = exact_product(radicand.hi, inverse.hi);
+  const Pair<double> inverse = two_product(rstd, rstd), one = two_product(radicand.hi, inverse.hi);
   const double residual = ((1 - one.hi) - one.lo) - radicand.hi * inverse.lo - radicand.lo * inverse.hi;
   const double step = rstd * residual / 2;
   return {rstd, step == step ? step : 0};  // no step from 0 or infinity
+}
+
+// ---- statistics of the other types: in float where that is exact enough, which is nearly always ----
+
+// Mean and rstd of a row whose vectors are value(i, n), in one pass over its deviations from a shift: the mean of its
+// first vector. False where float is not enough: the shift is farther from the mean than a standard deviation, or the
+// squares leave float's range, or the row is constant or not finite.
+//
+// Deviations are exact wherever the mean is large against them. Their sums run in four chains of at most ten terms, and
+// in double over blocks, so that the variance is good to 2^-23.
+template <bool centered, class Value>
+TRANSFUSE_INLINE bool quick_statistics(int64_t cols, double eps, Value value, Statistics& row) {
+  constexpr int64_t chains = 4;
+  constexpr double smallest = 0x1p-80, largest = 0x1p100;
+  float shift = 0;
+  if (centered) {
+    const int64_t n = cols < lanes ? cols : lanes;
+    shift = reduce_add(value(0, n)) / static_cast<float>(n);
+  }
+  wide sum = set1w(0), squares = set1w(0);
+  for (int64_t block = 0; block < cols; block += sum_block) {
+    const int64_t end = cols - block < sum_block ? cols : block + sum_block;
+    f32 sums[chains], products[chains];
+    for (int64_t c = 0; c < chains; ++c) sums[c] = products[c] = zero();
+    const auto add = [&](int64_t c, f32 deviation) __attribute__((always_inline)) {
+      if (centered) sums[c] = sums[c] + deviation;
+      products[c] = fma(deviation, deviation, products[c]);
+    };
+    int64_t i = block;
+    for (; i + chains * lanes <= end; i += chains * lanes)
+      for (int64_t c = 0; c < chains; ++c) add(c, value(i + c * lanes, lanes) - set1(shift));
+    for (; i + lanes <= end; i += lanes) add(0, value(i, lanes) - set1(shift));
+    if (i < end) add(1, select(first_n(end - i), value(i, end - i) - set1(shift), zero()));
+    if (centered) sum = sum + widen((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    squares = squares + widen((products[0] + products[1]) + (products[2] + products[3]));
+  }
+  const double square = reduce_add(squares) / cols, offset = centered ? reduce_add(sum) / cols : 0;
+  const double variance = square - offset * offset;
+  if (!(square > smallest && square < largest && offset * offset <= variance && eps < largest)) return false;
+  row = {shift + offset, 1 / __builtin_sqrt(variance + eps)};
+  row.quick = true;
+  return true;
+}
+
+// `x` holds what value(i, n) gave once that was called for all of the row.
+template <class Norm, class T, class Value>
+TRANSFUSE_INLINE Statistics statistics_of(const T* x, int64_t cols, double eps, Value value) {
+  Statistics row;
+  return quick_statistics<Norm::centered>(cols, eps, value, row) ? row : Norm::statistics(x, cols, eps);
+}
+template <class Norm, class T>
+TRANSFUSE_INLINE Statistics statistics_of(const T* x, int64_t cols, double eps) {
+  return statistics_of<Norm>(x, cols, eps, [&](int64_t i, int64_t n) __attribute__((always_inline)) { return load_n(x + i, n); });
+}
+template <class Norm>
+TRANSFUSE_INLINE Statistics statistics_of(const double* x, int64_t cols, double eps) {
+  return Norm::statistics(x, cols, eps);
 }
 
 // ---- one row's normalisation, xhat = (x - mean) * rstd, where rstd = scale * rest and scale is a power of two ----
@@ -109,9 +164,33 @@ struct WideRow {
   using V = wide;
   double mean, rstd;
 
-  WideRow() = default;
   TRANSFUSE_INLINE explicit WideRow(const Statistics& row) : mean(row.mean), rstd(row.rstd) {}
   TRANSFUSE_INLINE wide normalize(wide x) const { return (centered ? x - set1w(mean) : x) * set1w(rstd); }
+};
+
+// float32 in float with one rounding worth the name, for rows taken quickly. The mean is rounded to a multiple of about
+// an eighth of the standard deviation, so coarse that what rounding takes from x - mean is found exactly (whichever of
+// the two is larger) and given back with what the roundings of mean and rstd took.
+template <bool centered>
+struct PreciseRow {
+  using V = f32;
+  float mean, rest;
+  float rest_tail;  // what `rest` was rounded by
+  float remainder;  // rest * (what `mean` was rounded by)
+
+  TRANSFUSE_INLINE explicit PreciseRow(const Statistics& row) {
+    rest = static_cast<float>(row.rstd);
+    rest_tail = static_cast<float>(row.rstd - rest);
+    const double multiple = inverse_of_power(power_of_two_below(row.rstd)) * (0x1.8p52 / 8);  // adding it rounds
+    mean = static_cast<float>((row.mean + multiple) - multiple);
+    remainder = static_cast<float>((mean - row.mean) * row.rstd);
+  }
+  TRANSFUSE_INLINE f32 normalize(f32 x) const {
+    if constexpr (!centered) return fma(x, set1(rest), x * set1(rest_tail));
+    const f32 deviation = x - set1(mean), lost = x - (deviation + set1(mean));
+    const f32 tail = fma(lost, set1(rest), fma(deviation, set1(rest_tail), set1(remainder)));
+    return fma(deviation, set1(rest), tail);
+  }
 };
 
 // 16-bit types, and float32 in the backward, in float: good to 1.5 ULP at every size of x. The row is first scaled by a
@@ -131,16 +210,23 @@ struct FloatRow {
     constexpr double smallest = 0x1p-126, largest = 0x1p126;
     double power = smaller(power_of_two_below(row.rstd), largest);
     // A constant row may have a mean * rstd beyond float's range.
-    if (centered) power = smaller(power, power_of_two_below(largest / __builtin_fabs(row.mean)));
+    if (centered && __builtin_fabs(row.mean) * power > largest) power = power_of_two_below(largest / __builtin_fabs(row.mean));
     power = power < smallest ? smallest : power;
+    const double all_of_mean = row.mean * power, all_of_rest = row.rstd * inverse_of_power(power);
     scale = static_cast<float>(power);
-    mean = static_cast<float>(row.mean * power);
-    rest = static_cast<float>(row.rstd / power);
-    remainder = static_cast<float>((mean - row.mean * power) * (row.rstd / power));
+    mean = static_cast<float>(all_of_mean);
+    rest = static_cast<float>(all_of_rest);
+    remainder = static_cast<float>((mean - all_of_mean) * all_of_rest);
+  }
+  TRANSFUSE_INLINE f32 deviation(f32 x) const {
+    return centered ? fms(x, set1(scale), set1(mean)) : x * set1(scale);
   }
   TRANSFUSE_INLINE f32 normalize(f32 x) const {
-    if constexpr (centered) return fma(fms(x, set1(scale), set1(mean)), set1(rest), set1(remainder));
-    return x * set1(scale) * set1(rest);
+    return centered ? fma(deviation(x), set1(rest), set1(remainder)) : deviation(x) * set1(rest);
+  }
+  // The mean of g * xhat, given those of g * deviation and of g.
+  TRANSFUSE_INLINE double from_deviation(double g_deviation, double g) const {
+    return centered ? g_deviation * rest + g * remainder : g_deviation * rest;
   }
 };
 
@@ -160,50 +246,31 @@ struct DoubleRow {
         rest(row.rstd),
         rest_tail(row.rstd_tail),
         remainder(row.mean_tail * row.rstd) {}
+  TRANSFUSE_INLINE wide deviation(wide x) const {
+    return centered ? x * set1w(scale) - set1w(mean) : x * set1w(scale);
+  }
   TRANSFUSE_INLINE wide normalize(wide x) const {
-    const wide deviation = centered ? x * set1w(scale) - set1w(mean) : x * set1w(scale);
-    const wide tail = deviation * set1w(rest_tail);
-    return fma(deviation, set1w(rest), centered ? tail - set1w(remainder) : tail);
+    const wide d = deviation(x), tail = d * set1w(rest_tail);
+    return fma(d, set1w(rest), centered ? tail - set1w(remainder) : tail);
+  }
+  TRANSFUSE_INLINE double from_deviation(double g_deviation, double g) const {
+    return g_deviation * rest + (g_deviation * rest_tail - (centered ? g * remainder : 0));
   }
 };
 
-// How rows of storage type T are normalised.
+// How rows of storage type T are normalised, in the backward and in the forward; there float32 has the two above.
 template <class T, bool centered>
-struct RowOf {
-  using Forward = FloatRow<centered>;
-  using Backward = FloatRow<centered>;
-  using Statistic = float;  // what the forward saves
-};
-template <bool centered>
-struct RowOf<float, centered> {
-  using Forward = WideRow<centered>;
-  using Backward = FloatRow<centered>;
-  using Statistic = float;
-};
-template <bool centered>
-struct RowOf<double, centered> {
-  using Forward = DoubleRow<centered>;
-  using Backward = DoubleRow<centered>;
-  using Statistic = double;
-};
+using RowOf = std::conditional_t<std::is_same_v<T, double>, DoubleRow<centered>, FloatRow<centered>>;
 
 // ---- forward ----
 
-template <class V, class T>
-TRANSFUSE_INLINE void add_rows(const T* x, const T* y, T* sum, int64_t size) {
-  for_each_vec(size, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    store_as(sum + i, load_as<V>(x + i, n) + load_as<V>(y + i, n), n);
-  });
-}
-
 // `count` consecutive rows, their statistics known.
-template <class Norm, int64_t count, class T, class W>
+template <class Norm, class Row, int64_t count, class T, class W>
 TRANSFUSE_INLINE void normalize_rows(const T* x, const Statistics* statistics, const W* weight, const W* bias,
                                      T* output, int64_t cols) {
-  using Row = typename RowOf<T, Norm::centered>::Forward;
   using V = typename Row::V;
-  Row rows[count];
-  for (int64_t r = 0; r < count; ++r) rows[r] = Row(statistics[r]);
+  static_assert(count <= group_rows);
+  const Row rows[group_rows] = {Row(statistics[0]), Row(statistics[count - 1])};
   for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     const V scale = weight ? load_as<V>(weight + i, n) : splat<V>(1);
     const V offset = bias ? load_as<V>(bias + i, n) : splat<V>(0);
@@ -213,34 +280,60 @@ TRANSFUSE_INLINE void normalize_rows(const T* x, const Statistics* statistics, c
     }
   });
 }
+template <class Norm, int64_t count, class T, class W>
+TRANSFUSE_INLINE void normalize_group(const T* x, const Statistics* statistics, const W* weight, const W* bias,
+                                      T* output, int64_t cols) {
+  if constexpr (!std::is_same_v<T, float>) {
+    normalize_rows<Norm, RowOf<T, Norm::centered>, count>(x, statistics, weight, bias, output, cols);
+  } else if (statistics[0].quick && statistics[count - 1].quick) {
+    normalize_rows<Norm, PreciseRow<Norm::centered>, count>(x, statistics, weight, bias, output, cols);
+  } else if constexpr (count == 1) {
+    normalize_rows<Norm, WideRow<Norm::centered>, 1>(x, statistics, weight, bias, output, cols);
+  } else {
+    for (int64_t r = 0; r < count; ++r)
+      normalize_group<Norm, 1>(x + r * cols, statistics + r, weight, bias, output + r * cols, cols);
+  }
+}
+
+// Statistics of one row, and, where there is a residual, the row itself: the sum, whose place is x.
+template <class Norm, class T>
+TRANSFUSE_INLINE Statistics begin_row(const T* input, const T* residual, T* x, int64_t cols, double eps) {
+  return statistics_of<Norm>(x, cols, eps, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    const f32 sum = rounded(load_n(input + i, n) + load_n(residual + i, n), T{});
+    store_n(x + i, sum, n);
+    return sum;
+  });
+}
+template <class Norm>
+TRANSFUSE_INLINE Statistics begin_row(const double* input, const double* residual, double* x, int64_t cols, double eps) {
+  for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    store_wide(x + i, load_wide(input + i, n) + load_wide(residual + i, n), n);
+  });
+  return Norm::statistics(x, cols, eps);
+}
 
 template <class Norm, class T, class W>
-void forward_rows(const NormForwardParams& p, int64_t begin, int64_t end) {
+[[gnu::noinline]] void forward_rows(const NormForwardParams& p, int64_t begin, int64_t end) {
   const int64_t cols = p.cols;
   const W* weight = static_cast<const W*>(p.weight);
   const W* bias = static_cast<const W*>(p.bias);
-  using Row = RowOf<T, Norm::centered>;
-  using Statistic = typename Row::Statistic;
   for (int64_t row = begin; row < end; row += group_rows) {
     const int64_t count = end - row < group_rows ? end - row : group_rows;
-    const T* x = static_cast<const T*>(p.input) + row * cols;
-    if (p.residual) {
-      T* sum = static_cast<T*>(p.sum) + row * cols;
-      add_rows<typename Row::Backward::V>(x, static_cast<const T*>(p.residual) + row * cols, sum, count * cols);
-      x = sum;
-    }
+    const T* input = static_cast<const T*>(p.input) + row * cols;
+    const T* residual = p.residual ? static_cast<const T*>(p.residual) + row * cols : nullptr;
+    T* sum = static_cast<T*>(p.sum) + row * cols;
     Statistics rows[group_rows];
     for (int64_t r = 0; r < count; ++r) {
-      rows[r] = Norm::statistics(x + r * cols, cols, p.eps);
-      const double mean = (rows[r].mean + rows[r].mean_tail) / rows[r].scale, rstd = rows[r].rstd * rows[r].scale;
-      if (Norm::centered) static_cast<Statistic*>(p.mean)[row + r] = static_cast<Statistic>(mean);
-      static_cast<Statistic*>(p.rstd)[row + r] = static_cast<Statistic>(rstd);
+      const int64_t at = r * cols;
+      rows[r] = residual ? begin_row<Norm>(input + at, residual + at, sum + at, cols, p.eps)
+                         : statistics_of<Norm>(input + at, cols, p.eps);
     }
+    const T* x = residual ? sum : input;
     T* output = static_cast<T*>(p.output) + row * cols;
     if (count == group_rows)
-      normalize_rows<Norm, group_rows>(x, rows, weight, bias, output, cols);
+      normalize_group<Norm, group_rows>(x, rows, weight, bias, output, cols);
     else
-      normalize_rows<Norm, 1>(x, rows, weight, bias, output, cols);
+      normalize_group<Norm, 1>(x, rows, weight, bias, output, cols);
   }
 }
 
@@ -256,28 +349,36 @@ struct Projections {
 
 // The statistics are taken anew from the input: the saved ones are float32, and a mean rounded to float32 is off by a
 // tenth of a standard deviation at mean/std 1e6. The two means here are sums of products in the row's own type, over a
-// block of columns (their errors are divided by cols), and in double over the blocks.
+// block of columns (their errors are divided by cols), and in double over the blocks. What is summed in place of
+// g * xhat = g * (deviation * rest + remainder) is g * deviation.
 template <class Norm, class T, class W>
 TRANSFUSE_INLINE auto project_row(const T* x, const T* grad_output, const W* weight, int64_t cols, double eps) {
-  using Row = typename RowOf<T, Norm::centered>::Backward;
+  using Row = RowOf<T, Norm::centered>;
   using V = typename Row::V;
   using Real = typename Row::Real;
-  const Row row(Norm::statistics(x, cols, eps));
-  double mean_g = 0, mean_g_xhat = 0;
+  const Row row(statistics_of<Norm>(x, cols, eps));
+  double mean_g = 0, mean_g_deviation = 0;
   for (int64_t block = 0; block < cols; block += sum_block) {
-    V sum_g = splat<V>(0), sum_g_xhat = splat<V>(0);
-    for_each_vec(cols - block < sum_block ? cols - block : sum_block,
-                 [&](int64_t offset, int64_t n) __attribute__((always_inline)) {
-                   const int64_t i = block + offset;
-                   const V grad = load_as<V>(grad_output + i, n);  // 0 past the end of the row: adds nothing
-                   const V g = weight ? grad * load_as<V>(weight + i, n) : grad;
-                   if (Norm::centered) sum_g = sum_g + g;
-                   sum_g_xhat = fma(g, row.normalize(load_as<V>(x + i, n)), sum_g_xhat);
-                 });
-    mean_g += reduce_add(widen(sum_g));
-    mean_g_xhat += reduce_add(widen(sum_g_xhat));
+    V sum_g[2] = {splat<V>(0), splat<V>(0)}, sum_g_deviation[2] = {splat<V>(0), splat<V>(0)};
+    const auto add = [&](int64_t chain, int64_t i, int64_t n) __attribute__((always_inline)) {
+      const V grad = load_as<V>(grad_output + i, n);  // 0 past the end of the row: adds nothing
+      const V g = weight ? grad * load_as<V>(weight + i, n) : grad;
+      if (Norm::centered) sum_g[chain] = sum_g[chain] + g;
+      sum_g_deviation[chain] = fma(g, row.deviation(load_as<V>(x + i, n)), sum_g_deviation[chain]);
+    };
+    const int64_t end = cols - block < sum_block ? cols : block + sum_block;
+    int64_t i = block;
+    for (; i + 2 * lanes <= end; i += 2 * lanes) {
+      add(0, i, lanes);
+      add(1, i + lanes, lanes);
+    }
+    for (; i < end; i += lanes) add(0, i, end - i < lanes ? end - i : lanes);
+    mean_g += reduce_add(widen(sum_g[0] + sum_g[1]));
+    mean_g_deviation += reduce_add(widen(sum_g_deviation[0] + sum_g_deviation[1]));
   }
-  return Projections<Row>{row, static_cast<Real>(mean_g / cols), static_cast<Real>(mean_g_xhat / cols)};
+  mean_g /= cols;
+  mean_g_deviation /= cols;
+  return Projections<Row>{row, static_cast<Real>(mean_g), static_cast<Real>(row.from_deviation(mean_g_deviation, mean_g))};
 }
 
 template <class Norm, int64_t count, class T, class W, class Row>
@@ -293,6 +394,7 @@ TRANSFUSE_INLINE void differentiate_rows(const NormBackwardParams& p, int64_t ro
   for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     const V scale = weight ? load_as<V>(weight + i, n) : splat<V>(1);
     V weight_sum = splat<V>(0), bias_sum = splat<V>(0);
+#pragma GCC unroll 4
     for (int64_t r = 0; r < count; ++r) {
       const int64_t at = r * cols + i;
       const V xhat = rows[r].row.normalize(load_as<V>(x + at, n));
@@ -311,7 +413,7 @@ TRANSFUSE_INLINE void differentiate_rows(const NormBackwardParams& p, int64_t ro
 }
 
 template <class Norm, class T, class W>
-void backward_chunks(const NormBackwardParams& p, int64_t begin, int64_t end) {
+[[gnu::noinline]] void backward_chunks(const NormBackwardParams& p, int64_t begin, int64_t end) {
   const int64_t cols = p.cols, padded = norm_padded_cols(cols);
   const T* input = static_cast<const T*>(p.input);
   const T* grad_output = static_cast<const T*>(p.grad_output);
@@ -324,17 +426,19 @@ void backward_chunks(const NormBackwardParams& p, int64_t begin, int64_t end) {
       if (weight_sums) weight_sums[i] = 0;
       if (bias_sums) bias_sums[i] = 0;
     }
-    for (int64_t row = row_begin; row < row_end; row += group_rows) {
-      const int64_t count = row_end - row < group_rows ? row_end - row : group_rows;
-      Projections<typename RowOf<T, Norm::centered>::Backward> rows[group_rows];
+    for (int64_t row = row_begin; row < row_end; row += backward_group_rows) {
+      const int64_t count = row_end - row < backward_group_rows ? row_end - row : backward_group_rows;
+      Projections<RowOf<T, Norm::centered>> rows[backward_group_rows];
       for (int64_t r = 0; r < count; ++r) {
         const int64_t at = (row + r) * cols;
         rows[r] = project_row<Norm>(input + at, grad_output + at, weight, cols, p.eps);
       }
-      if (count == group_rows)
-        differentiate_rows<Norm, group_rows, T, W>(p, row, rows, weight_sums, bias_sums);
-      else
-        differentiate_rows<Norm, 1, T, W>(p, row, rows, weight_sums, bias_sums);
+      if (count == backward_group_rows) {
+        differentiate_rows<Norm, backward_group_rows, T, W>(p, row, rows, weight_sums, bias_sums);
+        continue;
+      }
+      for (int64_t r = 0; r < count; ++r)
+        differentiate_rows<Norm, 1, T, W>(p, row + r, rows + r, weight_sums, bias_sums);
     }
   }
 }

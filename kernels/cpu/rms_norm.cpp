@@ -11,7 +11,7 @@ struct RMSNorm {
   static constexpr bool centered = false;
 
   template <class T>
-  TRANSFUSE_INLINE static Statistics statistics(const T* x, int64_t cols, double eps) {
+  [[gnu::noinline]] static Statistics statistics(const T* x, int64_t cols, double eps) {
     wide squares = set1w(0);
     for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
       const wide values = load_wide(x + i, n);  // 0 past the end of the row
@@ -25,7 +25,7 @@ struct RMSNorm {
                             const wide value = load_wide(x + i, n) * set1w(scale);
                             return value * value;
                           }) / cols;
-    const Pair rstd = scaled_rstd(square, eps, scale);
+    const Pair<double> rstd = scaled_rstd(square, eps, scale);
     return {0, rstd.hi, 0, rstd.lo, scale};
   }
 };

@@ -25,6 +25,7 @@
 namespace transfuse::cpu::TRANSFUSE_ISA {
 constexpr int64_t lanes = 16;
 constexpr int64_t lanes64 = 8;
+constexpr int64_t lookup_size = 32;
 }  // namespace transfuse::cpu::TRANSFUSE_ISA
 
 #if defined(__AVX512F__)
@@ -195,6 +196,16 @@ template <class T>
 TRANSFUSE_INLINE void store_as(T* p, wide x, int64_t n = lanes) {
   store_wide(p, x, n);
 }
+// What a store in type T and a load give back.
+template <class T>
+TRANSFUSE_INLINE f32 rounded(f32 x, T) {
+  T half[lanes];
+  store(half, x);
+  return load(half);
+}
+TRANSFUSE_INLINE f32 rounded(f32 x, float) { return x; }
+TRANSFUSE_INLINE wide rounded(wide x, double) { return x; }
+
 TRANSFUSE_INLINE void store_transposed(double* out, const wide* rows, int64_t n) {
   double buffer[lanes][lanes];
   for (int64_t r = 0; r < lanes; ++r) store_wide(buffer[r], rows[r]);

@@ -115,6 +115,11 @@ TRANSFUSE_INLINE mask less_unsigned(i32 x, i32 y) {
 TRANSFUSE_INLINE i32 load(const int32_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
 }
+TRANSFUSE_INLINE f32 lookup(const float (&table)[lookup_size], i32 index) {
+  const __m256i last = _mm256_set1_epi32(lookup_size - 1);
+  return {_mm256_i32gather_ps(table, _mm256_and_si256(index.a, last), sizeof(float)),
+          _mm256_i32gather_ps(table, _mm256_and_si256(index.b, last), sizeof(float))};
+}
 template <int n>
 TRANSFUSE_INLINE i32 shift_left(i32 x) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
 template <int n>

@@ -77,6 +77,10 @@ TRANSFUSE_INLINE i32 mul_high_unsigned(i32 a, i32 b) {
 }
 TRANSFUSE_INLINE mask less_unsigned(i32 a, i32 b) { return {_mm512_cmplt_epu32_mask(a.v, b.v)}; }
 TRANSFUSE_INLINE i32 load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+// table[index mod 32] of every lane.
+TRANSFUSE_INLINE f32 lookup(const float (&table)[lookup_size], i32 index) {
+  return {_mm512_permutex2var_ps(_mm512_loadu_ps(table), index.v, _mm512_loadu_ps(table + lanes))};
+}
 template <int n>
 TRANSFUSE_INLINE i32 shift_left(i32 a) { return {_mm512_slli_epi32(a.v, n)}; }
 template <int n>
@@ -95,6 +99,11 @@ TRANSFUSE_INLINE f32 load(const bf16* p, int64_t n) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
 }
 TRANSFUSE_INLINE __m256i round_to_bf16(f32 a) {
+#if defined(__AVX512BF16__)
+  // The instruction gives the same bits but for subnormals, which it takes for zeros.
+  constexpr int subnormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask(a.v, subnormal) == 0, 1)) return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v));
+#endif
   const __m512i x = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
   __m512i r = _mm512_srli_epi32(_mm512_add_epi32(x, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);

@@ -106,6 +106,9 @@ TRANSFUSE_INLINE i32 mul_high_unsigned(i32 a, i32 b) {
   return {TRANSFUSE_EACH16(i32x16, static_cast<int32_t>((static_cast<uint64_t>(x[i]) * y[i]) >> 32))};
 }
 TRANSFUSE_INLINE mask less_unsigned(i32 a, i32 b) { return {(u32x16)a.v < (u32x16)b.v}; }
+TRANSFUSE_INLINE f32 lookup(const float (&table)[lookup_size], i32 index) {
+  return {TRANSFUSE_EACH16(f32x16, table[index.v[i] & (lookup_size - 1)])};
+}
 template <int n>
 TRANSFUSE_INLINE i32 shift_left(i32 a) { return {(i32x16)((u32x16)a.v << n)}; }
 template <int n>

@@ -78,9 +78,3 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     if tensors[0].is_cpu or tensors[0].is_meta or not torch.is_autocast_enabled(tensors[0].device.type):
         return tensors
     return tuple(t if t is None or t.dtype == torch.float64 else t.float() for t in tensors)
-
-
-def fake_statistics(input: Tensor, ndim: int) -> Tensor:
-    """The shape of a row statistic that the raw ops return: the leading sizes, then ones."""
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return input.new_empty((*input.shape[: input.dim() - ndim], *(1 for _ in range(ndim))), dtype=dtype)

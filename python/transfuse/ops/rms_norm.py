@@ -14,7 +14,7 @@ from torch import Tensor
 from transfuse import dispatch, extension
 from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
 from transfuse.dispatch import Implementation, cpu_reasons, supports_all
-from transfuse.ops.norm_checks import autocast, check_norm, check_residual, fake_statistics
+from transfuse.ops.norm_checks import autocast, check_norm, check_residual
 from transfuse.reference.rms_norm import add_rms_norm_reference, default_eps, rms_norm_reference
 
 
@@ -120,7 +120,7 @@ def _run_cpu(input, weight, ndim, eps):
     refuse_tangents("rms_norm", input, weight)
     if wants_grad(input, weight):
         return RMSNormFunction.apply(*distinct(input, weight), ndim, eps)
-    return _forward(input, weight, ndim, eps)[0]
+    return _forward(input, weight, ndim, eps)
 
 
 def _run_torch(input, weight, ndim, eps):
@@ -135,7 +135,7 @@ def _add_cpu(input, residual, weight, ndim, eps):
     refuse_tangents("add_rms_norm", input, residual, weight)
     if wants_grad(input, residual, weight):
         return AddRMSNormFunction.apply(*distinct(input, residual, weight), ndim, eps)
-    return _add_forward(input, residual, weight, ndim, eps)[:2]
+    return _add_forward(input, residual, weight, ndim, eps)
 
 
 def _add_torch(input, residual, weight, ndim, eps):
@@ -186,7 +186,7 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(input, weight, ndim, eps):
-        return _forward(input, weight, ndim, eps)[0]
+        return _forward(input, weight, ndim, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -206,7 +206,7 @@ class AddRMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(input, residual, weight, ndim, eps):
-        return _add_forward(input, residual, weight, ndim, eps)[:2]
+        return _add_forward(input, residual, weight, ndim, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -240,11 +240,11 @@ if extension._C is not None:
 
     @torch.library.register_fake("transfuse::rms_norm_forward")
     def _(input, weight, normalized_ndim, eps):
-        return input.new_empty(input.shape), fake_statistics(input, normalized_ndim)
+        return input.new_empty(input.shape)
 
     @torch.library.register_fake("transfuse::add_rms_norm_forward")
     def _(input, residual, weight, normalized_ndim, eps):
-        return input.new_empty(input.shape), input.new_empty(input.shape), fake_statistics(input, normalized_ndim)
+        return input.new_empty(input.shape), input.new_empty(input.shape)
 
     @torch.library.register_fake("transfuse::rms_norm_backward")
     def _(grad_output, grad_sum, input, weight, normalized_ndim, eps, need_input, need_weight):
