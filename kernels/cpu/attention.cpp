@@ -95,6 +95,13 @@ void softmax_panel(const ScorePanel& t, const Scratch& s, int64_t r, bool first,
   }
 }
 
+// x / divisor rounded once, from the divisor's reciprocal: a division costs as much as ten multiplications.
+TRANSFUSE_INLINE vec divide(vec x, vec divisor, vec reciprocal) {
+  const vec quotient = x * reciprocal;
+  const vec rest = fnma(quotient, divisor, x);
+  return select(isnan(rest), quotient, fma(rest, reciprocal, quotient));  // a rest of inf - inf says nothing
+}
+
 // Divides by the sum, rounds once, writes rows and lse.
 template <class T>
 void write_rows(const AttentionForwardParams& params, const AttentionSequence& sequence, int64_t head, int64_t query,
@@ -105,36 +112,68 @@ void write_rows(const AttentionForwardParams& params, const AttentionSequence& s
   real* lse = static_cast<real*>(params.lse.data) + sequence.batch * params.lse.batch + head * params.lse.head +
       (sequence.query_row + query) * params.lse.row;
   const double kept_share = p.dropout.probability < 1.0 ? 1.0 - p.dropout.probability : 1.0;
-  for (int64_t r = 0; r < rows; ++r) {
-    real sum = s.sum[r];
-    const bool nothing = sum == 0;  // the largest weight of a row is 1, so only a row without keys sums to 0
-    const double top = nothing ? -__builtin_inf() : (static_cast<double>(s.maximum[r]) + s.anchor[r]) * logit_scale(p);
-    real log_sum = nothing ? -infinity : static_cast<real>(top + natural_log(sum));
-    if (p.sinks && p.sinks[head] != -__builtin_inf()) {
-      const double sink = p.sinks[head], total = sum + sink_weight(sink, top);
-      if (total > 0) log_sum = static_cast<real>(total < __builtin_inf() ? top + __builtin_log(total) : sink);
-      if (total != total) log_sum = static_cast<real>(total);
-      sum = static_cast<real>(total);
+  const bool sinks = p.sinks && p.sinks[head] != -__builtin_inf();
+  for (int64_t r0 = 0; r0 < rows; r0 += panel) {
+    alignas(64) real sums[panel], log_sums[panel], divisors[panel] = {}, reciprocals[panel];
+    store_row(sums, load_row(s.sum + r0));
+    store_row(log_sums, natural_log(load_row(s.sum + r0)));
+    const int64_t panel_rows = smaller(panel, rows - r0);
+    for (int64_t i = 0; i < panel_rows; ++i) {
+      double sum = sums[i];
+      const bool nothing = sum == 0;  // the largest weight of a row is 1, so only a row without keys sums to 0
+      const double top =
+          nothing ? -__builtin_inf() : (static_cast<double>(s.maximum[r0 + i]) + s.anchor[r0 + i]) * logit_scale(p);
+      real log_sum = nothing ? -infinity : static_cast<real>(top + log_sums[i]);
+      if (sinks) {
+        const double sink = p.sinks[head];
+        sum += sink_weight(sink, top);
+        if (sum > 0) log_sum = static_cast<real>(sum < __builtin_inf() ? top + __builtin_log(sum) : sink);
+        if (sum != sum) log_sum = static_cast<real>(sum);
+      }
+      lse[(r0 + i) * params.lse.row] = log_sum;
+      divisors[i] = static_cast<real>(sum * kept_share);
     }
-    lse[r * params.lse.row] = log_sum;
-    const vec divisor = fill(static_cast<real>(sum * kept_share));
+    store_row(reciprocals, fill(1) / load_row(divisors));
     for_each_vec(p.value_head_dim, [&](int64_t c, int64_t n) {
-      const vec x = nothing ? fill(0) : load_row(s.output + c * p.query_block + r * panel) / divisor;
-      store_as(out + r * params.output.row + c, x, n);
+      const real* output = s.output + c * p.query_block + r0 * panel;
+      for (int64_t i = 0; i < panel_rows; ++i) {
+        const vec x = divide(load_row(output + i * panel), fill(divisors[i]), fill(reciprocals[i]));
+        store_as(out + (r0 + i) * params.output.row + c, sums[i] == 0 ? fill(0) : x, n);
+      }
     });
   }
 }
 
-void forward_task(const AttentionForwardParams& params, const AttentionSequence& sequence, int64_t head, int64_t query,
-                  const Scratch& s) {
+// One block of queries of one head.
+struct Task {
+  const AttentionSequence* sequence;
+  int64_t head, query;
+};
+
+// How many elements the next task's first row of a tensor lies after this task's.
+TRANSFUSE_INLINE int64_t step_to(const AttentionTensor& t, const Task& task, const Task& next, int64_t group,
+                                 int64_t rows) {
+  return (next.sequence->batch - task.sequence->batch) * t.batch + (next.head / group - task.head / group) * t.head +
+      rows * t.row;
+}
+
+// `next` is what the caller will do after it: its rows are fetched while these are packed.
+void forward_task(const AttentionForwardParams& params, const Task& task, const Task& next, const Scratch& s) {
   const AttentionParams& p = params.problem;
+  const AttentionSequence& sequence = *task.sequence;
+  const int64_t head = task.head, query = task.query;
   const int64_t rows = smaller(p.query_block, sequence.seqlen_q - query);
-  const int64_t kv_head = head / (p.num_heads / p.num_kv_heads);
+  const int64_t group = p.num_heads / p.num_kv_heads, kv_head = head / group;
+  const int64_t query_rows = next.sequence->query_row + next.query - sequence.query_row - query;
+  const int64_t key_rows = next.sequence->key_row - sequence.key_row;
+  const int64_t next_query = step_to(p.query, task, next, 1, query_rows);
+  const int64_t next_key = step_to(p.key, task, next, group, key_rows);
+  const int64_t next_value = step_to(p.value, task, next, group, key_rows);
   const int64_t output_panels = panels(p.value_head_dim);
   const int64_t key_stop = padding_start(p, sequence, head, key_end(p, sequence, query + rows - 1));
   for (int64_t r = 0; r < rows; r += panel) {
     pack_tensor_transposed(p.query, sequence.batch, head, sequence.query_row + query + r, smaller(panel, rows - r),
-                           p.head_dim, query_sign(p), s.queries + r * p.head_dim);
+                           p.head_dim, query_sign(p), s.queries + r * p.head_dim, next_query);
     store_row(s.maximum + r, fill(-infinity));
     store_row(s.sum + r, fill(0));
     store_row(s.anchor + r, fill(0));
@@ -142,9 +181,10 @@ void forward_task(const AttentionForwardParams& params, const AttentionSequence&
 
   for (int64_t key = first_block(p, sequence, query); key < key_stop; key += key_block) {
     const int64_t block_keys = smaller(key_block, key_stop - key);
-    pack_tensor_rows(p.key, sequence.batch, kv_head, sequence.key_row + key, block_keys, p.head_dim, s.keys, key_block);
+    pack_tensor_rows(p.key, sequence.batch, kv_head, sequence.key_row + key, block_keys, p.head_dim, s.keys, key_block,
+                     next_key);
     const bool finite = pack_tensor_rows(p.value, sequence.batch, kv_head, sequence.key_row + key, block_keys,
-                                         p.value_head_dim, s.values, key_block);
+                                         p.value_head_dim, s.values, key_block, next_value);
     for (int64_t r = 0; r < rows; r += panel) {
       const int64_t panel_rows = smaller(panel, rows - r), first_key = first_block(p, sequence, query + r);
       const int64_t keys = smaller(block_keys, key_end(p, sequence, query + r + panel_rows - 1) - key);
@@ -180,14 +220,18 @@ void forward(const AttentionForwardParams& params, void* memory, int64_t begin, 
     (p.sequences[middle].first_task <= begin ? low : high) = middle;
   }
   const AttentionSequence* sequence = p.sequences + low;
-  for (int64_t task = begin; task < end; ++task) {
-    int64_t blocks, local;
+  const auto find = [&](int64_t task) -> Task {
     for (;; ++sequence) {  // sequences without queries have no task
-      blocks = (sequence->seqlen_q + p.query_block - 1) / p.query_block;
-      local = task - sequence->first_task;
-      if (local < blocks * p.num_heads) break;
+      const int64_t blocks = (sequence->seqlen_q + p.query_block - 1) / p.query_block;
+      const int64_t local = task - sequence->first_task;
+      if (local < blocks * p.num_heads) return {sequence, local / blocks, local % blocks * p.query_block};
     }
-    forward_task(params, *sequence, local / blocks, local % blocks * p.query_block, scratch);
+  };
+  Task task = find(begin);
+  for (int64_t i = begin; i < end; ++i) {
+    const Task next = i + 1 < end ? find(i + 1) : task;
+    forward_task(params, task, next, scratch);
+    task = next;
   }
 }
 
