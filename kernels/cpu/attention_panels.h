@@ -190,23 +190,27 @@ TRANSFUSE_INLINE void product_tile(const real* a, int64_t a_panel, const real* b
   } while (start < depth);
 }
 
-// The last rows, fewer than a tile: a tile of just that many.
-template <int R, Along along>
-TRANSFUSE_INLINE void product_rest(const real* a, int64_t a_panel, const real* b, int64_t depth, real* c, int64_t rows,
-                                   bool accumulate) {
+// Calls body(r, n) for tiles of n rows from row r on: whole ones, then one of just the rows that are left.
+template <int R, class Body>
+TRANSFUSE_INLINE void for_last_tile(int64_t r, int64_t rows, Body body) {
   if constexpr (R > 0) {
-    if (rows == R) return product_tile<R, along>(a, a_panel, b, depth, c, accumulate);
-    product_rest<R - 1, along>(a, a_panel, b, depth, c, rows, accumulate);
+    if (rows == R) return body(r, std::integral_constant<int, R>());
+    for_last_tile<R - 1>(r, rows, body);
   }
+}
+template <class Body>
+TRANSFUSE_INLINE void for_each_tile(int64_t rows, Body body) {
+  int64_t r = 0;
+  for (; r + tile_rows <= rows; r += tile_rows) body(r, std::integral_constant<int, tile_rows>());
+  for_last_tile<tile_rows - 1>(r, rows - r, body);
 }
 
 template <Along along>
 void product(const real* a, int64_t a_panel, const real* b, int64_t depth, real* c, int64_t rows, bool accumulate) {
   constexpr int64_t row = along == Along::rows ? panel : 1;
-  int64_t r = 0;
-  for (; r + tile_rows <= rows; r += tile_rows)
-    product_tile<tile_rows, along>(a + r * row, a_panel, b, depth, c + r * panel, accumulate);
-  product_rest<tile_rows - 1, along>(a + r * row, a_panel, b, depth, c + r * panel, rows - r, accumulate);
+  for_each_tile(rows, [&](int64_t r, auto n) __attribute__((always_inline)) {
+    product_tile<n.value, along>(a + r * row, a_panel, b, depth, c + r * panel, accumulate);
+  });
 }
 
 // The same chains without the terms whose keep(r, k), laid out as A, is 0: 0 * inf and 0 * NaN must not enter a sum.
