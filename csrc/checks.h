@@ -48,13 +48,18 @@ inline const char* name_of(ScalarType type) {
   }
 }
 
-inline std::string shape_of(const Tensor& t) {
-  std::ostringstream text;
+// A shape as messages show it. It is spelled out only when it is written: checks name shapes on every call, and hardly
+// any of them fails.
+struct ShapeOf {
+  const Tensor& tensor;
+};
+inline std::ostream& operator<<(std::ostream& text, const ShapeOf& shape) {
+  const Tensor& t = shape.tensor;
   text << '(';
   for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
-  text << (t.dim() == 1 ? ",)" : ")");
-  return text.str();
+  return text << (t.dim() == 1 ? ",)" : ")");
 }
+inline ShapeOf shape_of(const Tensor& t) { return {t}; }
 
 inline bool same_shape(const Tensor& a, const Tensor& b) {
   if (a.dim() != b.dim()) return false;

@@ -6,8 +6,8 @@
 // Policy: the maximum is exact and is that of the stored scores, weights are never rounded to a storage type, the
 // division comes once at the end. A row's arithmetic depends on its own keys alone: an excluded key adds exact zeros,
 // and blocks count from the sequence's own key 0, so batch, packing, masks and threads leave every bit as it is.
+#include "attention_bf16.h"
 #include "attention_dropout.h"
-#include "attention_scores.h"
 
 namespace transfuse::cpu::TRANSFUSE_ISA {
 
@@ -19,7 +19,8 @@ namespace {
 
 struct Scratch {
   real* queries;                 // [query_block / 16][D][16], transposed
-  real *keys, *values;           // [D / 16][key_block][16], [Dv / 16][key_block][16]
+  real *keys, *values;           // [D / 16][key_block][16], [Dv / 16][key_block][16]; pairs in the same places
+  real *value_rest, *weights;    // of pairs: [Dv / 16][key_block][16], and [key_block / 2][16] pairs
   real* output;                  // [Dv / 16][query_block][16]
   real *scores, *keep, *bias;    // [key_block][16]
   real *maximum, *sum, *anchor;  // [query_block]; maximum and scores are relative to anchor
@@ -29,6 +30,8 @@ struct Scratch {
     queries = arena.take(p.query_block * d);
     keys = arena.take(key_block * d);
     values = arena.take(key_block * dv);
+    value_rest = multiplies_pairs(p) ? arena.take(key_block * dv) : nullptr;
+    weights = multiplies_pairs(p) ? arena.take(key_block / 2 * panel) : nullptr;
     output = arena.take(p.query_block * dv);
     scores = arena.take(key_block * panel);
     keep = arena.take(key_block * panel);
@@ -47,7 +50,8 @@ int64_t forward_scratch_bytes(const AttentionForwardParams& params) {
 
 // Turns the scores of the panel at row r of the task into weights exp(logit - maximum), and brings the sum and output
 // of its rows to the new maximum.
-void softmax_panel(const ScorePanel& t, const Scratch& s, int64_t r, bool first, bool excludes) {
+void softmax_panel(const ScorePanel& t, const ScoreOperands& operands, const Scratch& s, int64_t r, bool first,
+                   bool excludes) {
   const AttentionParams& p = t.p;
   const real scale = logit_scale(p);
   const ScaledExp weight(scale);
@@ -61,8 +65,7 @@ void softmax_panel(const ScorePanel& t, const Scratch& s, int64_t r, bool first,
     const vec higher = select(refine & (maximum > before + anchor), maximum, anchor);
     before = before + (anchor - higher);
     store_row(s.anchor + r, anchor = higher);
-    refine_scores(t, s.queries + r * p.head_dim, s.keys, key_block * panel, s.bias,
-                  {refine, anchor, max(maximum, before + anchor)}, scores);
+    refine_scores(t, operands, s.bias, {refine, anchor, max(maximum, before + anchor)}, scores);
     maximum = row_maximum(scores, keep, t.keys);
   }
   maximum = max(maximum, before);
@@ -95,46 +98,130 @@ void softmax_panel(const ScorePanel& t, const Scratch& s, int64_t r, bool first,
   }
 }
 
+// Says whether no value needs care: all are finite, and in pairs none is in value_rest.
+bool pack_values(const AttentionParams& p, int64_t batch, int64_t kv_head, int64_t row, int64_t keys, const Scratch& s,
+                 int64_t ahead) {
+  if (multiplies_pairs(p))
+    return !pack_value_pairs(p, batch, kv_head, row, keys, reinterpret_cast<int32_t*>(s.values),
+                             reinterpret_cast<float*>(s.value_rest), ahead);
+  return pack_tensor_rows(p.value, batch, kv_head, row, keys, p.value_head_dim, s.values, key_block, ahead);
+}
+
+// Output of the panel at row r += or = weights * values.
+void add_values(const ScorePanel& t, const Scratch& s, int64_t r, bool first, bool excludes, bool ordinary) {
+  const bool in_pairs = multiplies_pairs(t.p);
+  const auto* weights = reinterpret_cast<const int32_t*>(s.weights);
+  const auto* values = reinterpret_cast<const int32_t*>(s.values);
+  if (in_pairs)
+    pack_weight_pairs(reinterpret_cast<const float*>(s.scores), t.keys, reinterpret_cast<int32_t*>(s.weights));
+  for (int64_t c = 0; c < panels(t.p.value_head_dim); ++c) {
+    real* output = s.output + (c * t.p.query_block + r) * panel;
+    if (in_pairs) {
+      add_value_pairs(weights, values + c * (key_block / 2) * panel, t.keys, reinterpret_cast<float*>(output), t.rows,
+                      !first);
+      if (ordinary) continue;
+    }
+    const real* panel_values = (in_pairs ? s.value_rest : s.values) + c * key_block * panel;
+    const bool accumulate = in_pairs || !first;
+    if (ordinary || !excludes)
+      product<Along::columns>(s.scores, panel * panel, panel_values, t.keys, output, t.rows, accumulate);
+    else
+      product_of_kept<Along::columns>(s.scores, s.keep, panel * panel, panel_values, t.keys, output, t.rows, accumulate);
+  }
+}
+
+// x / divisor rounded once, from the divisor's reciprocal: a division costs as much as ten multiplications.
+TRANSFUSE_INLINE vec divide(vec x, vec divisor, vec reciprocal) {
+  const vec quotient = x * reciprocal;
+  const vec rest = fnma(quotient, divisor, x);
+  return select(isnan(rest), quotient, fma(rest, reciprocal, quotient));  // a rest of inf - inf says nothing
+}
+
+// What a panel's sums of weights become when the head's sink joins them, and their logarithms beside `top`, the largest
+// logits.
+void add_sink(double sink, wide top, vec& sum, vec& log_sum) {
+  alignas(64) double tops[panel];
+  alignas(64) real sums[panel], log_sums[panel];
+  store_wide(tops, top);
+  store_row(sums, sum);
+  store_row(log_sums, log_sum);
+  for (int64_t i = 0; i < panel; ++i) {
+    const double total = sums[i] + sink_weight(sink, tops[i]);
+    if (total > 0) log_sums[i] = static_cast<real>(total < __builtin_inf() ? tops[i] + __builtin_log(total) : sink);
+    if (total != total) log_sums[i] = static_cast<real>(total);
+    sums[i] = static_cast<real>(total);
+  }
+  sum = load_row(sums);
+  log_sum = load_row(log_sums);
+}
+
 // Divides by the sum, rounds once, writes rows and lse.
 template <class T>
 void write_rows(const AttentionForwardParams& params, const AttentionSequence& sequence, int64_t head, int64_t query,
                 int64_t rows, const Scratch& s) {
   const AttentionParams& p = params.problem;
-  T* out = static_cast<T*>(params.output.data) + sequence.batch * params.output.batch + head * params.output.head +
-      (sequence.query_row + query) * params.output.row;
+  const AttentionOutput& output = params.output;
+  T* out = static_cast<T*>(output.data) + sequence.batch * output.batch + head * output.head +
+      (sequence.query_row + query) * output.row;
   real* lse = static_cast<real*>(params.lse.data) + sequence.batch * params.lse.batch + head * params.lse.head +
       (sequence.query_row + query) * params.lse.row;
   const double kept_share = p.dropout.probability < 1.0 ? 1.0 - p.dropout.probability : 1.0;
-  for (int64_t r = 0; r < rows; ++r) {
-    real sum = s.sum[r];
-    const bool nothing = sum == 0;  // the largest weight of a row is 1, so only a row without keys sums to 0
-    const double top = nothing ? -__builtin_inf() : (static_cast<double>(s.maximum[r]) + s.anchor[r]) * logit_scale(p);
-    real log_sum = nothing ? -infinity : static_cast<real>(top + natural_log(sum));
-    if (p.sinks && p.sinks[head] != -__builtin_inf()) {
-      const double sink = p.sinks[head], total = sum + sink_weight(sink, top);
-      if (total > 0) log_sum = static_cast<real>(total < __builtin_inf() ? top + __builtin_log(total) : sink);
-      if (total != total) log_sum = static_cast<real>(total);
-      sum = static_cast<real>(total);
-    }
-    lse[r * params.lse.row] = log_sum;
-    const vec divisor = fill(static_cast<real>(sum * kept_share));
+  const wide scale = splat<wide>(logit_scale(p));
+  for (int64_t r = 0; r < rows; r += panel) {
+    const int64_t panel_rows = smaller(panel, rows - r);
+    vec sum = load_row(s.sum + r);
+    const auto nothing = sum == fill(0);  // the largest weight of a row is 1, so only a row without keys sums to 0
+    const wide top = select(nothing, splat<wide>(-__builtin_inf()),
+                            (to_wide(load_row(s.maximum + r)) + to_wide(load_row(s.anchor + r))) * scale);
+    vec log_sum = select(nothing, fill(-infinity), from_wide(top + to_wide(natural_log(sum))));
+    if (p.sinks && p.sinks[head] != -__builtin_inf()) add_sink(p.sinks[head], top, sum, log_sum);
+    sum = from_wide(to_wide(sum) * splat<wide>(kept_share));
+    alignas(64) real log_sums[panel], divisors[panel], reciprocals[panel], empty[panel];
+    store_row(log_sums, log_sum);
+    store_row(divisors, sum);
+    store_row(reciprocals, fill(1) / sum);
+    store_row(empty, select(nothing, fill(1), fill(0)));
+    for (int64_t i = 0; i < panel_rows; ++i) lse[(r + i) * params.lse.row] = log_sums[i];
     for_each_vec(p.value_head_dim, [&](int64_t c, int64_t n) {
-      const vec x = nothing ? fill(0) : load_row(s.output + c * p.query_block + r * panel) / divisor;
-      store_as(out + r * params.output.row + c, x, n);
+      const real* from = s.output + c * p.query_block + r * panel;
+      T* to = out + r * output.row + c;
+      for (int64_t i = 0; i < panel_rows; ++i) {
+        const vec x = divide(load_row(from + i * panel), fill(divisors[i]), fill(reciprocals[i]));
+        store_as(to + i * output.row, empty[i] != 0 ? fill(0) : x, n);
+      }
     });
   }
 }
 
-void forward_task(const AttentionForwardParams& params, const AttentionSequence& sequence, int64_t head, int64_t query,
-                  const Scratch& s) {
+// One block of queries of one head.
+struct Task {
+  const AttentionSequence* sequence;
+  int64_t head, query;
+};
+
+// How many elements the next task's first row of a tensor lies after this task's.
+TRANSFUSE_INLINE int64_t step_to(const AttentionTensor& t, const Task& task, const Task& next, int64_t group,
+                                 int64_t rows) {
+  return (next.sequence->batch - task.sequence->batch) * t.batch + (next.head / group - task.head / group) * t.head +
+      rows * t.row;
+}
+
+// `next` is what the caller will do after it: its rows are fetched while these are packed.
+void forward_task(const AttentionForwardParams& params, const Task& task, const Task& next, const Scratch& s) {
   const AttentionParams& p = params.problem;
+  const AttentionSequence& sequence = *task.sequence;
+  const int64_t head = task.head, query = task.query;
   const int64_t rows = smaller(p.query_block, sequence.seqlen_q - query);
-  const int64_t kv_head = head / (p.num_heads / p.num_kv_heads);
-  const int64_t output_panels = panels(p.value_head_dim);
+  const int64_t group = p.num_heads / p.num_kv_heads, kv_head = head / group;
+  const int64_t query_rows = next.sequence->query_row + next.query - sequence.query_row - query;
+  const int64_t key_rows = next.sequence->key_row - sequence.key_row;
+  const int64_t next_query = step_to(p.query, task, next, 1, query_rows);
+  const int64_t next_key = step_to(p.key, task, next, group, key_rows);
+  const int64_t next_value = step_to(p.value, task, next, group, key_rows);
   const int64_t key_stop = padding_start(p, sequence, head, key_end(p, sequence, query + rows - 1));
   for (int64_t r = 0; r < rows; r += panel) {
-    pack_tensor_transposed(p.query, sequence.batch, head, sequence.query_row + query + r, smaller(panel, rows - r),
-                           p.head_dim, query_sign(p), s.queries + r * p.head_dim);
+    pack_score_queries(p, sequence.batch, head, sequence.query_row + query + r, smaller(panel, rows - r),
+                       s.queries + r * p.head_dim, next_query);
     store_row(s.maximum + r, fill(-infinity));
     store_row(s.sum + r, fill(0));
     store_row(s.anchor + r, fill(0));
@@ -142,27 +229,20 @@ void forward_task(const AttentionForwardParams& params, const AttentionSequence&
 
   for (int64_t key = first_block(p, sequence, query); key < key_stop; key += key_block) {
     const int64_t block_keys = smaller(key_block, key_stop - key);
-    pack_tensor_rows(p.key, sequence.batch, kv_head, sequence.key_row + key, block_keys, p.head_dim, s.keys, key_block);
-    const bool finite = pack_tensor_rows(p.value, sequence.batch, kv_head, sequence.key_row + key, block_keys,
-                                         p.value_head_dim, s.values, key_block);
+    pack_score_keys(p, sequence.batch, kv_head, sequence.key_row + key, block_keys, s.keys, key_block, next_key);
+    const bool ordinary = pack_values(p, sequence.batch, kv_head, sequence.key_row + key, block_keys, s, next_value);
     for (int64_t r = 0; r < rows; r += panel) {
       const int64_t panel_rows = smaller(panel, rows - r), first_key = first_block(p, sequence, query + r);
       const int64_t keys = smaller(block_keys, key_end(p, sequence, query + r + panel_rows - 1) - key);
       if (keys <= 0 || key < first_key) continue;
       const ScorePanel t{p, sequence, head, query + r, panel_rows, key, keys};
-      product<Along::rows>(s.keys, key_block * panel, s.queries + r * p.head_dim, p.head_dim, s.scores, keys, false);
+      const ScoreOperands operands(p, s.queries + r * p.head_dim, s.keys, key_block, 0);
+      operands.find_scores(keys, s.scores);
       const bool excludes = (transforms(p) || !t.takes_all()) && finish_scores(t, s.scores, s.keep, s.bias, nullptr);
       const bool first = key == first_key;
-      softmax_panel(t, s, r, first, excludes);
+      softmax_panel(t, operands, s, r, first, excludes);
       if (p.dropout.probability > 0) drop_weights(t, s.scores);
-      for (int64_t c = 0; c < output_panels; ++c) {
-        const real* values = s.values + c * key_block * panel;
-        real* output = s.output + (c * p.query_block + r) * panel;
-        if (finite || !excludes)
-          product<Along::columns>(s.scores, panel * panel, values, keys, output, panel_rows, !first);
-        else
-          product_of_kept<Along::columns>(s.scores, s.keep, panel * panel, values, keys, output, panel_rows, !first);
-      }
+      add_values(t, s, r, first, excludes, ordinary);
     }
   }
   with_storage(p.query.dtype, [&](auto* type) {
@@ -180,14 +260,18 @@ void forward(const AttentionForwardParams& params, void* memory, int64_t begin, 
     (p.sequences[middle].first_task <= begin ? low : high) = middle;
   }
   const AttentionSequence* sequence = p.sequences + low;
-  for (int64_t task = begin; task < end; ++task) {
-    int64_t blocks, local;
+  const auto find = [&](int64_t task) -> Task {
     for (;; ++sequence) {  // sequences without queries have no task
-      blocks = (sequence->seqlen_q + p.query_block - 1) / p.query_block;
-      local = task - sequence->first_task;
-      if (local < blocks * p.num_heads) break;
+      const int64_t blocks = (sequence->seqlen_q + p.query_block - 1) / p.query_block;
+      const int64_t local = task - sequence->first_task;
+      if (local < blocks * p.num_heads) return {sequence, local / blocks, local % blocks * p.query_block};
     }
-    forward_task(params, *sequence, local / blocks, local % blocks * p.query_block, scratch);
+  };
+  Task task = find(begin);
+  for (int64_t i = begin; i < end; ++i) {
+    const Task next = i + 1 < end ? find(i + 1) : task;
+    forward_task(params, task, next, scratch);
+    task = next;
   }
 }
 

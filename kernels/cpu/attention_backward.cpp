@@ -14,8 +14,8 @@
 // exp(score - lse) would carry its rounding error, 5e-4 at logits of 1e4; likewise delta from P * dP, since that of the
 // rounded output carries the error of the storage type. Queries are walked in order, heads of a group in order, so the
 // sums of dK, dV and dbias have one order whatever the number of threads.
+#include "attention_bf16.h"
 #include "attention_dropout.h"
-#include "attention_scores.h"
 
 namespace transfuse::cpu::TRANSFUSE_ISA {
 namespace {
@@ -29,6 +29,7 @@ struct Scratch {
   real *grad_keys, *grad_values;           // the same
   real *queries, *grads;                   // [D / 16][tile][16], [Dv / 16][tile][16]: query and grad_output
   real *queries_across, *grads_across;     // [tile / 16][D][16], [tile / 16][Dv][16]: transposed
+  real* score_keys;                        // keys again, where scores take them in pairs
   real* grad_queries;                      // [D / 16][tile][16]
   real *weights, *grad_scores, *keep;      // [tile / 16][length][16]
   real *cap_slopes, *draws;                // the same, with softcap and with dropout: 0 or 1 / (1 - p)
@@ -44,6 +45,7 @@ struct Scratch {
     grads = arena.take(tile * dv);
     queries_across = arena.take(tile * d);
     grads_across = arena.take(tile * dv);
+    score_keys = multiplies_pairs(p) ? arena.take(length * d) : keys;
     grad_queries = arena.take(tile * d);
     weights = arena.take(tile * length);
     grad_scores = arena.take(tile * length);
@@ -75,6 +77,9 @@ struct Tile {
   ScorePanel scores(int64_t r, int64_t key, int64_t n) const {
     return {p, sequence, head, query + r, panel_rows(r), first_key + key, n};
   }
+  ScoreOperands operands(int64_t r, int64_t key) const {
+    return {p, s.queries_across + r * p.head_dim, s.score_keys, s.length, first_key + key};
+  }
   bool takes_all(int64_t r, int64_t key, int64_t n) const { return scores(r, key, n).takes_all(); }
   // Whether 0 * inf or 0 * NaN of an excluded pair could enter a product.
   bool guarded() const {
@@ -93,8 +98,7 @@ void score_block(const Tile& t, int64_t r, int64_t key, int64_t n) {
   const Scratch& s = t.s;
   real* scores = t.weights(r) + key * panel;
   real* keep = t.keep(r) + key * panel;
-  product<Along::rows>(s.keys + (t.first_key + key) * panel, s.length * panel, s.queries_across + r * t.p.head_dim,
-                       t.p.head_dim, scores, n, false);
+  t.operands(r, key).find_scores(n, scores);
   const ScorePanel scored = t.scores(r, key, n);
   const bool takes_all = scored.takes_all();
   if (transforms(t.p) || !takes_all)
@@ -123,8 +127,8 @@ Maximum score_panel(const Tile& t, int64_t r) {
   vec refined = fill(-infinity);
   t.for_each_block([&](int64_t key, int64_t n) {
     score_block(t, r, key, n);  // again: refining needs the block's bias
-    refine_scores(t.scores(r, key, n), t.s.queries_across + r * t.p.head_dim, t.s.keys + (t.first_key + key) * panel,
-                  t.s.length * panel, t.s.bias, {refine, anchor, maximum}, t.weights(r) + key * panel);
+    refine_scores(t.scores(r, key, n), t.operands(r, key), t.s.bias, {refine, anchor, maximum},
+                  t.weights(r) + key * panel);
     refined = max(refined, maximum_of_block(key, n));
   });
   return {refined, anchor};
@@ -367,8 +371,7 @@ void differentiate_tile(Tile t) {
   t.finite_queries = pack_tensor_rows(p.query, batch, t.head, row, t.rows, p.head_dim, s.queries, tile);
   t.finite_grads = pack_tensor_rows(grad_output, batch, t.head, row, t.rows, p.value_head_dim, s.grads, tile);
   for (int64_t r = 0; r < t.rows; r += panel) {
-    pack_tensor_transposed(p.query, batch, t.head, row + r, t.panel_rows(r), p.head_dim, query_sign(p),
-                           s.queries_across + r * p.head_dim);
+    pack_score_queries(p, batch, t.head, row + r, t.panel_rows(r), s.queries_across + r * p.head_dim, 0);
     pack_tensor_transposed(grad_output, batch, t.head, row + r, t.panel_rows(r), p.value_head_dim, 1,
                            s.grads_across + r * p.value_head_dim);
   }
@@ -404,6 +407,7 @@ void TRANSFUSE_ATTENTION_NAME(attention_backward)(const AttentionBackwardParams&
   const Scratch s(p, length, arena);
   const bool finite_keys =
       pack_tensor_rows(p.key, sequence.batch, kv_head, sequence.key_row, length, p.head_dim, s.keys, s.length);
+  if (multiplies_pairs(p)) pack_score_keys(p, sequence.batch, kv_head, sequence.key_row, length, s.score_keys, 0, 0);
   pack_tensor_rows(p.value, sequence.batch, kv_head, sequence.key_row, length, p.value_head_dim, s.values, s.length);
   for (real* x = s.grad_keys; x != s.queries; x += panel) store_row(x, fill(0));
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)

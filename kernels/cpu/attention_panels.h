@@ -16,6 +16,7 @@
 
 #include "attention.h"
 #include "exp.h"
+#include "log.h"
 #include "vec.h"
 
 #ifdef TRANSFUSE_ATTENTION_DOUBLE
@@ -32,7 +33,12 @@ using real = double;
 TRANSFUSE_INLINE wide to_vec(f32 x) { return widen(x); }
 TRANSFUSE_INLINE wide to_wide(wide x) { return x; }
 TRANSFUSE_INLINE wide from_wide(wide x) { return x; }
-TRANSFUSE_INLINE real natural_log(real x) { return __builtin_log(x); }
+TRANSFUSE_INLINE wide natural_log(wide x) {
+  alignas(64) double lane[lanes];
+  store_wide(lane, x);
+  for (double& l : lane) l = __builtin_log(l);
+  return load_wide(lane);
+}
 template <class T>
 TRANSFUSE_INLINE real to_real(T x) { return to_double(x); }
 #else
@@ -40,7 +46,7 @@ using real = float;
 TRANSFUSE_INLINE f32 to_vec(f32 x) { return x; }
 TRANSFUSE_INLINE wide to_wide(f32 x) { return widen(x); }
 TRANSFUSE_INLINE f32 from_wide(wide x) { return narrow(x); }
-TRANSFUSE_INLINE real natural_log(real x) { return __builtin_logf(x); }
+TRANSFUSE_INLINE f32 natural_log(f32 x) { return log(x); }
 template <class T>
 TRANSFUSE_INLINE real to_real(T x) { return to_float(x); }
 #endif
@@ -105,13 +111,24 @@ TRANSFUSE_INLINE vec load_strided(const byte* p, int64_t stride, int64_t n) {
 }
 TRANSFUSE_INLINE real to_real(byte x) { return x.value ? 1 : 0; }
 
+// Asks for the cache lines of a row: of adjacent columns, since others come in no order that a line would help.
+template <class T>
+TRANSFUSE_INLINE void prefetch_row(const T* row, int64_t col_stride, int64_t cols) {
+  constexpr int64_t line = 64 / sizeof(T);
+  if (col_stride == 1)
+    for (int64_t c = 0; c < cols; c += line) __builtin_prefetch(row + c);
+}
+
 // Packs rows into panels of 16 columns, `panel_rows` rows apart, tail columns 0. Says whether all elements are finite.
+// Unless 0, `ahead` leads to the same rows of the next task: on strided views of a projection every row lies on a page
+// of its own, where the CPU fetches nothing by itself.
 template <class T>
 bool pack_rows(const T* source, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t cols, real* out,
-               int64_t panel_rows) {
+               int64_t panel_rows, int64_t ahead) {
   vec defect = fill(0);  // x - x is NaN for inf and NaN
   for (int64_t r = 0; r < rows; ++r) {
     const T* row = source + r * row_stride;
+    if (ahead) prefetch_row(row + ahead, col_stride, cols);
     for (int64_t c = 0; c < cols; c += panel) {
       const vec x = load_strided(row + c * col_stride, col_stride, smaller(panel, cols - c));
       defect = defect + (x - x);
@@ -124,8 +141,10 @@ bool pack_rows(const T* source, int64_t row_stride, int64_t col_stride, int64_t 
 // Packs up to 16 rows as one transposed panel [cols][16], times `factor`, absent rows 0.
 template <class T>
 void pack_transposed_panel(const T* source, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t cols,
-                           real factor, real* out) {
+                           real factor, real* out, int64_t ahead = 0) {
   const vec factors = fill(factor);
+  if (ahead)
+    for (int64_t r = 0; r < rows; ++r) prefetch_row(source + r * row_stride + ahead, col_stride, cols);
   for (int64_t c = 0; c < cols; c += panel) {
     const int64_t n = smaller(panel, cols - c);
     vec x[panel];
@@ -171,25 +190,27 @@ TRANSFUSE_INLINE void product_tile(const real* a, int64_t a_panel, const real* b
   } while (start < depth);
 }
 
+// Calls body(r, n) for tiles of n rows from row r on: whole ones, then one of just the rows that are left.
+template <int R, class Body>
+TRANSFUSE_INLINE void for_last_tile(int64_t r, int64_t rows, Body body) {
+  if constexpr (R > 0) {
+    if (rows == R) return body(r, std::integral_constant<int, R>());
+    for_last_tile<R - 1>(r, rows, body);
+  }
+}
+template <class Body>
+TRANSFUSE_INLINE void for_each_tile(int64_t rows, Body body) {
+  int64_t r = 0;
+  for (; r + tile_rows <= rows; r += tile_rows) body(r, std::integral_constant<int, tile_rows>());
+  for_last_tile<tile_rows - 1>(r, rows - r, body);
+}
+
 template <Along along>
 void product(const real* a, int64_t a_panel, const real* b, int64_t depth, real* c, int64_t rows, bool accumulate) {
   constexpr int64_t row = along == Along::rows ? panel : 1;
-  int64_t r = 0;
-  for (; r + tile_rows <= rows; r += tile_rows)
-    product_tile<tile_rows, along>(a + r * row, a_panel, b, depth, c + r * panel, accumulate);
-  if (tile_rows > 8 && rows - r >= 8) {
-    product_tile<8, along>(a + r * row, a_panel, b, depth, c + r * panel, accumulate);
-    r += 8;
-  }
-  if (tile_rows > 4 && rows - r >= 4) {
-    product_tile<4, along>(a + r * row, a_panel, b, depth, c + r * panel, accumulate);
-    r += 4;
-  }
-  if (tile_rows > 2 && rows - r >= 2) {
-    product_tile<2, along>(a + r * row, a_panel, b, depth, c + r * panel, accumulate);
-    r += 2;
-  }
-  if (rows - r >= 1) product_tile<1, along>(a + r * row, a_panel, b, depth, c + r * panel, accumulate);
+  for_each_tile(rows, [&](int64_t r, auto n) __attribute__((always_inline)) {
+    product_tile<n.value, along>(a + r * row, a_panel, b, depth, c + r * panel, accumulate);
+  });
 }
 
 // The same chains without the terms whose keep(r, k), laid out as A, is 0: 0 * inf and 0 * NaN must not enter a sum.
@@ -242,14 +263,15 @@ TRANSFUSE_INLINE auto with_type(const AttentionTensor& t, int64_t batch, int64_t
 }
 
 bool pack_tensor_rows(const AttentionTensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t cols,
-                      real* out, int64_t panel_rows) {
+                      real* out, int64_t panel_rows, int64_t ahead = 0) {
   return with_type(t, batch, head, row, 0,
-                   [&](auto* p) { return pack_rows(p, t.row, t.col, rows, cols, out, panel_rows); });
+                   [&](auto* p) { return pack_rows(p, t.row, t.col, rows, cols, out, panel_rows, ahead); });
 }
 
 void pack_tensor_transposed(const AttentionTensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows,
-                            int64_t cols, real factor, real* out) {
-  with_type(t, batch, head, row, 0, [&](auto* p) { pack_transposed_panel(p, t.row, t.col, rows, cols, factor, out); });
+                            int64_t cols, real factor, real* out, int64_t ahead = 0) {
+  with_type(t, batch, head, row, 0,
+            [&](auto* p) { pack_transposed_panel(p, t.row, t.col, rows, cols, factor, out, ahead); });
 }
 
 // The tile of a mask or bias for one panel of queries, [keys][16 queries].

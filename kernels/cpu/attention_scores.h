@@ -225,9 +225,9 @@ struct RowState {
 };
 
 // scores[key] - anchor, in rows (lanes) of `refine` exact to one rounding where the score may lead given the row's
-// maximum. `queries` is the transposed panel, `keys` the panel's first key in panels `key_panel` apart.
-void refine_scores(const ScorePanel& t, const real* queries, const real* keys, int64_t key_panel, const real* bias,
-                   const RowState& row, real* scores) {
+// maximum. `operands` are what the scores are products of.
+template <class Operands>
+void refine_scores(const ScorePanel& t, const Operands& operands, const real* bias, const RowState& row, real* scores) {
   const AttentionParams& p = t.p;
   const vec lead = lane_index() + fill(static_cast<real>(t.lead()));
   const vec slack = fma(abs(row.maximum), fill(score_rounding), fill(leading_logits / logit_scale(p)));
@@ -240,8 +240,7 @@ void refine_scores(const ScorePanel& t, const real* queries, const real* keys, i
     if (any(leads)) {
       wide exact = splat<wide>(0);
       for (int64_t d = 0; d < p.head_dim; ++d)
-        exact = fma(to_wide(load_row(queries + d * panel)),
-                    splat<wide>(keys[d / panel * key_panel + j * panel + d % panel]), exact);
+        exact = fma(to_wide(operands.query(d)), splat<wide>(operands.key(j, d)), exact);
       if (transforms(p)) {
         const wide added = transform.biased ? to_wide(load_row(bias + j * panel)) : exact;
         wide cap_slope = exact;

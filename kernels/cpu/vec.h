@@ -47,6 +47,31 @@ TRANSFUSE_INLINE f64 max_nan(f64 a, f64 b) { return select(isnan(a), a, max(a, b
 constexpr int32_t lane_numbers[lanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 TRANSFUSE_INLINE i32 iota() { return load(lane_numbers); }
 
+// ---- pairs of bfloat16 ----
+//
+// An i32 of sixteen pairs, the even element in the low half of a lane. dot(sum, a, b) is fma(even, even, fma(odd, odd,
+// sum)), and round_to_pairs rounds to nearest even; where has_bf16_dot, both are single instructions that take and
+// give 0 for every subnormal number.
+
+TRANSFUSE_INLINE f32 even_of(i32 pairs) { return from_bits(shift_left<16>(pairs)); }
+TRANSFUSE_INLINE f32 odd_of(i32 pairs) { return from_bits(pairs & set1i(INT32_MIN >> 15)); }
+// Of floats that are bfloat16 already.
+TRANSFUSE_INLINE i32 pair_up(f32 even, f32 odd) { return bits(odd) | shift_right<16>(bits(even)); }
+
+#ifndef __AVX512BF16__
+constexpr bool has_bf16_dot = false;
+TRANSFUSE_INLINE f32 dot(f32 sum, i32 a, i32 b) {
+  return fma(even_of(a), even_of(b), fma(odd_of(a), odd_of(b), sum));
+}
+TRANSFUSE_INLINE i32 round_to_pairs(f32 even, f32 odd) {
+  const auto rounded = [](f32 x) {
+    const i32 up = bits(x) + (shift_right<16>(bits(x)) & set1i(1)) + set1i(0x7FFF);
+    return select(isnan(x), from_bits(bits(x) | set1i(0x400000)), from_bits(up));
+  };
+  return pair_up(from_bits(bits(rounded(even)) & set1i(INT32_MIN >> 15)), odd_of(bits(rounded(odd))));
+}
+#endif
+
 // ---- sixteen doubles ----
 
 struct wide {

@@ -185,6 +185,18 @@ TRANSFUSE_INLINE f32 max(f32 a, f32 b) { return {_mm512_max_ps(a.v, b.v)}; }  //
 TRANSFUSE_INLINE f32 min(f32 a, f32 b) { return {_mm512_min_ps(a.v, b.v)}; }
 TRANSFUSE_INLINE f32 abs(f32 a) { return {_mm512_abs_ps(a.v)}; }
 
+#ifdef __AVX512BF16__
+constexpr bool has_bf16_dot = true;
+TRANSFUSE_INLINE f32 dot(f32 sum, i32 a, i32 b) {
+  return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+}
+TRANSFUSE_INLINE i32 round_to_pairs(f32 even, f32 odd) {
+  const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return {_mm512_permutexvar_epi16(interleaved, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd.v, even.v)))};
+}
+#endif
+
 // The halves, for vec_x86_halves.h.
 TRANSFUSE_INLINE __m256 half0(f32 a) { return _mm512_castps512_ps256(a.v); }
 TRANSFUSE_INLINE __m256 half1(f32 a) { return _mm512_extractf32x8_ps(a.v, 1); }
