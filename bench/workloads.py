@@ -102,7 +102,7 @@ def _random_model(name, minilm, folder):
     from transformers import BertConfig, BertForSequenceClassification, BertModel
 
     torch.manual_seed(SEED)
-    shutil.copytree(minilm, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    shutil.copytree(minilm, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     if name == "cross_encoder":  # the sizes of ms-marco-MiniLM-L6
         sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
         BertForSequenceClassification(BertConfig(num_labels=1, **sizes)).save_pretrained(folder)
