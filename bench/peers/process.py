@@ -41,14 +41,14 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 env=environment,
+                bufsize=0,  # nothing is left unsent in a pipe whose reader is gone
             )
         self.buffer = b""
 
     def send(self, **message):
         try:
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
-            self.process.stdin.flush()
-        except (BrokenPipeError, OSError):
+        except OSError:
             raise ContenderLost(self._ending()) from None
 
     def answer(self, seconds=ANSWER_SECONDS):
