@@ -3,7 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
+BENCH_VENV ?= $(VENV)-bench
 OUT ?= bench/results/gpu
+RESULTS ?= $(if $(QUICK),build/bench,bench/results/cpu)
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -32,8 +34,23 @@ demo: build
 test: build
 	$(PY) -m pytest tests $(if $(FULL),--table tests/full.md,-m "not slow") $(ARGS)
 
-bench: build
-	$(PY) -m pytest bench/bench_*.py --benchmark-only $(if $(QUICK),-k quick) $(ARGS)
+# The runtimes that models are compared with live apart, on top of what .venv holds: it stays as users have it.
+PEERS := onnx onnxscript onnxruntime openvino ctranslate2
+$(BENCH_VENV)/ready: $(VENV)/ready
+	$(PY) -m venv $(BENCH_VENV)
+	$(PY) -c "import site; print(site.getsitepackages()[0])" > "$$($(BENCH_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/below.pth"
+	for peer in $(PEERS); do $(BENCH_VENV)/bin/python -m pip install -q $$peer \
+	  || echo "make bench: $$peer cannot be installed here; its rows say so"; done
+	touch $@
+
+# Models, then ops, then the lines that both are held to. QUICK=1 writes to build/bench: its rows are no results.
+OP_FRONTS := $(filter-out bench/bench_models.py,$(wildcard bench/bench_*.py))
+bench: build $(BENCH_VENV)/ready
+	$(PY) bench/bench_models.py --peers-python $(BENCH_VENV)/bin/python --json $(RESULTS)/models.json \
+	  --picture $(if $(QUICK),$(RESULTS),docs)/models.png $(if $(QUICK),--quick) $(MODEL_ARGS)
+	status=0; $(PY) -m pytest $(OP_FRONTS) --benchmark-only --benchmark-quiet --rows $(RESULTS)/ops.json \
+	  $(if $(QUICK),-k quick) $(ARGS) || status=$$?; \
+	$(PY) bench/print_acceptance.py $(RESULTS)/models.json $(RESULTS)/ops.json; exit $$status
 
 # On a GPU machine: the python3 that holds torch, no .venv, nothing downloaded.
 gpu:

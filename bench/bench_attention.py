@@ -1,4 +1,4 @@
-"""attention and varlen_attention against torch here. Cases: transfuse.promises.cases; the work: conftest.py."""
+"""attention and varlen_attention against their peers. Cases: transfuse.promises.cases; the work: conftest.py."""
 
 OPS = ("attention", "varlen_attention", "decode_attention")
 

@@ -1,4 +1,4 @@
-"""gelu against torch here. Cases: transfuse.promises.cases; the work: conftest.py."""
+"""gelu against its peers. Cases: transfuse.promises.cases; the work: conftest.py."""
 
 OPS = ("gelu",)
 

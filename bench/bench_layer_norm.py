@@ -1,4 +1,4 @@
-"""layer_norm and add_layer_norm against torch here. Cases: transfuse.promises.cases; the work: conftest.py."""
+"""layer_norm and add_layer_norm against their peers. Cases: transfuse.promises.cases; the work: conftest.py."""
 
 OPS = ("layer_norm", "add_layer_norm")
 

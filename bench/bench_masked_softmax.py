@@ -1,4 +1,4 @@
-"""masked_softmax against torch here. Cases: transfuse.promises.cases; the work: conftest.py."""
+"""masked_softmax against its peers. Cases: transfuse.promises.cases; the work: conftest.py."""
 
 OPS = ("masked_softmax",)
 

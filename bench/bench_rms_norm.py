@@ -1,4 +1,4 @@
-"""rms_norm and add_rms_norm against torch here. Cases: transfuse.promises.cases; the work: conftest.py."""
+"""rms_norm and add_rms_norm against their peers. Cases: transfuse.promises.cases; the work: conftest.py."""
 
 OPS = ("rms_norm", "add_rms_norm")
 

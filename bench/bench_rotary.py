@@ -1,4 +1,4 @@
-"""rotary against torch here. Cases: transfuse.promises.cases; the work: conftest.py."""
+"""rotary against its peers. Cases: transfuse.promises.cases; the work: conftest.py."""
 
 OPS = ("rotary",)
 

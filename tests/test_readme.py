@@ -39,6 +39,6 @@ def test_the_table_is_generated_and_leaves_no_case_out(monkeypatch):
     assert readme.main(["--check"]) in (None, 0)
     rows = json.loads((ROOT / "bench/results/cpu/ops.json").read_text())["rows"]
     for row in rows:
-        if row["dtype"] == readme.SHOWN_DTYPE and row["peer"] == "torch":
+        if row["dtype"] == readme.SHOWN_DTYPE and row["peer"] == "torch" and not row.get("sweep", False):
             assert f"| {row['op']} | {row['case']} | {row['shape']} |" in README
             assert f"{row['speedup']:.2f}x ({row['speedup_low']:.2f} to" in README

@@ -155,91 +155,100 @@ def compare(
     return Comparison(centre, low, high, method, tuple(ours_s), tuple(theirs_s))
 
 
-def compiled(call):
-    """torch.compile for one shape, whose backward can be walked more than once."""
+def compiled(call, dynamic=False):
+    """torch.compile, for one shape unless dynamic, whose backward can be walked more than once."""
     import torch._functorch.config
 
     # With donated buffers the compiled backward reuses the saved tensors, and refuses retain_graph.
     torch._functorch.config.donated_buffer = False
-    return torch.compile(call, dynamic=False)
+    return torch.compile(call, dynamic=dynamic)
 
 
-def measure(
+def measure(case, *, peer="torch", **options):
+    """One row: `case` against one peer. See measure_all."""
+    return measure_all(case, peers=(peer,), **options)[0]
+
+
+def measure_all(
     case,
     *,
+    peers=("torch",),
     dtype=torch.float32,
     device="cpu",
     direction="forward",
-    peer="torch",
     rounds=11,
     fresh=False,
     timer=time.perf_counter,
 ):
-    """One row: `case` against one peer, in one direction, after its parity was asserted on the very same inputs.
+    """Rows of `case` against each peer, in one direction, after its parity was asserted on the very same inputs.
 
     Args:
         case: a `transfuse.promises.cases.Case`.
+        peers: of 'torch', 'compile' (torch.compile of the former) and 'reference'.
         direction: 'forward' or 'backward'.
-        peer: 'torch', 'compile' (torch.compile of the former) or 'reference'.
-    Returns: a flat dict, ready for JSON.
+        fresh: see `compare`; a case that is fresh by itself stays so.
+    Returns: a list of flat dicts, ready for JSON.
     Raises: ParityError, naming case, dtype, direction and the two figures, when ours misses the error budget.
     """
-    if peer not in PEERS:
-        raise ValueError(f"measure: peer is {peer!r}, expected one of {', '.join(PEERS)}")
-    if case.torch is None and peer != "reference":
-        raise ValueError(f"measure: torch has no counterpart of {case.op} {case.name}, expected peer 'reference'")
-    inputs = case.inputs(dtype, device)
+    for peer in peers:
+        if peer not in PEERS:
+            raise ValueError(f"measure: peer is {peer!r}, expected one of {', '.join(PEERS)}")
+        if case.torch is None and peer != "reference":
+            raise ValueError(f"measure: torch has no counterpart of {case.op} {case.name}, expected peer 'reference'")
+    inputs, fresh = case.inputs(dtype, device), fresh or case.fresh
     error = case.parity(inputs, direction)
+    timing = {"rounds": rounds, "fresh": fresh, "timer": timer, "synchronize": synchronizer(device)}
+    rows = []
+    for peer in peers:
+        result = _against(case, peer, inputs, direction, timing)
+        # The backward of a product is two products; of a row kernel, one more read and one more write than the forward.
+        flops, moved = case.flops * (2.5 if direction == "backward" else 1), case.bytes(dtype, direction)
+        rows.append(
+            {
+                "op": case.op,
+                "case": case.name,
+                "shape": case.shape,
+                "dtype": str(dtype).removeprefix("torch."),
+                "device": device,
+                "direction": direction,
+                "peer": peer,
+                "backend": backend_of(case, inputs),
+                "output": "fresh" if fresh else "reused",
+                "unfused": case.unfused,
+                "sweep": case.sweep,
+                "ours_us": result.ours_median_s * 1e6,
+                "peer_us": result.theirs_median_s * 1e6,
+                "speedup": result.ratio,
+                "speedup_low": result.low,
+                "speedup_high": result.high,
+                "interval": result.method,
+                "rounds": rounds,
+                "max_error": error.largest,
+                "error_budget": error.budget,
+                "bytes": moved,
+                "flops": flops,
+                "gbps": moved / result.ours_median_s / 1e9,
+                "gflops": flops / result.ours_median_s / 1e9,
+                **environment(),
+            }
+        )
+    return rows
+
+
+def _against(case, peer, inputs, direction, timing):
+    """Comparison of ours and one peer on inputs whose parity is known."""
     theirs = {"torch": case.torch, "compile": None, "reference": case.reference}[peer]
     if peer == "compile":
+        # The cases of one op share a code object: without this the ninth of them would run uncompiled, silently.
+        torch._dynamo.reset()
         theirs = compiled(case.torch)
     if direction == "forward":
         with torch.no_grad():
-            result = compare(
-                lambda: case.ours(*inputs),
-                lambda: theirs(*inputs),
-                rounds=rounds,
-                fresh=fresh,
-                timer=timer,
-                synchronize=synchronizer(device),
-            )
-    else:
-        grad_output = case.grad_output(inputs)
-        result = compare(
-            gradients_of(case.ours, inputs, grad_output),
-            gradients_of(theirs, inputs, grad_output),
-            rounds=rounds,
-            fresh=fresh,
-            timer=timer,
-            synchronize=synchronizer(device),
-        )
-    # The backward of a product is two products; of a row kernel, one more read and one more write than the forward.
-    flops, moved = case.flops * (2.5 if direction == "backward" else 1), case.bytes(dtype, direction)
-    return {
-        "op": case.op,
-        "case": case.name,
-        "shape": case.shape,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": device,
-        "direction": direction,
-        "peer": peer,
-        "backend": backend_of(case, inputs),
-        "output": "fresh" if fresh else "reused",
-        "ours_us": result.ours_median_s * 1e6,
-        "peer_us": result.theirs_median_s * 1e6,
-        "speedup": result.ratio,
-        "speedup_low": result.low,
-        "speedup_high": result.high,
-        "interval": result.method,
-        "rounds": rounds,
-        "max_error": error.largest,
-        "error_budget": error.budget,
-        "bytes": moved,
-        "flops": flops,
-        "gbps": moved / result.ours_median_s / 1e9,
-        "gflops": flops / result.ours_median_s / 1e9,
-        **environment(),
-    }
+            return compare(lambda: case.ours(*inputs), lambda: theirs(*inputs), **timing)
+    grad_output = case.grad_output(inputs)
+    return compare(
+        gradients_of(case.ours, inputs, grad_output), gradients_of(theirs, inputs, grad_output), **timing
+    )
 
 
 def backend_of(case, inputs):
@@ -256,5 +265,7 @@ def write_json(path, rows, **header):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps({"schema": 1, **header, "rows": rows}, indent=1) + "\n")
+    lines = [json.dumps({"schema": 1, **header}, indent=1).removesuffix("\n}"), ',\n "rows": [']
+    lines.append(",".join(f"\n  {json.dumps(row)}" for row in rows))  # a row is a line
+    draft.write_text("".join(lines) + ("\n ]\n}\n" if rows else "]\n}\n"))
     draft.replace(path)

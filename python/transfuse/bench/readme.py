@@ -52,7 +52,9 @@ def tables(documents):
         lines.append(f"| all-MiniLM-L6-v2 on the CPU | | | {NOT_MEASURED} | | | |")
     if not ours_on_gpu:
         lines.append(f"| any model on a GPU (CUDA, Triton) | | | {NOT_MEASURED} | | | |")
-    shown = [row for row in ops if row["dtype"] == SHOWN_DTYPE and row["peer"] == "torch"]
+    shown = [
+        row for row in ops if row["dtype"] == SHOWN_DTYPE and row["peer"] == "torch" and not row.get("sweep", False)
+    ]
     if shown:
         where = f"{SHOWN_DTYPE}, {shown[0]['machine']}, {shown[0]['threads']} threads, {shown[0]['date']}"
         lines += [

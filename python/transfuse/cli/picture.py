@@ -7,6 +7,19 @@ from transfuse.testing import MODEL_TOLERANCE
 
 STOCK, OURS, INK, FAINT = "#b9bec7", "#1f6feb", "#24292f", "#8b949e"
 POINTS = 4000  # of the pairs; more would only make the file larger
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": FAINT,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
 
 
 def draw(path, figures, lengths, stock, ours):
@@ -22,20 +35,7 @@ def draw(path, figures, lengths, stock, ours):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    style = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": FAINT,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.titlesize": 11,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-    }
-    with pyplot.rc_context(style):
+    with pyplot.rc_context(STYLE):
         figure, (rounds, text, parity) = pyplot.subplots(1, 3, figsize=(14, 4.6), width_ratios=(1.1, 1, 1))
         _rounds(rounds, figures)
         _lengths(text, figures, lengths)

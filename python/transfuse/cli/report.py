@@ -30,7 +30,11 @@ def load_model(name):
         if (Path(folder) / "modules.json").is_file():
             library = need("sentence_transformers", "demo")
             return library.SentenceTransformer(
-                str(folder), device="cpu", trust_remote_code=False, local_files_only=True
+                str(folder),
+                device="cpu",
+                trust_remote_code=False,
+                local_files_only=True,
+                model_kwargs={"use_safetensors": True},
             ).eval()
         library = need("transformers", "demo")
         return library.AutoModel.from_pretrained(

@@ -55,6 +55,9 @@ class Case:
         terms: length of the longest sum behind one result.
         quick: part of `make bench QUICK=1`.
         directions: "forward" alone for an op without gradients.
+        unfused: torch needs several ops for it.
+        sweep: one of a row of sizes: measured, too many for a page.
+        fresh: every call writes to memory not touched before, as large outputs do out of cache.
     """
 
     op: str
@@ -68,6 +71,9 @@ class Case:
     terms: int
     quick: bool = False
     directions: tuple[str, ...] = DIRECTIONS
+    unfused: bool = False
+    sweep: bool = False
+    fresh: bool = False
 
     @property
     def function(self):
@@ -151,7 +157,9 @@ def relative_error(actual, exact):
     return difference / (exact.abs().max().item() or 1.0)  # one column normalised has gradient 0 from terms of size 1
 
 
-def _attention(name, batch, heads, queries, keys, head_dim, *, kv_heads=None, causal=False, mask=None, quick=False):
+def _attention(
+    name, batch, heads, queries, keys, head_dim, *, kv_heads=None, causal=False, mask=None, quick=False, sweep=False
+):
     """mask: None, 'boolean' [B,1,1,Lk] (padding, True = keep) or 'bias' [1,H,Lq,Lk] (additive, with a gradient)."""
     kv_heads = kv_heads or heads
     gqa = kv_heads != heads
@@ -189,6 +197,7 @@ def _attention(name, batch, heads, queries, keys, head_dim, *, kv_heads=None, ca
         4 * pairs * head_dim,
         max(keys, queries, head_dim),
         quick,
+        sweep=sweep,
     )
 
 
@@ -232,7 +241,7 @@ def _varlen(name, lengths, heads, head_dim, *, causal=False, quick=False):
     )
 
 
-def _masked_softmax(name, batch, heads, queries, keys, *, causal=False, mask=True, scale=0.125, quick=False):
+def _masked_softmax(name, batch, heads, queries, keys, *, causal=False, mask=True, scale=0.125, **kind):
     def make(dtype):
         scores = draw(batch, heads, queries, keys, dtype=dtype, seed=1, scale=3.0)
         lengths = torch.linspace(max(1, keys // 4), keys, batch).long()
@@ -242,7 +251,8 @@ def _masked_softmax(name, batch, heads, queries, keys, *, causal=False, mask=Tru
         return function(scores, keep, scale=scale, is_causal=causal)
 
     def stock(scores, keep=None):
-        scores = scores * scale
+        if scale != 1.0:
+            scores = scores * scale
         if causal:
             square = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril()
             keep = square if keep is None else keep & square
@@ -259,11 +269,12 @@ def _masked_softmax(name, batch, heads, queries, keys, *, causal=False, mask=Tru
         2 * size,
         5 * size,
         keys,
-        quick,
+        unfused=causal or mask or scale != 1.0,
+        **kind,
     )
 
 
-def _norm(op, name, rows, columns, *, quick=False):
+def _norm(op, name, rows, columns, **kind):
     """op: layer_norm (with a bias), rms_norm (without), or one of them behind an addition."""
     stem, add = op.removeprefix("add_"), op.startswith("add_")
     stock_norm, parameters = getattr(F, stem), 2 if stem == "layer_norm" else 1
@@ -291,11 +302,12 @@ def _norm(op, name, rows, columns, *, quick=False):
         (4 if add else 2) * size,
         8 * size,
         max(rows, columns),
-        quick,
+        unfused=add,
+        **kind,
     )
 
 
-def _gelu(name, rows, columns, *, approximate="none", bias=False, quick=False):
+def _gelu(name, rows, columns, *, approximate="none", bias=False, **kind):
     def make(dtype):
         return [draw(rows, columns, dtype=dtype, seed=1, scale=2.0)] + (
             [draw(columns, dtype=dtype, seed=2)] if bias else []
@@ -309,7 +321,17 @@ def _gelu(name, rows, columns, *, approximate="none", bias=False, quick=False):
 
     size = rows * columns
     return Case(
-        "gelu", name, f"[{rows}, {columns}]", make, call, stock, 2 * size, 30 * size, rows if bias else 1, quick
+        "gelu",
+        name,
+        f"[{rows}, {columns}]",
+        make,
+        call,
+        stock,
+        2 * size,
+        30 * size,
+        rows if bias else 1,
+        unfused=bias,
+        **kind,
     )
 
 
@@ -371,6 +393,8 @@ def _decode(name, lengths, heads, kv_heads, head_dim, *, queries=1, block_size=N
     return Case("decode_attention", name, shape, make, call, stock, size, flops, longest, quick, ("forward",))
 
 
+SWEEP_TOKENS, SWEEP_SEQLENS, SWEEP_HEAD_DIMS = 2048, (64, 128, 256, 512, 1024, 2048), (32, 64)
+
 # Shapes that models run: MiniLM (12 heads of 32, 384 wide), BERT-base (12 of 64, 768), GPT-2 (causal), LLaMA (GQA).
 BENCH_CASES = (
     _attention("minilm", 32, 12, 64, 64, 32, mask="boolean", quick=True),
@@ -379,15 +403,24 @@ BENCH_CASES = (
     _attention("gpt2_causal_1024", 1, 12, 1024, 1024, 64, causal=True),
     _attention("t5_bias_256", 4, 8, 256, 256, 64, mask="bias"),
     _attention("gqa_causal_512", 1, 16, 512, 512, 128, kv_heads=4, causal=True),
+    *(
+        _attention(f"s{length}_d{head_dim}", SWEEP_TOKENS // length, 12, length, length, head_dim, sweep=True)
+        for length in SWEEP_SEQLENS
+        for head_dim in SWEEP_HEAD_DIMS
+    ),
     _varlen("minilm_arrival", [6, 180, 24, 50, 33, 12, 97, 44, 20, 143, 28, 79, 16, 58, 38, 68], 12, 32, quick=True),
     _varlen("bert_arrival", [6, 180, 24, 50, 33, 12, 97, 44, 20, 512, 28, 79, 16, 58, 38, 256], 12, 64),
     _masked_softmax("bert_128", 8, 12, 128, 128, quick=True),
     _masked_softmax("gpt2_causal_512", 1, 12, 512, 512, causal=True, mask=False),
+    _masked_softmax("plain", 8, 12, 128, 128, mask=False, scale=1.0, sweep=True),
+    _masked_softmax("large", 32, 12, 256, 256, sweep=True, fresh=True),
     _norm("layer_norm", "minilm", 4096, 384, quick=True),
     _norm("layer_norm", "bert", 4096, 768),
     _norm("layer_norm", "wide", 1024, 4096),
+    _norm("layer_norm", "large", 65536, 384, sweep=True, fresh=True),
     _norm("add_layer_norm", "minilm", 4096, 384, quick=True),
     _norm("add_layer_norm", "bert", 4096, 768),
+    _norm("add_layer_norm", "large", 65536, 384, sweep=True, fresh=True),
     _norm("rms_norm", "t5", 4096, 768, quick=True),
     _norm("rms_norm", "llama", 1024, 4096),
     _norm("add_rms_norm", "t5", 4096, 768, quick=True),
@@ -395,6 +428,9 @@ BENCH_CASES = (
     _gelu("minilm_erf_bias", 2048, 1536, bias=True, quick=True),
     _gelu("bert_erf", 2048, 3072),
     _gelu("gpt2_tanh", 2048, 3072, approximate="tanh"),
+    _gelu("gpt2_tanh_bias", 2048, 3072, approximate="tanh", bias=True, sweep=True),
+    _gelu("large", 16384, 1536, sweep=True, fresh=True),
+    _gelu("large_bias", 16384, 1536, bias=True, sweep=True, fresh=True),
     _rotary("llama_512", 1, 32, 512, 128, quick=True),
     _rotary("gptj_512", 1, 16, 512, 256, columns=64, interleaved=True),
     _decode("llama_2048", [2048], 32, 8, 128, quick=True),
