@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "allocate.h"
-#include "checks.h"
+#include "attention_checks.h"
 #include "cpu/attention.h"
 #include "parallel.h"
 
@@ -26,10 +26,6 @@ using cpu::AttentionParams;
 using cpu::AttentionSequence;
 using cpu::AttentionTensor;
 using cpu::DType;
-
-constexpr int64_t max_head_dim = 512;
-// multiply-adds (about 15 us) below which waking a second thread costs more than it saves
-constexpr double serial_work = 2e5;
 
 // ---- views ----
 
@@ -175,19 +171,6 @@ Sizes check_query_key_value(const char* op, const Tensor& query, const Tensor& k
   return s;
 }
 
-int64_t integer_at(const Tensor& t, int64_t i) {
-  const int64_t offset = i * t.stride(0);
-  return t.scalar_type() == ScalarType::Int ? static_cast<const int32_t*>(t.const_data_ptr())[offset]
-                                            : static_cast<const int64_t*>(t.const_data_ptr())[offset];
-}
-
-void check_integers(const char* op, const char* argument, const Tensor& t) {
-  check_cpu(op, argument, t);
-  check(t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long, op, ": ", argument, " has dtype ",
-        name_of(t.scalar_type()), ", expected int32 or int64");
-  check(t.dim() == 1, op, ": ", argument, " has shape ", shape_of(t), ", expected one dimension");
-}
-
 // ---- problems ----
 
 // What attention and varlen_attention take beside the tensors of their layout, as it comes through the schemas.
@@ -282,7 +265,7 @@ void add_options(Problem& problem, const char* op, const Options& o, const Tenso
     check(o.dropout_seed.has_value(), op, ": dropout_p is ", o.dropout_p, ", expected a dropout_seed");
     check_integers(op, "dropout_seed", *o.dropout_seed);
     check_shape(op, "dropout_seed", *o.dropout_seed, {2});
-    p.dropout = {o.dropout_p, integer_at(*o.dropout_seed, 0), integer_at(*o.dropout_seed, 1)};
+    p.dropout = {o.dropout_p, integer_at(*o.dropout_seed, 0), integer_at(*o.dropout_seed, o.dropout_seed->stride(0))};
   }
   p.scale = o.scale;
   p.softcap = o.softcap;
@@ -311,7 +294,7 @@ Problem dense_problem(const Tensor& query, const Tensor& key, const Tensor& valu
   problem.params.mask = view(mask, dense_dims);
   problem.sequences.reserve(batch);
   for (int64_t b = 0; b < batch; ++b) {
-    const int64_t valid = seqlens_k ? integer_at(*seqlens_k, b) : seqlen_k;
+    const int64_t valid = seqlens_k ? integer_at(*seqlens_k, b * seqlens_k->stride(0)) : seqlen_k;
     check(valid >= 0 && valid <= seqlen_k, op, ": seqlens_k[", b, "] is ", valid, ", expected 0 to ", seqlen_k,
           " (key's length)");
     problem.add(b, 0, 0, seqlen_q, valid);
@@ -326,9 +309,10 @@ void check_cu_seqlens(const char* argument, const Tensor& t, int64_t tokens, con
   const char* op = "varlen_attention";
   check_integers(op, argument, t);
   check(t.size(0) >= 1, op, ": ", argument, " has shape ", shape_of(t), ", expected at least one entry");
+  const int64_t stride = t.stride(0);
   int64_t before = 0;
   for (int64_t i = 0; i < t.size(0); ++i) {
-    const int64_t value = integer_at(t, i);
+    const int64_t value = integer_at(t, i * stride);
     check(i > 0 || value == 0, op, ": ", argument, "[0] is ", value, ", expected 0");
     check(value >= before, op, ": ", argument, "[", i, "] is ", value, ", expected at least ", before,
           " (the entry before)");
@@ -354,9 +338,14 @@ Problem packed_problem(const Tensor& query, const Tensor& key, const Tensor& val
   const int64_t count = cu_seqlens_q.size(0) - 1;
   add_options(problem, op, options, query, count, max_seqlen_q, max_seqlen_k);
   problem.sequences.reserve(count);
+  const int64_t stride_q = cu_seqlens_q.stride(0), stride_k = cu_seqlens_k.stride(0);
+  int64_t q = 0, k = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t q = integer_at(cu_seqlens_q, i), k = integer_at(cu_seqlens_k, i);
-    problem.add(i, q, k, integer_at(cu_seqlens_q, i + 1) - q, integer_at(cu_seqlens_k, i + 1) - k);
+    const int64_t q_end = integer_at(cu_seqlens_q, (i + 1) * stride_q);
+    const int64_t k_end = integer_at(cu_seqlens_k, (i + 1) * stride_k);
+    problem.add(i, q, k, q_end - q, k_end - k);
+    q = q_end;
+    k = k_end;
   }
   problem.finish();
   return problem;

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "allocate.h"
-#include "checks.h"
+#include "attention_checks.h"
 #include "cpu/attention_decode.h"
 #include "parallel.h"
 
@@ -23,23 +23,9 @@ using cpu::DecodeTask;
 using cpu::DecodeTensor;
 
 constexpr const char* op = "decode_attention";
-constexpr int64_t max_head_dim = 512;
-constexpr double serial_work = 2e5;        // multiply-adds below which waking a second thread costs more than it saves
-constexpr int64_t serial_elements = 65536;  // the same for copying
+constexpr int64_t serial_elements = 65536;  // elements to copy that are not worth a second thread
 
 // ---- the cache ----
-
-int64_t integer_at(const Tensor& t, int64_t offset) {
-  return t.scalar_type() == ScalarType::Int ? static_cast<const int32_t*>(t.const_data_ptr())[offset]
-                                            : static_cast<const int64_t*>(t.const_data_ptr())[offset];
-}
-
-void check_integers(const char* argument, const Tensor& t, int64_t dim) {
-  check_cpu(op, argument, t);
-  check(t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long, op, ": ", argument, " has dtype ",
-        name_of(t.scalar_type()), ", expected int32 or int64");
-  check(t.dim() == dim, op, ": ", argument, " has shape ", shape_of(t), ", expected ", dim, " dimensions");
-}
 
 void check_tensor(const char* argument, const Tensor& t, ScalarType type) {
   check_cpu(op, argument, t);
@@ -75,7 +61,7 @@ Cache make_cache(const Tensor& key, const Tensor& value, const Tensor& seqlens,
   for (int i = 0; i < 3; ++i)
     check(value.size(i) == key.size(i), op, ": value_cache has shape ", shape_of(value),
           ", expected the first three dimensions of key_cache's ", shape_of(key));
-  check_integers("cache_seqlens", seqlens, 1);
+  check_integers(op, "cache_seqlens", seqlens, 1);
   Cache c{};
   c.paged = block_table.has_value();
   c.batch = seqlens.size(0);
@@ -84,7 +70,7 @@ Cache make_cache(const Tensor& key, const Tensor& value, const Tensor& seqlens,
   c.block_size = key.size(c.paged ? 1 : 2);
   c.max_blocks = 1;
   if (c.paged) {
-    check_integers("block_table", *block_table, 2);
+    check_integers(op, "block_table", *block_table, 2);
     check(block_table->size(0) == c.batch, op, ": block_table has ", block_table->size(0), " rows, expected ", c.batch,
           " (cache_seqlens's)");
     c.max_blocks = block_table->size(1);

@@ -155,6 +155,15 @@ void add_sink(double sink, wide top, vec& sum, vec& log_sum) {
   log_sum = load_row(log_sums);
 }
 
+// Output 0 for rows of the panel at row r.
+void clear_rows(const AttentionParams& p, const Scratch& s, int64_t r, vec_mask rows) {
+  alignas(64) real clear[panel];
+  store_row(clear, select(rows, fill(1), fill(0)));
+  for (int64_t c = 0; c < panels(p.value_head_dim); ++c)
+    for (int64_t i = 0; i < panel; ++i)
+      if (clear[i] != 0) store_row(s.output + (c * p.query_block + r + i) * panel, fill(0));
+}
+
 // Divides by the sum, rounds once, writes rows and lse.
 template <class T>
 void write_rows(const AttentionForwardParams& params, const AttentionSequence& sequence, int64_t head, int64_t query,
@@ -170,25 +179,23 @@ void write_rows(const AttentionForwardParams& params, const AttentionSequence& s
   for (int64_t r = 0; r < rows; r += panel) {
     const int64_t panel_rows = smaller(panel, rows - r);
     vec sum = load_row(s.sum + r);
-    const auto nothing = sum == fill(0);  // the largest weight of a row is 1, so only a row without keys sums to 0
+    const vec_mask nothing = sum == fill(0);  // the largest weight of a row is 1, so only a row without keys sums to 0
     const wide top = select(nothing, splat<wide>(-__builtin_inf()),
                             (to_wide(load_row(s.maximum + r)) + to_wide(load_row(s.anchor + r))) * scale);
     vec log_sum = select(nothing, fill(-infinity), from_wide(top + to_wide(natural_log(sum))));
     if (p.sinks && p.sinks[head] != -__builtin_inf()) add_sink(p.sinks[head], top, sum, log_sum);
-    sum = from_wide(to_wide(sum) * splat<wide>(kept_share));
-    alignas(64) real log_sums[panel], divisors[panel], reciprocals[panel], empty[panel];
+    if (any(nothing)) clear_rows(p, s, r, nothing);
+    sum = from_wide(to_wide(select(nothing, fill(1), sum)) * splat<wide>(kept_share));
+    alignas(64) real log_sums[panel], divisors[panel], reciprocals[panel];
     store_row(log_sums, log_sum);
     store_row(divisors, sum);
     store_row(reciprocals, fill(1) / sum);
-    store_row(empty, select(nothing, fill(1), fill(0)));
     for (int64_t i = 0; i < panel_rows; ++i) lse[(r + i) * params.lse.row] = log_sums[i];
     for_each_vec(p.value_head_dim, [&](int64_t c, int64_t n) {
       const real* from = s.output + c * p.query_block + r * panel;
       T* to = out + r * output.row + c;
-      for (int64_t i = 0; i < panel_rows; ++i) {
-        const vec x = divide(load_row(from + i * panel), fill(divisors[i]), fill(reciprocals[i]));
-        store_as(to + i * output.row, empty[i] != 0 ? fill(0) : x, n);
-      }
+      for (int64_t i = 0; i < panel_rows; ++i)
+        store_as(to + i * output.row, divide(load_row(from + i * panel), fill(divisors[i]), fill(reciprocals[i])), n);
     });
   }
 }

@@ -301,9 +301,22 @@ void find_grad_queries(const Tile& t) {
 void add_grad_bias(const Tile& t, int64_t r) {
   const AttentionBiasGrad& g = t.params.grad_bias;
   const int64_t rows = t.panel_rows(r);
-  const auto exists = lane_index() < fill(static_cast<real>(rows));
+  const vec_mask exists = lane_index() < fill(static_cast<real>(rows));
   double* out = g.data + t.sequence.batch * g.batch + t.head * g.head + (t.query + r) * g.row + t.first_key * g.col;
   const real* grad_scores = t.grad_scores(r);
+  if (g.row != 0 && g.col == 1) {  // nothing is summed here: sixteen keys at a time, as they lie in memory
+    for_each_vec(t.keys, [&](int64_t j, int64_t n) {
+      alignas(64) real by_query[panel * panel];
+      vec grads[panel];
+      for (int64_t i = 0; i < panel; ++i) grads[i] = i < n ? load_row(grad_scores + (j + i) * panel) : fill(0);
+      store_transposed(by_query, grads, panel);
+      for (int64_t i = 0; i < rows; ++i) {
+        double* to = out + i * g.row + j;
+        store_wide(to, load_wide(to, n) + to_wide(load_row(by_query + i * panel)), n);
+      }
+    });
+    return;
+  }
   alignas(64) real x[panel];
   vec over_keys = fill(0);
   for (int64_t j = 0; j < t.keys; ++j) {

@@ -23,7 +23,6 @@ constexpr double infinity = __builtin_inf();
 TRANSFUSE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 TRANSFUSE_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 TRANSFUSE_INLINE int64_t padded(int64_t n) { return (n + lanes - 1) / lanes * lanes; }
-TRANSFUSE_INLINE wide exponential(wide x) { return {exp_full(x.lo), exp_full(x.hi)}; }
 
 TRANSFUSE_INLINE int64_t group_rows(const DecodeParams& p) { return p.num_heads / p.num_kv_heads * p.seqlen_q; }
 TRANSFUSE_INLINE int64_t largest_tile(const DecodeParams& p) { return smaller(group_rows(p), decode_tile_rows); }
@@ -258,7 +257,7 @@ void attend_chunk(const DecodeParams& p, const DecodeTask& t, int64_t chunk, con
     const wide shift = splat<wide>(maximum == -infinity ? 0.0 : maximum);
     wide sum = splat<wide>(0.0);
     for (int64_t k = (first - start) / lanes * lanes; k < last - start; k += lanes) {
-      const wide weight = exponential(load_wide(weights + k) - shift);
+      const wide weight = exp_full(load_wide(weights + k) - shift);
       store_wide(weights + k, weight);
       sum = sum + weight;
     }
@@ -297,7 +296,7 @@ TRANSFUSE_INLINE Factors factors_to(double top, double a, double b) {
   alignas(64) double x[lanes] = {};
   x[0] = a - top;
   x[1] = b - top;
-  store_wide(x, exponential(load_wide(x)));
+  store_wide(x, exp_full(load_wide(x)));
   return {x[0], x[1]};
 }
 
