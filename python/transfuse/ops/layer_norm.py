@@ -41,7 +41,8 @@ def layer_norm(
     Returns:
         Contiguous tensor of input's shape and dtype. Differentiable once (the reference backend: any number of times).
     Numerics:
-        Statistics in float64, in the backward too. float32: within 2 ULP of max(|weight * xhat|, |bias|, 1) for
+        Statistics summed in float64 over short float32 sums of deviations, all in float64 for rows that need it; in the
+        backward too. float32: within 2 ULP of max(|weight * xhat|, |bias|, 1) for
         mean/std up to 1e6 and |input| from subnormals to 1e37; 16-bit types: one rounding of a float32 result;
         float64: within 5 ULP of the same measure, for |input| to 1e300. A constant row gives exactly ``bias`` (NaN with
         eps=0, as 0/0 is); a row with NaN or inf gives NaN. A row's bits do not depend on the batch, on its position or

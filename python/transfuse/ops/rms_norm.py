@@ -34,7 +34,8 @@ def rms_norm(
     Returns:
         Contiguous tensor of input's shape and dtype. Differentiable once (the reference backend: any number of times).
     Numerics:
-        The mean is taken in float64, in the backward too. float32: within 2 ULP of max(|weight * xhat|, 1) for |input|
+        The mean is summed in float64 over short float32 sums, all in float64 for rows that need it; in the backward too.
+        float32: within 2 ULP of max(|weight * xhat|, 1) for |input|
         from subnormals to 1e37; 16-bit types: one rounding of a float32 result; float64: within 5 ULP of the same
         measure, for |input| to 1e300. A row of zeros gives zeros (NaN with eps=0, as 0/0 is); a row with NaN gives NaN;
         in a row with an infinity that element is NaN and the others 0, as in torch. A row's bits do not depend on the
