@@ -106,11 +106,19 @@ def _random_model(name, minilm, folder):
     if name == "cross_encoder":  # the sizes of ms-marco-MiniLM-L6
         sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
         BertForSequenceClassification(BertConfig(num_labels=1, **sizes)).save_pretrained(folder)
+        _name_positions(folder)
         return {"folder": str(folder), "kind": "classify"}
     BertModel(BertConfig()).save_pretrained(folder)
+    _name_positions(folder)
     pooling = folder / "1_Pooling" / "config.json"
     pooling.write_text(json.dumps({**json.loads(pooling.read_text()), "word_embedding_dimension": 768}))
     return {"folder": str(folder), "kind": "embed"}
+
+
+def _name_positions(folder):
+    """Writes what every BERT of the hub says and transformers 5 leaves out: CTranslate2's converter asks for it."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "position_embedding_type": "absolute"}))
 
 
 # Batches
