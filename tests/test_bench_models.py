@@ -128,7 +128,7 @@ def test_products_by_hand():
 def test_the_fixed_text_is_what_the_issue_names():
     import random
 
-    everything = text.passages()
+    everything = text.paragraphs()
     random.Random(0).shuffle(everything)
     assert workloads.fixed_text() == everything[:1024]
 

@@ -19,23 +19,38 @@ def _is_prose(paragraph, words):
     return sum(word.strip(".,;:()\"'*").isalpha() for word in words) >= PROSE_SHARE * len(words)
 
 
-def passages(count=None):
-    """The deduplicated passages in documentation order (about 1400), or `count` of them at even distances.
+def paragraphs():
+    """Every paragraph of the documentation once, prose or not, in its order: lengths vary more than those of prose."""
+    found = {}
+    for paragraph in _raw():
+        found.setdefault(" ".join(paragraph.split()))
+    return list(found)
 
-    Raises: ValueError when more are asked for than there are; RuntimeError when this Python came without pydoc_data.
-    """
+
+def _raw():
+    """All that stands between blank lines."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
         raise RuntimeError(
             "text: pydoc_data is not there; install the standard library's documentation topics"
         ) from None
-    found = {}
     for name in sorted(topics):
         for paragraph in re.split(r"\n\s*\n", topics[name]):
-            words = paragraph.split()
-            if _is_prose(paragraph, words):
-                found.setdefault(" ".join(words))
+            if paragraph.split():
+                yield paragraph
+
+
+def passages(count=None):
+    """The deduplicated passages in documentation order (about 1400), or `count` of them at even distances.
+
+    Raises: ValueError when more are asked for than there are; RuntimeError when this Python came without pydoc_data.
+    """
+    found = {}
+    for paragraph in _raw():
+        words = paragraph.split()
+        if _is_prose(paragraph, words):
+            found.setdefault(" ".join(words))
     everything = list(found)
     if count is None:
         return everything
