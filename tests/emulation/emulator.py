@@ -126,7 +126,7 @@ def library(name, sources, include=(), flags=()):
     flags = (*(part for folder in include for part in ("-I", str(folder))), *KERNEL_FLAGS, *_hardware_flags(), *flags)
     inputs = sorted({*paths, *HERE.glob("*.h"), *(ROOT / "kernels" / "cuda").glob("*.cuh"),
                      *(p for folder in include for p in Path(folder).rglob("*.cu*"))})  # fmt: skip
-    target = BUILD / f"{name}-{_hash(*flags, *(p.read_bytes() for p in inputs), *paths)}.so"
+    target = BUILD / f"{name}-{_hash(core_path().name, *flags, *(p.read_bytes() for p in inputs), *paths)}.so"
     if not target.exists():
         _build(target, paths, flags, [core_path()])
     return Library(target)
