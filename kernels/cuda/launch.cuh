@@ -1,4 +1,6 @@
-// The one way a kernel starts, and the one way it sees its dynamic shared memory.
+// The one way to launch a kernel, and the one declaration of dynamic shared memory.
+//
+// This file and ptx.cuh are the only ones that know of the CPU on which tests/emulation runs these kernels.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,12 +9,60 @@
 
 namespace transfuse::cuda {
 
-// Starts `kernel` with its one parameter. An error of the launch itself comes back; one of the kernel comes later.
-template <class Params>
-cudaError_t launch(void (*kernel)(const Params), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                   const Params& params) {
-  void* arguments[] = {const_cast<Params*>(&params)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments, shared_bytes, stream);
+// The shared memory that launch() was asked for, aligned to 16 bytes.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+#ifdef TRANSFUSE_EMULATION
+  return ::emulation::dynamic_shared();
+#else
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  return shared_memory;
+#endif
+}
+
+// A block may have this much without asking the driver first.
+constexpr size_t shared_bytes_unasked = 48 * 1024;
+
+/* Runs kernel(params) on a grid. An empty grid is no launch and no error.
+
+     __global__ void example_kernel(const __grid_constant__ ExampleParams params);
+     return launch(example_kernel, dim3(rows), dim3(256), 0, stream, params);
+
+   cluster_blocks: neighbours along x that share their shared memory (sm_90 and later); the grid is a multiple of it.
+   Returns what the launch said; what the kernel does wrong shows at a later call, as always in CUDA. */
+template <typename Params>
+cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, const Params& params,
+                   unsigned cluster_blocks = 1) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
+#ifdef TRANSFUSE_EMULATION
+  static_cast<void>(stream);
+  const auto invoke = [](void* function, const void* values) {
+    reinterpret_cast<void (*)(Params)>(function)(*static_cast<const Params*>(values));
+  };
+  return static_cast<cudaError_t>(
+      ::emulation::launch({reinterpret_cast<void*>(kernel), invoke, &params, grid, block, cluster_blocks, shared_bytes}));
+#else
+  if (shared_bytes > shared_bytes_unasked) {
+    const cudaError_t refused = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                     static_cast<int>(shared_bytes));
+    if (refused != cudaSuccess) return refused;
+  }
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {cluster_blocks, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = cluster_blocks > 1 ? 1 : 0;
+  Params copy = params;
+  void* arguments[] = {&copy};
+  const cudaError_t status = cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
+  // A refused launch stays in the runtime's last-error slot, where torch would find it and blame the next op.
+  if (status != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return status;
+#endif
 }
 
 }  // namespace transfuse::cuda

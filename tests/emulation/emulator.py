@@ -1,0 +1,269 @@
+"""Compiles CUDA sources with g++, runs them on the CPU and turns the emulator's findings into errors with source lines.
+
+    library = emulator.library("layer_norm", ["kernels/cuda/layer_norm.cu", "tests/emulation/layer_norm_launcher.cpp"])
+    with emulator.Memory() as memory:
+        x = memory.place("x", input, "read-only")
+        y = memory.place("y", torch.empty_like(input), "uninitialised")
+        library.run("launch_layer_norm", x, y, ctypes.c_int64(rows))
+        result = y.clone()
+
+Compiled libraries are kept in build/emulation under the hash of everything that went into them.
+"""
+
+import ctypes
+import hashlib
+import mmap
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+BUILD = ROOT / "build" / "emulation"
+COMPILER = os.environ.get("CXX", "g++")
+
+CORE_SOURCES = ("machine.cpp", "synchronization.cpp", "memory.cpp", "tensor_core.cpp")
+CORE_FLAGS = ("-std=c++20", "-O2", "-g1", "-fPIC", "-Wall", "-Wextra", "-ffp-contract=off")
+KERNEL_FLAGS = (
+    "-std=c++20", "-O1", "-g", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-attributes",
+    "-ffp-contract=off",  # as nvcc -fmad=false: an FMA is written
+    "-fno-strict-aliasing",  # as nvcc: kernels read vectors through pointers to elements
+    "-ftrivial-auto-var-init=pattern",
+    # Compile only: the functions these call are the emulator's own (memory.cpp).
+    "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0",
+    "-fsanitize=alignment,bounds,signed-integer-overflow,shift,integer-divide-by-zero",
+    "-include", str(HERE / "cuda.h"), "-I", str(HERE), "-I", str(ROOT / "kernels"),
+)  # fmt: skip
+# Fused multiply-add and conversions to half in one instruction each, where this CPU has them: same results, sooner.
+HARDWARE_FLAGS = {"fma": "-mfma", "f16c": "-mf16c"}
+
+GUARD_BYTES = 1 << 20
+CONTENTS = {"read-only": 0, "initialised": 1, "uninitialised": 2}
+MAP_NORESERVE = 0x4000
+
+
+class KernelError(AssertionError):
+    """What the emulator found; ``kind`` is the first words of the report: "race", "out of bounds", "deadlock", ..."""
+
+    def __init__(self, report):
+        super().__init__(report)
+        self.kind = report.partition(":")[0]
+
+
+# ---- building ----
+
+
+def _hardware_flags():
+    words = set(re.findall(r"\w+", next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")))
+    return tuple(flag for word, flag in HARDWARE_FLAGS.items() if word in words)
+
+
+@lru_cache(maxsize=1)
+def _compiler_version():
+    return subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
+def _hash(*parts):
+    digest = hashlib.sha256(_compiler_version().encode())
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else str(part).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _run(command):
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
+
+
+def _build(target, sources, flags, link):
+    """Compiles and links into a temporary name first, so that a build cut short leaves nothing half made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        objects = [Path(folder) / f"{index}.o" for index in range(len(sources))]
+        for source, made in zip(sources, objects, strict=True):
+            _run([COMPILER, *flags, "-x", "c++", "-c", source, "-o", made])
+        made = Path(folder) / target.name
+        _run([COMPILER, "-shared", "-o", made, *objects, *link])
+        made.rename(target)
+
+
+@lru_cache(maxsize=1)
+def core_path():
+    headers = sorted(HERE.glob("*.h"))
+    sources = [HERE / name for name in CORE_SOURCES]
+    target = BUILD / f"libemulator-{_hash(*CORE_FLAGS, *(p.read_bytes() for p in [*headers, *sources]))}.so"
+    if not target.exists():
+        _build(target, sources, CORE_FLAGS, ["-ldl"])
+    return target
+
+
+@lru_cache(maxsize=1)
+def core():
+    """The emulator itself; kernel libraries find its functions by name."""
+    library = ctypes.CDLL(str(core_path()), mode=ctypes.RTLD_GLOBAL)
+    library.emulation_report.restype = ctypes.c_char_p
+    return library
+
+
+def library(name, sources, include=(), flags=()):
+    """The library made of these sources, compiled if it is not there yet.
+
+    Args:
+        name: for the file's name.
+        sources: paths, absolute or from the root of the repository.
+        include: folders searched before kernels/, as mutants use them.
+    """
+    core()
+    paths = [ROOT / source for source in sources]
+    flags = (*(part for folder in include for part in ("-I", str(folder))), *KERNEL_FLAGS, *_hardware_flags(), *flags)
+    inputs = sorted({*paths, *HERE.glob("*.h"), *(ROOT / "kernels" / "cuda").glob("*.cuh"),
+                     *(p for folder in include for p in Path(folder).rglob("*.cu*"))})  # fmt: skip
+    target = BUILD / f"{name}-{_hash(core_path().name, *flags, *(p.read_bytes() for p in inputs), *paths)}.so"
+    if not target.exists():
+        _build(target, paths, flags, [core_path()])
+    return Library(target)
+
+
+class Library:
+    """A loaded library of kernels and their launchers."""
+
+    def __init__(self, path):
+        self.path = path
+        self.loaded = ctypes.CDLL(str(path))
+        self.base = ctypes.c_size_t.from_address(self.loaded._handle).value  # struct link_map begins with l_addr
+        self.shared_variables = list(_thread_locals(path))
+        for offset, size, _ in self.shared_variables:
+            core().emulation_shared_variable(ctypes.c_size_t(self.base), ctypes.c_size_t(offset), ctypes.c_size_t(size))
+
+    def run(self, function, *arguments, seed=0, tensor_core=80):
+        """Calls an extern "C" launcher, which returns a cudaError_t. Tensors are passed as pointers.
+
+        Args:
+            seed: 0 runs blocks and threads in ascending order, anything else in an order drawn from it.
+            tensor_core: 80 or 90, whose way of adding is taken.
+        Raises: KernelError with what the emulator found.
+        """
+        emulator = core()
+        emulator.emulation_set_order(ctypes.c_uint64(seed))
+        assert emulator.emulation_set_tensor_core(tensor_core) == 0, f"no model of the tensor cores of sm_{tensor_core}"
+        emulator.emulation_clear_report()
+        passed = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
+        status = getattr(self.loaded, function)(*passed)
+        report = emulator.emulation_report().decode()
+        if report:
+            emulator.emulation_clear_report()
+            raise KernelError(self._explained(report))
+        if status != 0:
+            raise RuntimeError(f"{function} returned cudaError_t {status}")
+
+    def _explained(self, report):
+        """[line N] -> source lines, [function N] -> its name, [shared N] -> the variable."""
+        report = re.sub(r" \[line (\d+)\]", lambda m: self._place(int(m[1])), report)
+        report = re.sub(r"\[function (\d+)\]", lambda m: self._frames(int(m[1]))[-1][0], report)
+        return re.sub(r" \[shared (\d+)\]", lambda m: self._shared_variable(int(m[1])), report)
+
+    def _frames(self, address):
+        """(function, file, line) of an address, what was inlined first."""
+        command = ["addr2line", "-e", str(self.path), "-f", "-C", "-i", hex(address - self.base)]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        places = [re.match(r"(.*):(\d+|\?)", line).groups() for line in lines[1::2]]
+        return [(name, Path(file), line) for name, (file, line) in zip(lines[::2], places, strict=True)]
+
+    def _place(self, address):
+        frames = [frame for frame in self._frames(address) if frame[1].parent != HERE or frame[1].suffix != ".h"]
+        return " at " + ", called at ".join(f"{file.name}:{line}" for _, file, line in frames) if frames else ""
+
+    def _shared_variable(self, offset):
+        for start, size, name in self.shared_variables:
+            if start <= offset < start + size:
+                return f", {name} + {offset - start} of {size} bytes"
+        return f" + {offset}"
+
+
+def _thread_locals(path):
+    """(offset, size, name) of the library's shared variables."""
+    table = subprocess.run(["readelf", "-sW", "-C", str(path)], capture_output=True, text=True, check=True).stdout
+    seen = set()
+    for line in table.splitlines():
+        found = re.match(r"\s*\d+: ([0-9a-f]+)\s+(\d+|0x[0-9a-f]+) TLS\s+\S+\s+\S+\s+(?:\S+)\s+(.*)", line)
+        if found and found[1] not in seen:
+            seen.add(found[1])
+            yield int(found[1], 16), int(found[2], 0), found[3].rpartition("::")[2]
+
+
+# ---- memory ----
+
+
+class Memory:
+    """Tensors as a kernel may see them: each between guard zones, known to the emulator byte by byte.
+
+    Contents: "read-only" may not be written, "uninitialised" not be read before it is written.
+    """
+
+    def __init__(self):
+        self._placed = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for address, _ in self._placed:
+            core().emulation_forget(ctypes.c_size_t(address))
+        self._placed.clear()
+
+    def place(self, name, tensor, contents):
+        """A copy with the same strides and the same alignment, in memory of its own. None stays None.
+
+        What lies between the elements of a view belongs to nobody. Memory is reserved, not used: strides may be huge.
+        """
+        if tensor is None:
+            return None
+        # An expanded dimension has one element, and so has one of size 1, whatever its stride says.
+        sizes = [1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+        strides = [0 if size == 1 else stride for size, stride in zip(sizes, tensor.stride(), strict=True)]
+        empty = 0 in sizes
+        span = 0 if empty else 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+        item = tensor.element_size()
+        start = GUARD_BYTES + tensor.data_ptr() % 256
+        pages = mmap.mmap(-1, start + span * item + GUARD_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+        raw = torch.frombuffer(pages, dtype=torch.uint8)
+        placed, belongs = None, None
+        if not empty:
+            flat = raw[start : start + span * item].view(torch.uint8)
+            elements = torch.frombuffer(pages, dtype=tensor.dtype, count=span, offset=start) if start % item == 0 else None
+            assert elements is not None, f"{name}: not aligned to its own elements"
+            source = tensor.detach()
+            for dim, size in enumerate(sizes):
+                source = source.narrow(dim, 0, size)
+            view = torch.as_strided(elements, sizes, strides)
+            if contents == "uninitialised":
+                torch.as_strided(flat, [*sizes, item], [*(s * item for s in strides), 1]).fill_(0xFF)  # NaN in every dtype
+            else:
+                view.copy_(source)
+            placed = torch.as_strided(elements, tensor.shape, tensor.stride())
+            if span != view.numel():
+                belongs = mmap.mmap(-1, span * item, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+                marks = torch.frombuffer(belongs, dtype=torch.uint8)
+                torch.as_strided(marks, [*sizes, item], [*(s * item for s in strides), 1]).fill_(1)
+                belongs = marks
+        else:
+            placed = torch.frombuffer(pages, dtype=tensor.dtype, count=1, offset=start)[:0].reshape(tensor.shape)
+        address = raw.data_ptr() + start
+        marks_at = ctypes.c_void_p(None if belongs is None else belongs.data_ptr())
+        core().emulation_register(
+            ctypes.c_size_t(address), ctypes.c_size_t(span * item), CONTENTS[contents], name.encode(), marks_at
+        )
+        self._placed.append((address, (pages, belongs)))
+        return placed
+
+
+def have_compiler():
+    return all(shutil.which(tool) for tool in (COMPILER, "addr2line", "readelf"))
