@@ -5,7 +5,7 @@
 // RMSNorm has neither mean nor bias. The arithmetic is norm_rows.cuh; layer_norm.cu and rms_norm.cu launch it.
 #pragma once
 
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 
 #include <cstdint>
 
