@@ -182,7 +182,7 @@ struct Visit {
         fail_access("pending copy", location, address, bytes, access, ", the target of a copy that " + who(writer) + " started" +
                     place(reinterpret_cast<const void*>(machine.library->base + entry.writer_pc)) + " and has not waited for; it " + verb(access), pc);
       const bool is_written = location.region ? written_before || writer : concerns(writer);
-      if (access == Access::read && !is_written) fail_access("uninitialised read", location, address, bytes, access, ", which nothing has written", pc);
+      if (access == Access::read && !is_written) fail_access("uninitialised read", location, address, bytes, access, ", which nothing has written yet", pc);
       if (concerns(writer) && !(access == Access::atomic && writer.is_atomic()) && !happened_before(writer)) race(writer, true, entry.writer_pc);
     }
     if (access == Access::read) {

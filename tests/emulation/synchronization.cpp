@@ -56,7 +56,7 @@ void complete(Block& block, BarrierState& barrier) {
   const int arrived = static_cast<int>(barrier.arrived.size());
   const Votes votes{barrier.votes, barrier.votes > 0, barrier.votes == arrived};
   const auto num_waiting = std::count_if(barrier.arrived.begin(), barrier.arrived.end(), [](const Arrival& a) { return a.waits; });
-  if (static_cast<size_t>(num_waiting) == block.alive)
+  if (barrier.expected == all_threads || static_cast<size_t>(num_waiting) == block.threads.size())
     raise_epoch(block);
   else
     join(barrier.arrived);
