@@ -44,6 +44,7 @@ KERNEL_FLAGS = (
 HARDWARE_FLAGS = {"fma": "-mfma", "f16c": "-mf16c"}
 
 GUARD_BYTES = 1 << 20
+ALIGNMENT = 256  # what cudaMalloc gives; a tensor keeps its distance from it
 CONTENTS = {"read-only": 0, "initialised": 1, "uninitialised": 2}
 MAP_NORESERVE = 0x4000
 
@@ -215,54 +216,60 @@ class Memory:
         return self
 
     def __exit__(self, *_):
-        for address, _ in self._placed:
+        for address, *_ in self._placed:
             core().emulation_forget(ctypes.c_size_t(address))
         self._placed.clear()
 
     def place(self, name, tensor, contents):
-        """A copy with the same strides and the same alignment, in memory of its own. None stays None.
-
-        What lies between the elements of a view belongs to nobody. Memory is reserved, not used: strides may be huge.
-        """
+        """A copy with the same strides and the same alignment, in memory of its own. None stays None."""
         if tensor is None:
             return None
-        # An expanded dimension has one element, and so has one of size 1, whatever its stride says.
-        sizes = [1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
-        strides = [0 if size == 1 else stride for size, stride in zip(sizes, tensor.stride(), strict=True)]
-        empty = 0 in sizes
-        span = 0 if empty else 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-        item = tensor.element_size()
-        start = GUARD_BYTES + tensor.data_ptr() % 256
-        pages = mmap.mmap(-1, start + span * item + GUARD_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-        raw = torch.frombuffer(pages, dtype=torch.uint8)
-        placed, belongs = None, None
-        if not empty:
-            flat = raw[start : start + span * item].view(torch.uint8)
-            elements = torch.frombuffer(pages, dtype=tensor.dtype, count=span, offset=start) if start % item == 0 else None
-            assert elements is not None, f"{name}: not aligned to its own elements"
-            source = tensor.detach()
-            for dim, size in enumerate(sizes):
-                source = source.narrow(dim, 0, size)
-            view = torch.as_strided(elements, sizes, strides)
-            if contents == "uninitialised":
-                torch.as_strided(flat, [*sizes, item], [*(s * item for s in strides), 1]).fill_(0xFF)  # NaN in every dtype
-            else:
-                view.copy_(source)
-            placed = torch.as_strided(elements, tensor.shape, tensor.stride())
-            if span != view.numel():
-                belongs = mmap.mmap(-1, span * item, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-                marks = torch.frombuffer(belongs, dtype=torch.uint8)
-                torch.as_strided(marks, [*sizes, item], [*(s * item for s in strides), 1]).fill_(1)
-                belongs = marks
-        else:
-            placed = torch.frombuffer(pages, dtype=tensor.dtype, count=1, offset=start)[:0].reshape(tensor.shape)
-        address = raw.data_ptr() + start
-        marks_at = ctypes.c_void_p(None if belongs is None else belongs.data_ptr())
-        core().emulation_register(
-            ctypes.c_size_t(address), ctypes.c_size_t(span * item), CONTENTS[contents], name.encode(), marks_at
-        )
-        self._placed.append((address, (pages, belongs)))
+        placed = self.strided(name, tensor.shape, tensor.stride(), tensor.dtype, contents, tensor.data_ptr() % ALIGNMENT)
+        if contents != "uninitialised":
+            _once(placed).copy_(_once(tensor.detach()))
         return placed
+
+    def strided(self, name, sizes, strides, dtype, contents, misaligned_by=0):
+        """A new tensor. Memory is reserved and not used: rows may lie gigabytes apart.
+
+        What lies between the elements of a view belongs to nobody. Uninitialised elements are NaN in every dtype.
+        """
+        span = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) if 0 not in sizes else 0
+        pages, start = _reserve(GUARD_BYTES + misaligned_by + span * dtype.itemsize + GUARD_BYTES), GUARD_BYTES + misaligned_by
+        elements = torch.frombuffer(pages, dtype=dtype, offset=start, count=max(span, 1))
+        placed = torch.as_strided(elements, sizes, strides)
+        if contents == "uninitialised" and span > 0:
+            _bytes_of(pages, start, _once(placed)).fill_(0xFF)
+        marks, marks_at = None, None
+        if span > _once(placed).numel():
+            marks = _reserve(span * dtype.itemsize)
+            _bytes_of(marks, 0, _once(placed)).fill_(1)
+            marks_at = torch.frombuffer(marks, dtype=torch.uint8).data_ptr()
+        address = elements.data_ptr()
+        core().emulation_register(
+            ctypes.c_size_t(address), ctypes.c_size_t(span * dtype.itemsize), CONTENTS[contents], name.encode(), ctypes.c_void_p(marks_at)
+        )
+        self._placed.append((address, pages, marks))
+        return placed
+
+
+def _reserve(num_bytes):
+    return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+
+
+def _once(tensor):
+    """The view with every element once: an expanded dimension has one."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def _bytes_of(pages, start, like):
+    """The bytes of a tensor's elements, as a view of pages from start on, shaped like it."""
+    item = like.element_size()
+    raw = torch.frombuffer(pages, dtype=torch.uint8, offset=start)
+    return torch.as_strided(raw, (*like.shape, item), (*(stride * item for stride in like.stride()), 1))
 
 
 def have_compiler():
