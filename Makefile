@@ -6,6 +6,8 @@ PY := $(VENV)/bin/python
 BENCH_VENV ?= $(VENV)-bench
 OUT ?= bench/results/gpu
 RESULTS ?= $(if $(QUICK),build/bench,bench/results/cpu)
+# Two GPU architectures are enough to develop and test; a build from setup.py without it makes all of them.
+export TORCH_CUDA_ARCH_LIST ?= 8.0 9.0a
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

@@ -1,4 +1,4 @@
-// Dense uninitialised CPU tensors without the dispatcher: torch::stable::new_empty looks the op up by name and boxes
+// Dense uninitialised tensors without the dispatcher: torch::stable::new_empty looks the op up by name and boxes
 // its arguments on each call (1 to 2 us), this is 0.3 us, and an op on a single row has three results to allocate.
 #pragma once
 
@@ -15,7 +15,7 @@
 
 namespace transfuse {
 
-// Set by tests (_C.set_nan_filled_empty): every byte 0xFF, a NaN in all floating dtypes, so that an element never
+// Set by tests (set_nan_filled_empty of each module): every byte 0xFF, a NaN in all floating dtypes, so that an element never
 // written shows. torch's own fill_uninitialized_memory does not reach tensors made here.
 inline bool nan_filled_empty = false;
 
@@ -27,8 +27,10 @@ inline bool nan_filled_empty = false;
   throw std::runtime_error(text.str());
 }
 
-inline torch::stable::Tensor empty_cpu(const char* op, const int64_t* sizes, int64_t dim,
-                                       torch::headeronly::ScalarType type) {
+// On the device of that type (aoti_torch_device_type_*) and index. `failed` ends the words of a failed allocation.
+inline torch::stable::Tensor allocate(const char* op, const int64_t* sizes, int64_t dim,
+                                      torch::headeronly::ScalarType type, int32_t device_type, int32_t device_index,
+                                      const char* failed = "") {
   constexpr int64_t inline_dims = 8;
   int64_t inline_strides[inline_dims];
   std::vector<int64_t> more_strides(dim > inline_dims ? dim : 0);
@@ -41,12 +43,17 @@ inline torch::stable::Tensor empty_cpu(const char* op, const int64_t* sizes, int
   int64_t stride = 1;
   for (int64_t i = dim - 1; i >= 0; --i) {
     strides[i] = stride;
-    if (__builtin_mul_overflow(stride, sizes[i] > 1 ? sizes[i] : 1, &stride)) could_not_allocate(op, bytes());
+    if (__builtin_mul_overflow(stride, sizes[i] > 1 ? sizes[i] : 1, &stride)) could_not_allocate(op, bytes(), failed);
   }
   AtenTensorHandle handle = nullptr;
-  if (aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(type), aoti_torch_device_type_cpu(), 0, &handle))
-    could_not_allocate(op, bytes());
-  torch::stable::Tensor result(handle);
+  if (aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(type), device_type, device_index, &handle))
+    could_not_allocate(op, bytes(), failed);
+  return torch::stable::Tensor(handle);
+}
+
+inline torch::stable::Tensor empty_cpu(const char* op, const int64_t* sizes, int64_t dim,
+                                       torch::headeronly::ScalarType type) {
+  torch::stable::Tensor result = allocate(op, sizes, dim, type, aoti_torch_device_type_cpu(), 0);
   if (nan_filled_empty && result.numel())
     std::memset(result.mutable_data_ptr(), 0xFF, result.numel() * result.element_size());
   return result;

@@ -25,7 +25,6 @@ using cpu::AttentionOutput;
 using cpu::AttentionParams;
 using cpu::AttentionSequence;
 using cpu::AttentionTensor;
-using cpu::DType;
 
 // ---- views ----
 

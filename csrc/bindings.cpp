@@ -29,6 +29,7 @@ py::dict build_info() {
   info["version"] = TRANSFUSE_VERSION;
   info["compiler"] = __VERSION__;
   info["torch_target"] = "2.10";
+  info["cuda"] = TRANSFUSE_CUDA_BUILD;  // of _C_cuda: what it was built for, or why it was not
   info["isa_levels"] = levels_where(transfuse::cpu::isa_built);
   return info;
 }

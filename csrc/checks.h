@@ -12,7 +12,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/isa.h"
+#include "dtype.h"
 
 namespace transfuse {
 
@@ -69,24 +69,28 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
 }
 
 // The kernels' own DType; float32 too for what is no floating type (a mask's bytes: kernels do not look at it).
-inline cpu::DType dtype_of(const Tensor& t) {
+inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::BFloat16:
-      return cpu::DType::bf16;
+      return DType::bf16;
     case ScalarType::Half:
-      return cpu::DType::f16;
+      return DType::f16;
     case ScalarType::Double:
-      return cpu::DType::f64;
+      return DType::f64;
     default:
-      return cpu::DType::f32;
+      return DType::f32;
   }
 }
 
-// float32, bfloat16, float16 or float64, as the kernels' own DType.
-inline cpu::DType kernel_dtype(const char* op, const char* argument, const Tensor& t) {
+// Where the tensors of an op must lie. One home of the checks serves both modules: _C says cpu, _C_cuda says cuda.
+enum class Backend { cpu, cuda };
+
+// float32, bfloat16, float16 or, on the CPU, float64, as the kernels' own DType.
+inline DType kernel_dtype(const char* op, const char* argument, const Tensor& t, Backend backend = Backend::cpu) {
   const ScalarType type = t.scalar_type();
-  check(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half || type == ScalarType::Double, op,
-        ": ", argument, " has dtype ", name_of(type), ", expected float32, bfloat16, float16 or float64");
+  const bool narrow = type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+  check(narrow || (type == ScalarType::Double && backend == Backend::cpu), op, ": ", argument, " has dtype ", name_of(type),
+        backend == Backend::cpu ? ", expected float32, bfloat16, float16 or float64" : ", expected float32, bfloat16 or float16");
   return dtype_of(t);
 }
 
@@ -94,8 +98,18 @@ inline void check_dtype(const char* op, const char* argument, const Tensor& t, S
   check(t.scalar_type() == expected, op, ": ", argument, " has dtype ", name_of(t.scalar_type()), ", expected ", name_of(expected));
 }
 
+inline void check_device(const char* op, const char* argument, const Tensor& t, Backend backend) {
+  const bool on_cpu = backend == Backend::cpu;
+  check(on_cpu ? t.is_cpu() : t.is_cuda(), op, ": ", argument, " is on another device, expected ", on_cpu ? "cpu" : "cuda");
+}
 inline void check_cpu(const char* op, const char* argument, const Tensor& t) {
-  check(t.is_cpu(), op, ": ", argument, " is on another device, expected cpu");
+  check_device(op, argument, t, Backend::cpu);
+}
+// The tensor lies where the op's first one does: kernels read all of their operands on one GPU.
+inline void check_same_device(const char* op, const char* argument, const Tensor& t, const Tensor& other,
+                              const char* other_name) {
+  check(t.get_device_index() == other.get_device_index(), op, ": ", argument, " is on cuda:", t.get_device_index(),
+        ", expected cuda:", other.get_device_index(), " (", other_name, "'s)");
 }
 
 inline void check_same_shape(const char* op, const char* argument, const Tensor& t, const Tensor& other, const char* other_name) {

@@ -10,7 +10,7 @@ namespace transfuse {
 
 Tensor layer_norm_forward(const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                           int64_t normalized_ndim, double eps) {
-  const NormOperands operands("layer_norm", input, weight, bias, normalized_ndim, eps);
+  const NormOperands operands(Backend::cpu, "layer_norm", input, weight, bias, normalized_ndim, eps);
   return norm_forward(operands, std::nullopt, cpu::pick_layer_norm_kernels()).output;
 }
 
@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor> add_layer_norm_forward(const Tensor& input, const Ten
                                                   const std::optional<Tensor>& weight,
                                                   const std::optional<Tensor>& bias, int64_t normalized_ndim,
                                                   double eps) {
-  const NormOperands operands("add_layer_norm", input, weight, bias, normalized_ndim, eps);
+  const NormOperands operands(Backend::cpu, "add_layer_norm", input, weight, bias, normalized_ndim, eps);
   NormForwardResult result = norm_forward(operands, residual, cpu::pick_layer_norm_kernels());
   return {result.output, result.sum};
 }
@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output
                                                        const Tensor& input, const std::optional<Tensor>& weight,
                                                        const std::optional<Tensor>& bias, int64_t normalized_ndim,
                                                        double eps, bool need_input, bool need_weight, bool need_bias) {
-  const NormOperands operands("layer_norm_backward", input, weight, bias, normalized_ndim, eps);
+  const NormOperands operands(Backend::cpu, "layer_norm_backward", input, weight, bias, normalized_ndim, eps);
   NormBackwardResult result = norm_backward(operands, grad_output, grad_sum, need_input, need_weight, need_bias,
                                             cpu::pick_layer_norm_kernels());
   return {result.grad_input, result.grad_weight, result.grad_bias};

@@ -10,14 +10,14 @@ namespace transfuse {
 
 Tensor rms_norm_forward(const Tensor& input, const std::optional<Tensor>& weight, int64_t normalized_ndim,
                         double eps) {
-  const NormOperands operands("rms_norm", input, weight, std::nullopt, normalized_ndim, eps);
+  const NormOperands operands(Backend::cpu, "rms_norm", input, weight, std::nullopt, normalized_ndim, eps);
   return norm_forward(operands, std::nullopt, cpu::pick_rms_norm_kernels()).output;
 }
 
 std::tuple<Tensor, Tensor> add_rms_norm_forward(const Tensor& input, const Tensor& residual,
                                                 const std::optional<Tensor>& weight, int64_t normalized_ndim,
                                                 double eps) {
-  const NormOperands operands("add_rms_norm", input, weight, std::nullopt, normalized_ndim, eps);
+  const NormOperands operands(Backend::cpu, "add_rms_norm", input, weight, std::nullopt, normalized_ndim, eps);
   NormForwardResult result = norm_forward(operands, residual, cpu::pick_rms_norm_kernels());
   return {result.output, result.sum};
 }
@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor> add_rms_norm_forward(const Tensor& input, const Tenso
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const std::optional<Tensor>& grad_sum,
                                              const Tensor& input, const std::optional<Tensor>& weight,
                                              int64_t normalized_ndim, double eps, bool need_input, bool need_weight) {
-  const NormOperands operands("rms_norm_backward", input, weight, std::nullopt, normalized_ndim, eps);
+  const NormOperands operands(Backend::cpu, "rms_norm_backward", input, weight, std::nullopt, normalized_ndim, eps);
   NormBackwardResult result =
       norm_backward(operands, grad_output, grad_sum, need_input, need_weight, false, cpu::pick_rms_norm_kernels());
   return {result.grad_input, result.grad_weight};

@@ -1,5 +1,6 @@
 """The package as people get it: wheel, pip install, editable, from an empty folder; and what the binary needs."""
 
+import importlib
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+MODULES = ("_C", "_C_cuda")
 USE = """
 import sys, torch, transfuse, transfuse.kernels.triton as triton_kernels
 x = torch.randn(4, 48)
@@ -46,7 +48,8 @@ def wheel(tmp_path_factory):
 
 def test_wheel_holds_the_package_and_needs_no_compiler(wheel, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
-    assert any(re.fullmatch(r"transfuse/_C\.cpython-\d+-.*\.so", name) for name in names)
+    for module in MODULES:
+        assert any(re.fullmatch(rf"transfuse/{module}\.cpython-\d+-.*\.so", name) for name in names), f"{module} is missing"
     assert "transfuse/kernels/triton/__init__.py" in names and "transfuse/py.typed" in names
     assert "transfuse/promises/masks.json" in names
     assert not [name for name in names if name.startswith(("tests/", "bench/", "kernels/"))]
@@ -88,10 +91,8 @@ def test_editable_install(tmp_path):
     assert package == ROOT / "python/transfuse/__init__.py" and triton_kernels == ROOT / "kernels/triton/__init__.py"
 
 
-def _binary():
-    from transfuse import _C
-
-    return Path(_C.__file__)
+def _binary(module):
+    return Path(importlib.import_module(f"transfuse.{module}").__file__)
 
 
 def _undefined_symbols(binary):
@@ -99,19 +100,22 @@ def _undefined_symbols(binary):
     return [line.split()[-1].split("@")[0] for line in _run("nm", "-D", "--undefined-only", binary, cwd=ROOT).splitlines()]
 
 
-def test_symbols_are_stable_and_of_torch_2_10():
+@pytest.mark.parametrize("module", MODULES)
+def test_symbols_are_stable_and_of_torch_2_10(module):
     """The binary asks torch for C functions that torch 2.10 exports, and for nothing from at:: or c10::."""
     exported = set((ROOT / "tests/data/torch_2_10_stable_symbols.txt").read_text().split())
-    symbols = _undefined_symbols(_binary())
+    symbols = _undefined_symbols(_binary(module))
     mangled = [s for s in symbols if re.match(r"_ZNK?(2at|3c10|5torch)", s) or "N3c10" in s or "N2at" in s]
     assert not mangled, f"C++ symbols of torch: {mangled}"
     used = {s for s in symbols if s.startswith(("aoti_torch", "torch_"))}
     assert used, "no torch symbol at all: is this the right binary?"
     assert used <= exported, f"newer than torch 2.10: {sorted(used - exported)}"
+    assert not [s for s in symbols if s.startswith(("cuda", "cu"))], "CUDA's runtime belongs inside the binary"
 
 
-def test_binary_needs_only_the_cpu_libraries():
-    out = _run("readelf", "-d", _binary(), cwd=ROOT)
+@pytest.mark.parametrize("module", MODULES)
+def test_binary_needs_only_the_cpu_libraries(module):
+    out = _run("readelf", "-d", _binary(module), cwd=ROOT)
     needed = set(re.findall(r"NEEDED\).*\[(.*)\]", out))
     assert {n for n in needed if "torch" in n or "c10" in n} == {"libtorch_cpu.so", "libc10.so"}
     assert not [n for n in needed if "python" in n or "cuda" in n or "gomp" in n]

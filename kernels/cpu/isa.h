@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace transfuse::cpu {
 
 enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
@@ -28,7 +30,7 @@ struct f16 {
   uint16_t bits;
 };
 
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
+using transfuse::DType;
 
 }  // namespace transfuse::cpu
 

@@ -42,7 +42,7 @@ def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
         return
     for tensor in tensors:
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(f"{op}: the cpu backend has no forward-mode derivative; {_REFERENCE_HAS}")
+            raise RuntimeError(f"{op}: the {tensor.device.type} backend has no forward-mode derivative; {_REFERENCE_HAS}")
 
 
 def first_derivative(op: str, backward: Callable[..., Any], *arguments: Any) -> Any:
@@ -65,4 +65,5 @@ class _FirstDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise RuntimeError(f"{ctx.op}: the cpu backend has no second derivative; {_REFERENCE_HAS}")
+        backend = next(grad.device.type for grad in grads if grad is not None)
+        raise RuntimeError(f"{ctx.op}: the {backend} backend has no second derivative; {_REFERENCE_HAS}")

@@ -118,7 +118,7 @@ def backends() -> dict[str, bool | str]:
     """Each backend's name -> True, or the reason why it is not available on this machine."""
     gpu = "" if torch.cuda.is_available() else "torch sees no GPU"
     return {
-        "cuda": "the CUDA kernels are not built yet",
+        "cuda": extension.cuda_unavailable or gpu or unserved_gpu() or True,
         "triton": "the Triton kernels are not built yet" + (f"; {gpu}" if gpu else ""),
         "cpu": extension.cpu_unavailable or True,
         "torch": True,
@@ -139,6 +139,43 @@ def cpu_reasons(problem: Problem, dtypes: Sequence[torch.dtype] = ALL_DTYPES) ->
     if problem.dtype not in dtypes:
         reasons.append(f"dtype is {dtype_name(problem.dtype)}, the kernel takes {', '.join(map(dtype_name, dtypes))}")
     return tuple(reasons)
+
+
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def cuda_reasons(problem: Problem, dtypes: Sequence[torch.dtype] = CUDA_DTYPES) -> tuple[str, ...]:
+    """The reasons every compiled CUDA kernel shares: module, device, dtype, the GPU's architecture."""
+    reasons = []
+    if extension.cuda_unavailable:
+        reasons.append(extension.cuda_unavailable)
+    if problem.device != "cuda":
+        reasons.append(f"device is {problem.device}, the kernel takes cuda")
+    if problem.dtype not in dtypes:
+        reasons.append(f"dtype is {dtype_name(problem.dtype)}, the kernel takes {', '.join(map(dtype_name, dtypes))}")
+    if not reasons and unserved_gpu():
+        reasons.append(unserved_gpu())
+    return tuple(reasons)
+
+
+def unserved_gpu() -> str:
+    """Why the current GPU cannot run the architectures that _C_cuda was built for; nothing where it can."""
+    built = extension._C_cuda.build_info()["architectures"]
+    major, minor = torch.cuda.get_device_capability()
+    if any(serves(name, major, minor) for name in built):
+        return ""
+    return f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, the kernels are built for {', '.join(built)}"
+
+
+def serves(architecture: str, major: int, minor: int) -> bool:
+    """Whether code for ``architecture`` ("8.0", "9.0a", "12.0+PTX") runs on a GPU of that compute capability."""
+    name = architecture.removesuffix("+PTX")
+    built_major, built_minor = (int(part) for part in name.rstrip("af").split("."))
+    if name.endswith("a"):
+        return (major, minor) == (built_major, built_minor)
+    if architecture.endswith("+PTX") and (major, minor) >= (built_major, built_minor):
+        return True
+    return major == built_major and minor >= built_minor
 
 
 def supports_all(problem: Problem) -> tuple[str, ...]:

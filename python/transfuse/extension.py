@@ -1,13 +1,15 @@
-"""Loads the compiled module once and keeps the reason where it cannot be loaded."""
+"""Loads the compiled modules once and keeps the reason where one cannot be loaded or used."""
 
 from __future__ import annotations
 
-import torch  # noqa: F401  the module finds torch's libraries by name in this process
+import torch
 
 from transfuse import env
 
 cpu_unavailable: str = ""  # why the compiled CPU kernels cannot run here; empty when they can
+cuda_unavailable: str = ""  # the same of the CUDA kernels; whether there is a GPU is asked later, by whoever needs one
 _C = None
+_C_cuda = None
 
 try:
     from transfuse import _C
@@ -16,3 +18,23 @@ except ImportError as error:
 else:
     if env.get("TRANSFUSE_CPU_ISA") != "best":
         _C.set_cpu_isa(env.get("TRANSFUSE_CPU_ISA"))
+
+
+def _load_cuda() -> str:
+    """Loads _C_cuda where torch has CUDA; returns the reason why its kernels cannot run, or nothing."""
+    global _C_cuda
+    if _C is None:
+        return cpu_unavailable  # the schemas of the raw ops are its
+    built = _C.build_info()["cuda"]
+    if built.startswith("not built"):
+        return f"transfuse._C_cuda was {built}"
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    try:
+        from transfuse import _C_cuda
+    except ImportError as error:
+        return f"the compiled module transfuse._C_cuda cannot be loaded: {error}"
+    return _C_cuda.driver_unusable()
+
+
+cuda_unavailable = _load_cuda()

@@ -197,13 +197,14 @@ def nan_filled_empty() -> Iterator[None]:
               torch.utils.deterministic.fill_uninitialized_memory)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    if extension._C is not None:
-        extension._C.set_nan_filled_empty(True)
+    modules = [module for module in (extension._C, extension._C_cuda) if module is not None]
+    for module in modules:
+        module.set_nan_filled_empty(True)
     try:
         yield
     finally:
-        if extension._C is not None:
-            extension._C.set_nan_filled_empty(False)
+        for module in modules:
+            module.set_nan_filled_empty(False)
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = before[2]
 

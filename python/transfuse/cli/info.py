@@ -98,6 +98,8 @@ def run(arguments):
         if build
         else f"built     nothing: {compiled['reason']}"
     )
+    if build:
+        print(f"          _C_cuda {build['cuda']}")
     print("\nBackends, in the order in which 'auto' looks:")
     for name, state in found["backends"].items():
         print(f"  {name:<10} {'available' if state['available'] else 'not available: ' + state['reason']}")

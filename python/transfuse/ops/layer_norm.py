@@ -3,7 +3,7 @@
 The page of an op has five parts, and this is the shortest one to learn them from: the functions with their contract;
 the checks (here in norm_checks.py, shared with rms_norm); the Problem and IMPLEMENTATIONS, most wanted first; autograd,
 outside the raw op; and the fake kernels that let torch.compile and torch.export see through it. The arithmetic is
-kernels/cpu/layer_norm.cpp.
+kernels/cpu/layer_norm.cpp and kernels/cuda/layer_norm.cu.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from transfuse import dispatch, extension
 from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
-from transfuse.dispatch import Implementation, cpu_reasons, supports_all
+from transfuse.dispatch import Implementation, cpu_reasons, cuda_reasons, supports_all
 from transfuse.ops.norm_checks import autocast, check_norm, check_residual
 from transfuse.reference.layer_norm import add_layer_norm_reference, layer_norm_reference
 
@@ -118,7 +118,7 @@ def _key(input: Tensor) -> tuple:
     return input.device.type, input.dtype
 
 
-def _run_cpu(input, weight, bias, ndim, eps):
+def _run_compiled(input, weight, bias, ndim, eps):
     refuse_tangents("layer_norm", input, weight, bias)
     if wants_grad(input, weight, bias):
         return LayerNormFunction.apply(*distinct(input, weight, bias), ndim, eps)
@@ -133,7 +133,7 @@ def _run_reference(input, weight, bias, ndim, eps):
     return layer_norm_reference(input, input.shape[-ndim:], weight, bias, eps)
 
 
-def _add_cpu(input, residual, weight, bias, ndim, eps):
+def _add_compiled(input, residual, weight, bias, ndim, eps):
     refuse_tangents("add_layer_norm", input, residual, weight, bias)
     if wants_grad(input, residual, weight, bias):
         return AddLayerNormFunction.apply(*distinct(input, residual, weight, bias), ndim, eps)
@@ -150,12 +150,14 @@ def _add_reference(input, residual, weight, bias, ndim, eps):
 
 
 IMPLEMENTATIONS = (
-    Implementation("cpu", cpu_reasons, _run_cpu),
+    Implementation("cuda", cuda_reasons, _run_compiled),
+    Implementation("cpu", cpu_reasons, _run_compiled),
     Implementation("torch", supports_all, _run_torch, automatic=False),
     Implementation("reference", supports_all, _run_reference),
 )
 ADD_IMPLEMENTATIONS = (
-    Implementation("cpu", cpu_reasons, _add_cpu),
+    Implementation("cuda", cuda_reasons, _add_compiled),
+    Implementation("cpu", cpu_reasons, _add_compiled),
     Implementation("torch", supports_all, _add_torch, automatic=False),
     Implementation("reference", supports_all, _add_reference),
 )
@@ -234,7 +236,7 @@ def _gradients(op, ctx, grad_output, grad_sum, wanted):
     return tuple(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True))
 
 
-# ---- the raw ops of csrc/layer_norm.cpp, and their fake kernels: shapes and dtypes without data ----
+# ---- the raw ops of csrc/layer_norm.cpp and csrc/cuda_layer_norm.cpp, and their fake kernels: shapes and dtypes without data ----
 
 if extension._C is not None:
     _forward = torch.ops.transfuse.layer_norm_forward.default

@@ -1,6 +1,6 @@
 """rms_norm and add_rms_norm: the public functions, what runs them, and their gradient.
 
-The sister of ops/layer_norm.py, with neither mean nor bias. The arithmetic is kernels/cpu/rms_norm.cpp.
+The sister of ops/layer_norm.py, with neither mean nor bias. The arithmetic is kernels/cpu/rms_norm.cpp and kernels/cuda/rms_norm.cu.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from transfuse import dispatch, extension
 from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
-from transfuse.dispatch import Implementation, cpu_reasons, supports_all
+from transfuse.dispatch import Implementation, cpu_reasons, cuda_reasons, supports_all
 from transfuse.ops.norm_checks import autocast, check_norm, check_residual
 from transfuse.reference.rms_norm import add_rms_norm_reference, default_eps, rms_norm_reference
 
@@ -117,7 +117,7 @@ def _key(input: Tensor) -> tuple:
     return input.device.type, input.dtype
 
 
-def _run_cpu(input, weight, ndim, eps):
+def _run_compiled(input, weight, ndim, eps):
     refuse_tangents("rms_norm", input, weight)
     if wants_grad(input, weight):
         return RMSNormFunction.apply(*distinct(input, weight), ndim, eps)
@@ -132,7 +132,7 @@ def _run_reference(input, weight, ndim, eps):
     return rms_norm_reference(input, input.shape[-ndim:], weight, eps)
 
 
-def _add_cpu(input, residual, weight, ndim, eps):
+def _add_compiled(input, residual, weight, ndim, eps):
     refuse_tangents("add_rms_norm", input, residual, weight)
     if wants_grad(input, residual, weight):
         return AddRMSNormFunction.apply(*distinct(input, residual, weight), ndim, eps)
@@ -149,12 +149,14 @@ def _add_reference(input, residual, weight, ndim, eps):
 
 
 IMPLEMENTATIONS = (
-    Implementation("cpu", cpu_reasons, _run_cpu),
+    Implementation("cuda", cuda_reasons, _run_compiled),
+    Implementation("cpu", cpu_reasons, _run_compiled),
     Implementation("torch", supports_all, _run_torch, automatic=False),
     Implementation("reference", supports_all, _run_reference),
 )
 ADD_IMPLEMENTATIONS = (
-    Implementation("cpu", cpu_reasons, _add_cpu),
+    Implementation("cuda", cuda_reasons, _add_compiled),
+    Implementation("cpu", cpu_reasons, _add_compiled),
     Implementation("torch", supports_all, _add_torch, automatic=False),
     Implementation("reference", supports_all, _add_reference),
 )
@@ -232,7 +234,7 @@ def _gradients(op, ctx, grad_output, grad_sum, wanted):
     return tuple(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True))
 
 
-# ---- the raw ops of csrc/rms_norm.cpp, and their fake kernels: shapes and dtypes without data ----
+# ---- the raw ops of csrc/rms_norm.cpp and csrc/cuda_rms_norm.cpp, and their fake kernels: shapes and dtypes without data ----
 
 if extension._C is not None:
     _forward = torch.ops.transfuse.rms_norm_forward.default

@@ -1,0 +1,271 @@
+// Gradients of LayerNorm and RMSNorm on a GPU. With g = grad_output * weight and xhat the normalised row,
+//
+//   grad_input  = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_sum, without mean(g) where the norm is not centered
+//   grad_weight = sum over rows of grad_output * xhat,   grad_bias = sum over rows of grad_output
+//
+// Policy: x and grad_output are read once, and the statistics taken anew from x: saved ones would be rounded. A block
+// owns a chunk of rows and keeps its part of the sums over rows in registers, one group of threads every rows_per_block-th
+// row; the groups' parts are added in order, then the chunks' (norm.cuh). No atomics: one order, the same on every GPU.
+// Wide rows do not fit and take a second pass over columns.
+#pragma once
+
+#include "cuda/norm_rows.cuh"
+
+namespace transfuse::cuda {
+
+namespace {
+
+struct RowRange {
+  int64_t begin, end;
+};
+__device__ __forceinline__ RowRange rows_of_chunk(const NormBackwardParams& p, int64_t chunk) {
+  return {p.rows * chunk / p.chunks, p.rows * (chunk + 1) / p.chunks};
+}
+
+// mean(g) and mean(g * xhat) of a row.
+struct Projections {
+  float g, g_xhat;
+};
+
+// `each_pair(f)` calls f(x, grad_output, begin) for the vectors of a row that this thread holds.
+template <class Norm, class T, int threads, class EachPair>
+__device__ __forceinline__ Projections project(const NormBackwardParams& p, const Normalization& by, EachPair each_pair,
+                                               Exchange<Both<Pair>, threads>& exchange) {
+  constexpr int n = width<T>;
+  Both<Pair> sums = {{0, 0}, {0, 0}};
+  each_pair([&](float (&x)[n], float (&grad)[n], int64_t begin) {
+    float weight[n];
+    load_parameters<T>(p.weight, p.float_parameters, begin, p.cols, p.whole_vectors, 1.0f, weight);
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      grad[i] *= weight[i];  // 0 past the end of the row, and so is what it multiplies
+      x[i] = grad[i] * normalize<Norm::centered, false>(x[i], by);
+    }
+    if (Norm::centered) sums.first = sums.first + sum_by_halves(grad);
+    sums.second = sums.second + sum_by_halves(x);
+  });
+  sums = reduce<threads>(sums, Add{}, exchange);
+  const float length = static_cast<float>(p.cols);
+  return {to_float(sums.first / length), to_float(sums.second / length)};
+}
+
+// The gradient of one vector of a row; grad_output is overwritten by it.
+template <class Norm, class T>
+__device__ __forceinline__ void write_grad_input(const NormBackwardParams& p, int64_t row, int64_t begin,
+                                                 const Normalization& by, const Projections& means,
+                                                 const float (&xhat)[width<T>], float (&grad)[width<T>]) {
+  constexpr int n = width<T>;
+  float weight[n], past_norm[n];
+  load_parameters<T>(p.weight, p.float_parameters, begin, p.cols, p.whole_vectors, 1.0f, weight);
+  const bool has_past_norm = p.grad_sum.data != nullptr;
+  if (has_past_norm)
+    unpack<T>(load_vector(row_of<T>(p.grad_sum, row), begin, p.cols, p.whole_vectors), past_norm);
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    const float g = Norm::centered ? fmaf(grad[i], weight[i], -means.g) : grad[i] * weight[i];
+    const float projected = fmaf(-xhat[i], means.g_xhat, g) * by.rest;
+    grad[i] = has_past_norm ? fmaf(projected, by.scale, past_norm[i]) : projected * by.scale;
+  }
+  store_vector(static_cast<T*>(p.grad_input) + row * p.cols, begin, p.cols, p.whole_vectors, pack<T>(grad));
+}
+
+// The parts of a block's groups of threads, added in the order of the groups into the chunk's line.
+template <class Policy>
+__device__ __forceinline__ void write_line(float (&part)[Policy::vectors][width<typename Policy::T>], float* line,
+                                           int64_t cols, float* shared) {
+  constexpr int n = width<typename Policy::T>, groups = Policy::rows_per_block;
+  const int group = threadIdx.x / Policy::threads, lane = threadIdx.x % Policy::threads;
+  if constexpr (groups > 1) {
+#pragma unroll
+    for (int v = 0; v < Policy::vectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < n; ++i) shared[(v * n + i) * Policy::block + threadIdx.x] = part[v][i];
+    }
+    __syncthreads();
+  }
+  if (group == 0) {
+#pragma unroll
+    for (int v = 0; v < Policy::vectors; ++v) {
+      const int64_t begin = (static_cast<int64_t>(v) * Policy::threads + lane) * n;
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        float total = part[v][i];
+        if constexpr (groups > 1) {
+          for (int other = 1; other < groups; ++other)
+            total += shared[(v * n + i) * Policy::block + other * Policy::threads + lane];
+        }
+        if (begin + i < cols) line[begin + i] = total;
+      }
+    }
+  }
+  if constexpr (groups > 1) __syncthreads();  // `shared` is used again for the next line
+}
+
+template <class Norm, class Policy>
+__global__ void __launch_bounds__(Policy::block)
+    norm_backward_kernel(const __grid_constant__ NormBackwardParams p) {
+  using T = typename Policy::T;
+  constexpr int n = width<T>, vectors = Policy::vectors;
+  __shared__ NormExchange<Policy::threads> exchange;
+  __shared__ Exchange<Both<Pair>, Policy::threads> projections;
+  __shared__ float parts[Policy::rows_per_block > 1 ? vectors * n * Policy::block : 1];
+  float weight_part[vectors][n] = {}, bias_part[vectors][n] = {};
+
+  const RowRange rows = rows_of_chunk(p, blockIdx.x);
+  HeldRow<Policy> x(p.cols, threadIdx.x % Policy::threads), grad_output(p.cols, x.lane);
+  for (int64_t first = rows.begin; first < rows.end; first += Policy::rows_per_block) {
+    const int64_t row = first + threadIdx.x / Policy::threads;
+    const bool valid = row < rows.end;  // threads without a row stay for the shuffles
+    x.load(row_of<T>(p.input, row), valid, p.whole_vectors);
+    grad_output.load(row_of<T>(p.grad_output, row), valid, p.whole_vectors);
+    const Normalization by = normalization_of<Norm::centered, Policy::threads>(x, p.cols, p.eps, exchange);
+    const auto each_pair = [&](auto f) {
+#pragma unroll
+      for (int v = 0; v < vectors; ++v) {
+        if (!x.holds(v)) continue;
+        float values[n], grads[n];
+        unpack<T>(x.held[v], values);
+        unpack<T>(grad_output.held[v], grads);
+        f(values, grads, x.begin(v));
+      }
+    };
+    Projections means = {0, 0};
+    if (p.grad_input != nullptr) means = project<Norm, T, Policy::threads>(p, by, each_pair, projections);
+    if (!valid) continue;
+#pragma unroll
+    for (int v = 0; v < vectors; ++v) {
+      if (!x.holds(v)) continue;
+      float xhat[n], grad[n];
+      unpack<T>(x.held[v], xhat);
+      unpack<T>(grad_output.held[v], grad);
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        xhat[i] = normalize<Norm::centered, false>(xhat[i], by);
+        weight_part[v][i] = fmaf(grad[i], xhat[i], weight_part[v][i]);
+        if (Norm::centered) bias_part[v][i] += grad[i];
+      }
+      if (p.grad_input != nullptr) write_grad_input<Norm, T>(p, row, x.begin(v), by, means, xhat, grad);
+    }
+  }
+  const int64_t line = static_cast<int64_t>(blockIdx.x) * p.cols;
+  if (p.weight_lines != nullptr) write_line<Policy>(weight_part, p.weight_lines + line, p.cols, parts);
+  if (Norm::centered && p.bias_lines != nullptr) write_line<Policy>(bias_part, p.bias_lines + line, p.cols, parts);
+}
+
+// ---- rows that no block holds ----
+
+// First pass: a block per row, which leaves its normalisation in row_values.
+template <class Norm, class T>
+__global__ void __launch_bounds__(wide_row_threads)
+    norm_wide_backward_kernel(const __grid_constant__ NormBackwardParams p) {
+  constexpr int n = width<T>;
+  __shared__ NormExchange<wide_row_threads> exchange;
+  __shared__ Exchange<Both<Pair>, wide_row_threads> projections;
+  const int64_t row = blockIdx.x;
+  const StreamedRow<T, wide_row_threads> x{row_of<T>(p.input, row), p.cols, p.whole_vectors};
+  const T* grad_output = row_of<T>(p.grad_output, row);
+  const Normalization by = normalization_of<Norm::centered, wide_row_threads>(x, p.cols, p.eps, exchange);
+  if (threadIdx.x == 0) {
+    float* values = p.row_values + row * norm_row_values;
+    values[0] = by.scale;
+    values[1] = by.mean;
+    values[2] = by.mean_tail;
+    values[3] = by.rest;
+  }
+  if (p.grad_input == nullptr) return;
+  const auto each_pair = [&](auto f) {
+    x.each([&](float (&values)[n], int64_t begin, int) {
+      float grads[n];
+      unpack<T>(load_vector(grad_output, begin, p.cols, p.whole_vectors), grads);
+      f(values, grads, begin);
+    });
+  };
+  const Projections means = project<Norm, T, wide_row_threads>(p, by, each_pair, projections);
+  each_pair([&](float (&xhat)[n], float (&grad)[n], int64_t begin) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) xhat[i] = normalize<Norm::centered, false>(xhat[i], by);
+    write_grad_input<Norm, T>(p, row, begin, by, means, xhat, grad);
+  });
+}
+
+constexpr int columns_threads = 128;
+
+// Second pass: a thread per vector of columns goes through the rows of a chunk.
+template <class Norm, class T>
+__global__ void __launch_bounds__(columns_threads)
+    norm_wide_lines_kernel(const __grid_constant__ NormBackwardParams p) {
+  constexpr int n = width<T>;
+  const int64_t begin = (static_cast<int64_t>(blockIdx.x) * columns_threads + threadIdx.x) * n;
+  if (begin >= p.cols) return;
+  float weight_part[n] = {}, bias_part[n] = {};
+  const RowRange rows = rows_of_chunk(p, blockIdx.y);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const float* values = p.row_values + row * norm_row_values;
+    const Normalization by = {values[0], values[1], values[2], values[3], 0.0f};
+    float x[n], grad[n];
+    unpack<T>(load_vector(row_of<T>(p.input, row), begin, p.cols, p.whole_vectors), x);
+    unpack<T>(load_vector(row_of<T>(p.grad_output, row), begin, p.cols, p.whole_vectors), grad);
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      weight_part[i] = fmaf(grad[i], normalize<Norm::centered, false>(x[i], by), weight_part[i]);
+      if (Norm::centered) bias_part[i] += grad[i];
+    }
+  }
+  const int64_t line = static_cast<int64_t>(blockIdx.y) * p.cols;
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    if (begin + i >= p.cols) continue;
+    if (p.weight_lines != nullptr) p.weight_lines[line + begin + i] = weight_part[i];
+    if (Norm::centered && p.bias_lines != nullptr) p.bias_lines[line + begin + i] = bias_part[i];
+  }
+}
+
+template <class Norm, class T>
+cudaError_t norm_wide_backward(const NormBackwardParams& p, cudaStream_t stream) {
+  const cudaError_t error = launch(norm_wide_backward_kernel<Norm, T>, dim3(static_cast<unsigned>(p.rows)),
+                                   dim3(wide_row_threads), 0, stream, p);
+  if (error != cudaSuccess || (!p.weight_lines && !p.bias_lines)) return error;
+  const int64_t vectors = (p.cols + width<T> - 1) / width<T>;
+  const dim3 grid(static_cast<unsigned>((vectors + columns_threads - 1) / columns_threads), static_cast<unsigned>(p.chunks));
+  return launch(norm_wide_lines_kernel<Norm, T>, grid, dim3(columns_threads), 0, stream, p);
+}
+
+// ---- the second stage: the sum of the chunks' lines ----
+
+constexpr int line_columns = 32, line_groups = 16;  // a block: 32 columns, every 16th line to a warp
+
+template <class T>
+__global__ void __launch_bounds__(line_columns* line_groups)
+    norm_lines_kernel(const __grid_constant__ NormBackwardParams p) {
+  __shared__ float parts[line_groups][line_columns];
+  const bool of_weight = blockIdx.y == 0;
+  const float* lines = of_weight ? p.weight_lines : p.bias_lines;
+  if (lines == nullptr) return;  // the whole block
+  const int column = threadIdx.x % line_columns, group = threadIdx.x / line_columns;
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * line_columns + column;
+  float part = 0;
+  for (int64_t chunk = group; chunk < p.chunks && at < p.cols; chunk += line_groups) part += lines[chunk * p.cols + at];
+  parts[group][column] = part;
+  __syncthreads();
+  if (group != 0 || at >= p.cols) return;
+  float terms[line_groups];
+#pragma unroll
+  for (int i = 0; i < line_groups; ++i) terms[i] = parts[i][column];
+  const float total = sum_by_halves(terms);
+  void* result = of_weight ? p.grad_weight : p.grad_bias;
+  if (p.float_parameters) {
+    static_cast<float*>(result)[at] = total;
+  } else {
+    static_cast<T*>(result)[at] = from_float<T>(total);
+  }
+}
+
+template <class T>
+cudaError_t add_norm_lines(const NormBackwardParams& p, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>((p.cols + line_columns - 1) / line_columns), 2);
+  return launch(norm_lines_kernel<T>, grid, dim3(line_columns * line_groups), 0, stream, p);
+}
+
+}  // namespace
+
+}  // namespace transfuse::cuda

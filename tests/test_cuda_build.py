@@ -1,0 +1,139 @@
+"""_C_cuda on a machine with no GPU: what it registers and refuses, why it is not in use, and when it is not built."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import transfuse
+from transfuse import _C, _C_cuda, dispatch, extension
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+# The raw ops that kernels/cuda computes.
+RAW_OPS = (
+    "layer_norm_forward", "add_layer_norm_forward", "layer_norm_backward",
+    "rms_norm_forward", "add_rms_norm_forward", "rms_norm_backward",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RAW_OPS)
+def test_ops_are_registered_for_cuda(name):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"transfuse::{name}", "CUDA")
+
+
+def _refusal(name, *arguments):
+    """What the CUDA implementation says to tensors on the CPU, past the dispatcher's choice."""
+    with pytest.raises((ValueError, RuntimeError)) as refused:
+        getattr(torch.ops.transfuse, name).default.redispatch(CUDA, *arguments)
+    return str(refused.value)
+
+
+X = torch.zeros(3, 5)
+NORM_REFUSALS = (
+    ("layer_norm_forward", (X, torch.ones(4), None, 1, 1e-5), "layer_norm: weight has shape (4,), expected the last dimensions of input's (3, 5)"),
+    ("layer_norm_forward", (X.double(), None, None, 1, 1e-5), "layer_norm: input has dtype float64, expected float32, bfloat16 or float16"),
+    ("layer_norm_forward", (X, None, None, 3, 1e-5), "layer_norm: normalized_ndim is 3, expected 1 to 2 (input's number of dimensions)"),
+    ("layer_norm_forward", (X, None, None, 1, 1e-5), "layer_norm: input is on another device, expected cuda"),
+    ("rms_norm_forward", (X, torch.ones(5).half(), 1, 1e-5), "rms_norm: weight has dtype float16, expected float32"),
+    ("rms_norm_backward", (X, None, X, None, 1, 1e-5, True, True), "rms_norm_backward: input is on another device, expected cuda"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name,arguments,text", NORM_REFUSALS)
+def test_arguments_are_checked_without_a_gpu(name, arguments, text):
+    assert _refusal(name, *arguments) == text
+
+
+def test_import_needs_no_gpu_and_the_reason_is_told():
+    assert _C_cuda.build_info()["architectures"]
+    assert _C.build_info()["cuda"].startswith("built with nvcc ")
+    state = transfuse.backends()["cuda"]
+    if torch.version.cuda is None:
+        assert state == extension.cuda_unavailable == "this torch is built without CUDA"
+        problem = dispatch.Problem("layer_norm", "cuda", torch.float64, False)
+        assert dispatch.cuda_reasons(problem) == (
+            "this torch is built without CUDA",
+            "dtype is float64, the kernel takes float32, bfloat16, float16",
+        )
+
+
+def test_unloadable_module_is_told(tmp_path):
+    """A _C_cuda that the loader refuses leaves the package usable, with the loader's words as the reason."""
+    package = tmp_path / "transfuse"
+    shutil.copytree(Path(transfuse.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "_C_cuda*"))
+    (package / Path(_C_cuda.__file__).name).write_bytes(b"no library")
+    code = (
+        "import torch; torch.version.cuda = '13.0'\n"
+        "import transfuse; print(transfuse.backends()['cuda']); print(transfuse.backends()['cpu'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}
+    )
+    assert done.returncode == 0, done.stderr
+    reason, cpu = done.stdout.splitlines()
+    assert reason.startswith("the compiled module transfuse._C_cuda cannot be loaded: ") and "_C_cuda" in reason
+    assert cpu == "True"
+
+
+@pytest.mark.parametrize(
+    "architecture,capability,runs",
+    [
+        ("8.0", (8, 0), True), ("8.0", (8, 6), True), ("8.6", (8, 0), False), ("8.0", (9, 0), False), ("8.0+PTX", (9, 0), True),
+        ("9.0a", (9, 0), True), ("9.0a", (10, 0), False), ("9.0a+PTX", (10, 0), False), ("12.0+PTX", (12, 1), True),
+    ],
+)  # fmt: skip
+def test_which_gpus_an_architecture_serves(architecture, capability, runs):
+    assert dispatch.serves(architecture, *capability) == runs
+
+
+def _configure(tmp_path, path, **variables):
+    """CMake alone, on the cuda part alone: the answer takes a second."""
+    project = tmp_path / "project"
+    project.mkdir(exist_ok=True)
+    (project / "CMakeLists.txt").write_text(
+        f'cmake_minimum_required(VERSION 3.20)\nproject(p LANGUAGES CXX)\ninclude("{ROOT / "cmake/cuda.cmake"}")\n'
+        'message(STATUS "BUILD=${TRANSFUSE_CUDA_BUILD} COMPILER=${CMAKE_CUDA_COMPILER} ARCH=${CMAKE_CUDA_ARCHITECTURES}")\n'
+    )
+    command = [shutil.which("cmake"), "-S", project, "-B", tmp_path / "build", *(f"-D{k}={v}" for k, v in variables.items())]
+    environment = {key: value for key, value in os.environ.items() if key not in ("CUDACXX", "CUDA_PATH")}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**environment, "PATH": path})
+    return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+
+@pytest.fixture
+def path_without_nvcc(tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("c++", "g++", "cc", "gcc", "make", "ninja", "ld", "ar", "ranlib", "as", "nm", "strip", "objdump", "objcopy", "readelf", "uname"):
+        if shutil.which(name):
+            (tools / name).symlink_to(shutil.which(name))
+    return str(tools)
+
+
+def test_a_missing_nvcc_is_an_error_only_when_cuda_is_asked_for(tmp_path, path_without_nvcc):
+    code, text = _configure(tmp_path, path_without_nvcc, TRANSFUSE_CUDA="1")
+    assert code != 0 and "TRANSFUSE_CUDA=1 asks for _C_cuda, and no nvcc was found." in text and "pip install nvidia-cuda-nvcc" in text
+    code, text = _configure(tmp_path, path_without_nvcc, TRANSFUSE_CUDA="")
+    assert code == 0 and "BUILD=not built: no nvcc was found COMPILER= " in text
+
+
+def test_cuda_can_be_left_out_and_narrowed(tmp_path):
+    code, text = _configure(tmp_path, os.environ["PATH"], TRANSFUSE_CUDA="0")
+    assert code == 0 and "BUILD=not built: TRANSFUSE_CUDA was 0 COMPILER= " in text
+    code, text = _configure(tmp_path, os.environ["PATH"], TRANSFUSE_CUDA="2")
+    assert code != 0 and "TRANSFUSE_CUDA is '2', expected 0, 1 or nothing" in text
+    code, text = _configure(tmp_path, os.environ["PATH"], TRANSFUSE_CUDA="", TORCH_CUDA_ARCH_LIST="7")
+    assert code != 0 and "TORCH_CUDA_ARCH_LIST holds '7'" in text
+
+
+def test_all_architectures_by_default(tmp_path):
+    code, text = _configure(tmp_path, os.environ["PATH"], TRANSFUSE_CUDA="1", TORCH_CUDA_ARCH_LIST="")
+    assert code == 0 and "ARCH=80-real;86-real;89-real;90a-real;100-real;120-real;120-virtual" in text
+    (tmp_path / "build/CMakeCache.txt").unlink()
+    code, text = _configure(tmp_path, os.environ["PATH"], TRANSFUSE_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0 9.0a+PTX")
+    assert code == 0 and "ARCH=80-real;90a-real;90a-virtual" in text
