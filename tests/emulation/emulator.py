@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -89,8 +90,9 @@ def _build(target, sources, flags, link):
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         objects = [Path(folder) / f"{index}.o" for index in range(len(sources))]
-        for source, made in zip(sources, objects, strict=True):
-            _run([COMPILER, *flags, "-x", "c++", "-c", source, "-o", made])
+        commands = [[COMPILER, *flags, "-x", "c++", "-c", source, "-o", made] for source, made in zip(sources, objects, strict=True)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, commands))
         made = Path(folder) / target.name
         _run([COMPILER, "-shared", "-o", made, *objects, *link])
         made.rename(target)
@@ -125,7 +127,7 @@ def library(name, sources, include=(), flags=()):
     core()
     paths = [ROOT / source for source in sources]
     flags = (*(part for folder in include for part in ("-I", str(folder))), *KERNEL_FLAGS, *_hardware_flags(), *flags)
-    inputs = sorted({*paths, *HERE.glob("*.h"), *(ROOT / "kernels" / "cuda").glob("*.cuh"),
+    inputs = sorted({*paths, *HERE.glob("*.h"), *(ROOT / "kernels" / "cuda").glob("*.cuh"), *(ROOT / "kernels").glob("*.h"),
                      *(p for folder in include for p in Path(folder).rglob("*.cu*"))})  # fmt: skip
     target = BUILD / f"{name}-{_hash(core_path().name, *flags, *(p.read_bytes() for p in inputs), *paths)}.so"
     if not target.exists():

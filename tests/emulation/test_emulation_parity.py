@@ -1,0 +1,66 @@
+"""The CUDA kernels keep the contract: its promises about numerics, layout and invariance, run on the emulated kernels.
+
+Nothing here knows a bound or a family of inputs: transfuse.promises does, the same that `transfuse verify` runs on a GPU.
+Every access of every thread is checked on the way (README.md), in an order of blocks and threads that differs by promise.
+"""
+
+import zlib
+
+import emulated_ops
+import emulator
+import pytest
+import torch
+
+import transfuse
+from transfuse import promises
+from transfuse.dispatch import dtype_name
+
+OPS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm")
+SECTIONS = {
+    1: None,  # masks
+    2: None,  # numerics: every named family, forward and backward
+    3: ("batch", "position"),  # what threads and processes do is the host's
+    4: ("strides", "far-apart", "written", "backward-twice"),
+}
+PROMISES = [
+    promise
+    for promise in promises.every()
+    if promise.op in OPS and promise.dtype in emulated_ops.DTYPES and promise.section in SECTIONS and not promise.slow
+    if SECTIONS[promise.section] is None or promise.id.rpartition(".")[2] in SECTIONS[promise.section]
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def measured_anew():
+    """What one promise has measured the next may use; what the CPU's kernels measured it may not."""
+    promises.forget()
+    yield
+    promises.forget()
+
+
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.id)
+def test_promise_is_kept(promise):
+    torch.set_num_threads(1)
+    with emulated_ops.EmulatedKernels(seed=zlib.crc32(promise.id.encode())):
+        outcome = promises.check(promise, "cpu")
+    assert outcome.status == "ok", f"{outcome.reason} {outcome.figure}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_both_directions_run_on_the_emulated_kernels(op):
+    for direction in ("forward", "backward"):
+        with emulated_ops.EmulatedKernels() as mode:
+            promises.check(promises.find(f"2.{op}.float32.agrees-{direction}"), "cpu")
+        assert mode.calls > 0
+
+
+@pytest.mark.parametrize("dtype", emulated_ops.DTYPES, ids=dtype_name)
+def test_rows_further_apart_than_an_int32_counts(dtype):
+    """Memory that is reserved and not there: three rows of 100 in more than 2^32 elements."""
+    rows, cols, stride = 3, 100, (1 << 31) + 8
+    with emulator.Memory() as memory:
+        far = memory.strided("far", (rows, cols), (stride, 1), dtype, "read-only")
+        far.copy_(torch.randn(rows, cols))
+        with emulated_ops.EmulatedKernels():
+            for op in (transfuse.layer_norm, transfuse.rms_norm):
+                assert torch.equal(op(far, (cols,)), op(far.contiguous(), (cols,))), op.__name__
