@@ -11,7 +11,7 @@ SEEDS = (0, 1, 2)
 
 @pytest.fixture(scope="module")
 def cases():
-    return emulator.library("machine_cases", ["tests/emulation/machine_cases.cu"])
+    return emulator.library("machine_cases", ["tests/emulation/kernels/machine_cases.cu"])
 
 
 def run(cases, name, values=None, size=64, n=0, grid=(1, 1, 1), block=(64, 1, 1), shared_bytes=0, cluster=1, seed=0, contents="uninitialised"):

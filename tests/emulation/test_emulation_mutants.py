@@ -12,7 +12,7 @@ import emulator
 import pytest
 import torch
 
-SAMPLE = "tests/emulation/sample.cu"
+SAMPLE = "tests/emulation/kernels/sample.cu"
 ROWS, COLUMNS = 3, 300  # the last of three tiles is cut
 WRONG_RESULT = "wrong result"
 
