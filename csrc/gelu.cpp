@@ -1,6 +1,6 @@
 // gelu: checks, allocation, threads. The arithmetic is kernels/cpu/gelu.cpp.
 #include "allocate.h"
-#include "checks.h"
+#include "gelu_checks.h"
 #include "parallel.h"
 
 #include "cpu/gelu.h"
@@ -12,35 +12,22 @@
 namespace transfuse {
 namespace {
 
-constexpr const char* op = "gelu";
+constexpr const char* op = GeluOperands::op;
 constexpr int64_t block_length = 2048;    // elements of a row where no bias gives rows their length
 constexpr int64_t elements_per_task = 16384;  // below this a second thread costs more than it brings
 constexpr int64_t bias_chunk_rows = 64;   // rows whose bias gradient is summed by one thread; fixed, so the sum is too
 
-void check_bias(const Tensor& input, const std::optional<Tensor>& bias) {
-  if (!bias) return;
-  check_cpu(op, "bias", *bias);
-  const ScalarType type = input.scalar_type();
-  const bool narrow_input = type == ScalarType::BFloat16 || type == ScalarType::Half;
-  check(bias->scalar_type() == type || (narrow_input && bias->scalar_type() == ScalarType::Float), op,
-        ": bias has dtype ", name_of(bias->scalar_type()), ", expected ", name_of(type), " (input's)",
-        narrow_input ? " or float32" : "");
-  check(input.dim() >= 1, op, ": input has shape (), expected at least one dimension to add bias to");
-  const int64_t columns = input.size(input.dim() - 1);
-  if (bias->dim() == 1 && bias->size(0) == columns) return;  // words cost a microsecond
-  check(false, op, ": bias has shape ", shape_of(*bias), ", expected (", columns, ",) (input's last dimension)");
-}
-
 // input and bias must be contiguous.
-cpu::GeluParams params_of(const Tensor& input, const std::optional<Tensor>& bias, bool tanh, const Tensor& output) {
+cpu::GeluParams params_of(const GeluOperands& operands, const Tensor& input, const std::optional<Tensor>& bias, bool tanh,
+                          const Tensor& output) {
   cpu::GeluParams p{};
   p.input = input.const_data_ptr();
   p.bias = bias ? bias->const_data_ptr() : nullptr;
   p.output = output.mutable_data_ptr();
   p.size = input.numel();
   p.columns = bias ? bias->size(0) : block_length;
-  p.dtype = kernel_dtype(op, "input", input);
-  p.bias_dtype = bias ? kernel_dtype(op, "bias", *bias) : p.dtype;
+  p.dtype = operands.dtype;
+  p.bias_dtype = operands.bias_dtype;
   p.tanh = tanh;
   return p;
 }
@@ -49,14 +36,12 @@ int64_t rows_of(const cpu::GeluParams& p) { return (p.size + p.columns - 1) / p.
 int64_t rows_per_task(const cpu::GeluParams& p) { return std::max<int64_t>(1, elements_per_task / p.columns); }
 
 Tensor gelu_forward(Tensor input, std::optional<Tensor> bias, bool tanh) {
-  check_cpu(op, "input", input);
-  kernel_dtype(op, "input", input);
-  check_bias(input, bias);
+  const GeluOperands operands(Backend::cpu, input, bias);
   input = contiguous(op, input);
   bias = contiguous(op, bias);
   Tensor output = empty_like_dense(op, input);
   if (input.numel() == 0) return output;
-  const cpu::GeluParams p = params_of(input, bias, tanh, output);
+  const cpu::GeluParams p = params_of(operands, input, bias, tanh, output);
   const auto& kernels = cpu::pick_gelu_kernels();
   parallel_for(0, rows_of(p), rows_per_task(p), [&](int64_t begin, int64_t end) { kernels.forward(p, begin, end); });
   return output;
@@ -64,12 +49,7 @@ Tensor gelu_forward(Tensor input, std::optional<Tensor> bias, bool tanh) {
 
 // The gradient of input + bias and, where wanted, its sum over rows: chunks of a fixed number of rows, added in order.
 std::tuple<Tensor, Tensor> gelu_backward(Tensor grad_output, Tensor input, std::optional<Tensor> bias, bool tanh, bool need_bias_grad) {
-  check_cpu(op, "input", input);
-  check_cpu(op, "grad_output", grad_output);
-  kernel_dtype(op, "input", input);
-  check_dtype(op, "grad_output", grad_output, input.scalar_type());
-  check_same_shape(op, "grad_output", grad_output, input, "input");
-  check_bias(input, bias);
+  const GeluOperands operands(Backend::cpu, input, bias, grad_output);
   check(!need_bias_grad || bias, op, ": need_bias_grad is True, expected a bias");
   input = contiguous(op, input);
   grad_output = contiguous(op, grad_output);
@@ -79,7 +59,7 @@ std::tuple<Tensor, Tensor> gelu_backward(Tensor grad_output, Tensor input, std::
   Tensor grad_bias = zeros_cpu(op, {columns}, (bias ? *bias : input).scalar_type());
   if (input.numel() == 0) return {grad_input, grad_bias};
 
-  cpu::GeluParams p = params_of(input, bias, tanh, grad_input);
+  cpu::GeluParams p = params_of(operands, input, bias, tanh, grad_input);
   p.grad_output = grad_output.const_data_ptr();
   const auto& kernels = cpu::pick_gelu_kernels();
   const int64_t rows = rows_of(p);

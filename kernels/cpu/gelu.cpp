@@ -32,26 +32,15 @@ TRANSFUSE_INLINE f64 polynomial(const double (&c)[n], f64 t) {
   return sum;
 }
 
-// R(t) = Phi(-t) exp(t^2/2) = P(t) / Q(t) on [0, 16], relative error 2^-39.
-constexpr double mills_p[] = {
-    0x1.00000000014d9p-1, 0x1.25072584c3476p-1, 0x1.4988d461fe849p-2, 0x1.be1acc2038532p-4,
-    0x1.7b786ab4ec994p-6, 0x1.8182bbd553799p-9, 0x1.73d7f2412f026p-13};
-constexpr double mills_q[] = {
-    0x1.0000000000000p+0, 0x1.f1494f2405f07p+0, 0x1.b18b5af48110bp+0, 0x1.ba3fb22d2cdabp-1,
-    0x1.1f1baeee1a755p-2, 0x1.df3c2e2f4dcd5p-5, 0x1.e32a91e3f0ef9p-8, 0x1.d20965981f27fp-12};
-constexpr double inverse_sqrt_2pi = 0x1.9884533d43651p-2;
-// tanh's argument, doubled: 2 sqrt(2/pi) (t + 0.044715 t^3).
-constexpr double tanh_c0 = 0x1.9884533d43651p+0, tanh_c1 = 0x1.2444f2a4d8b4bp-4;
-
 struct Erf {
   using Full = ErfFull;
   using Core = ErfSegments;
   TRANSFUSE_INLINE static f64 gaussian(f64 t) { return exp(t * t * set1d(-0.5)); }
   // t * Phi(-t)
-  TRANSFUSE_INLINE static f64 tail(f64 t) { return t * gaussian(t) * polynomial(mills_p, t) / polynomial(mills_q, t); }
+  TRANSFUSE_INLINE static f64 tail(f64 t) { return t * gaussian(t) * polynomial(mills_ratio.p, t) / polynomial(mills_ratio.q, t); }
   // Phi(-t) - t phi(t)
   TRANSFUSE_INLINE static f64 slope(f64 t) {
-    const f64 mills = polynomial(mills_p, t) / polynomial(mills_q, t);
+    const f64 mills = polynomial(mills_ratio.p, t) / polynomial(mills_ratio.q, t);
     return gaussian(t) * fnma(t, set1d(inverse_sqrt_2pi), mills);
   }
 };

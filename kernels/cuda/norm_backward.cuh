@@ -9,6 +9,7 @@
 // Wide rows do not fit and take a second pass over columns.
 #pragma once
 
+#include "cuda/lines.cuh"
 #include "cuda/norm_rows.cuh"
 
 namespace transfuse::cuda {
@@ -228,42 +229,6 @@ cudaError_t norm_wide_backward(const NormBackwardParams& p, cudaStream_t stream)
   const int64_t vectors = (p.cols + width<T> - 1) / width<T>;
   const dim3 grid(static_cast<unsigned>((vectors + columns_threads - 1) / columns_threads), static_cast<unsigned>(p.chunks));
   return launch(norm_wide_lines_kernel<Norm, T>, grid, dim3(columns_threads), 0, stream, p);
-}
-
-// ---- the second stage: the sum of the chunks' lines ----
-
-constexpr int line_columns = 32, line_groups = 16;  // a block: 32 columns, every 16th line to a warp
-
-template <class T>
-__global__ void __launch_bounds__(line_columns* line_groups)
-    norm_lines_kernel(const __grid_constant__ NormBackwardParams p) {
-  __shared__ float parts[line_groups][line_columns];
-  const bool of_weight = blockIdx.y == 0;
-  const float* lines = of_weight ? p.weight_lines : p.bias_lines;
-  if (lines == nullptr) return;  // the whole block
-  const int column = threadIdx.x % line_columns, group = threadIdx.x / line_columns;
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * line_columns + column;
-  float part = 0;
-  for (int64_t chunk = group; chunk < p.chunks && at < p.cols; chunk += line_groups) part += lines[chunk * p.cols + at];
-  parts[group][column] = part;
-  __syncthreads();
-  if (group != 0 || at >= p.cols) return;
-  float terms[line_groups];
-#pragma unroll
-  for (int i = 0; i < line_groups; ++i) terms[i] = parts[i][column];
-  const float total = sum_by_halves(terms);
-  void* result = of_weight ? p.grad_weight : p.grad_bias;
-  if (p.float_parameters) {
-    static_cast<float*>(result)[at] = total;
-  } else {
-    static_cast<T*>(result)[at] = from_float<T>(total);
-  }
-}
-
-template <class T>
-cudaError_t add_norm_lines(const NormBackwardParams& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>((p.cols + line_columns - 1) / line_columns), 2);
-  return launch(norm_lines_kernel<T>, grid, dim3(line_columns * line_groups), 0, stream, p);
 }
 
 }  // namespace

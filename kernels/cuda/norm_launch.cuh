@@ -9,27 +9,6 @@ namespace transfuse::cuda {
 namespace {
 
 template <class T>
-int64_t vectors_of(int64_t cols) {
-  return (cols + width<T> - 1) / width<T>;
-}
-
-// Calls body(RowPolicy{}) for the narrowest policy that holds rows of `cols`; false where none does. A row of 768 16-bit
-// elements is three vectors for each lane of a warp, one of 8192 four for each thread of 256.
-template <class T, class Body>
-bool with_row_policy(int64_t cols, Body body) {
-  const int64_t vectors = vectors_of<T>(cols);
-  if (vectors <= 8) return body(RowPolicy<T, 8, 1>{}), true;
-  if (vectors <= 32) return body(RowPolicy<T, 32, 1>{}), true;
-  if (vectors <= 64) return body(RowPolicy<T, 32, 2>{}), true;
-  if (vectors <= 128) return body(RowPolicy<T, 32, 4>{}), true;
-  if (vectors <= 256) return body(RowPolicy<T, 128, 2>{}), true;
-  if (vectors <= 512) return body(RowPolicy<T, 128, 4>{}), true;
-  if (vectors <= 1024) return body(RowPolicy<T, 256, 4>{}), true;
-  if (vectors <= 2048) return body(RowPolicy<T, 512, 4>{}), true;
-  return false;
-}
-
-template <class T>
 bool parameters_are_whole(const void* data, int64_t cols, bool in_float) {
   if (data == nullptr) return true;
   return in_float ? whole_vectors<float>(data, cols, 0) : whole_vectors<T>(data, cols, 0);
@@ -84,7 +63,13 @@ cudaError_t norm_backward(NormBackwardParams p, DType dtype, cudaStream_t stream
       }
       if (error != cudaSuccess) return error;
     }
-    return p.weight_lines || p.bias_lines ? add_norm_lines<T>(p, stream) : error;
+    const auto add = [&](const float* lines, void* total) {
+      if (lines == nullptr || error != cudaSuccess) return;
+      error = add_lines<T>({lines, total, p.chunks, p.cols, p.float_parameters}, stream);
+    };
+    add(p.weight_lines, p.grad_weight);
+    add(p.bias_lines, p.grad_bias);
+    return error;
   });
 }
 

@@ -16,76 +16,11 @@
 #include "cuda/launch.cuh"
 #include "cuda/norm.cuh"
 #include "cuda/reduce.cuh"
-#include "cuda/vector.cuh"
+#include "cuda/rows.cuh"
 
 namespace transfuse::cuda {
 
 namespace {
-
-// ---- a row and who holds it ----
-
-// Threads per row and 16-byte vectors per thread: the row has at most threads * vectors of them.
-template <class Element, int threads_per_row, int vectors_per_thread>
-struct RowPolicy {
-  using T = Element;
-  static constexpr int threads = threads_per_row, vectors = vectors_per_thread;
-  static constexpr int block = threads < 128 ? 128 : threads;  // narrow rows share a block
-  static constexpr int rows_per_block = block / threads;
-};
-
-// The elements of one row that one thread holds: vectors `threads` apart, so that neighbours read neighbouring ones.
-template <class Policy>
-struct HeldRow {
-  using T = typename Policy::T;
-  static constexpr int n = width<T>;
-  Packed held[Policy::vectors];
-  int64_t cols;
-  int lane;
-
-  __device__ __forceinline__ HeldRow(int64_t cols, int lane) : cols(cols), lane(lane) {}
-  __device__ __forceinline__ int64_t begin(int v) const {
-    return (static_cast<int64_t>(v) * Policy::threads + lane) * n;
-  }
-  __device__ __forceinline__ bool holds(int v) const { return begin(v) < cols; }
-
-  __device__ __forceinline__ void load(const T* row, bool valid, bool whole_vectors) {
-#pragma unroll
-    for (int v = 0; v < Policy::vectors; ++v)
-      held[v] = valid && holds(v) ? load_vector(row, begin(v), cols, whole_vectors) : Packed{};
-  }
-  // f(x, begin, count): the floats of a vector, its first column, how many of them are the row's.
-  template <class F>
-  __device__ __forceinline__ void each(F f) const {
-#pragma unroll
-    for (int v = 0; v < Policy::vectors; ++v) {
-      if (!holds(v)) continue;
-      float x[n];
-      unpack<T>(held[v], x);
-      const int64_t left = cols - begin(v);
-      f(x, begin(v), left < n ? static_cast<int>(left) : n);
-    }
-  }
-};
-
-// The same for a row that no block holds: it is read again in every pass.
-template <class Element, int threads>
-struct StreamedRow {
-  using T = Element;
-  static constexpr int n = width<T>;
-  const T* row;
-  int64_t cols;
-  bool whole_vectors;
-
-  template <class F>
-  __device__ __forceinline__ void each(F f) const {
-    for (int64_t begin = static_cast<int64_t>(threadIdx.x) * n; begin < cols; begin += threads * n) {
-      float x[n];
-      unpack<T>(load_vector(row, begin, cols, whole_vectors), x);
-      const int64_t left = cols - begin;
-      f(x, begin, left < n ? static_cast<int>(left) : n);
-    }
-  }
-};
 
 // ---- statistics ----
 

@@ -1,4 +1,6 @@
-"""gelu: the public function, what runs it, and its gradient. The arithmetic is kernels/cpu/gelu.cpp."""
+"""gelu: the public function, what runs it, and its gradient. The arithmetic is kernels/cpu/gelu.cpp and
+kernels/cuda/gelu.cu.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from torch import Tensor
 from transfuse import dispatch, extension
 from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
 from transfuse.checks import check_tensor
-from transfuse.dispatch import Implementation, cpu_reasons, dtype_name, supports_all
+from transfuse.dispatch import Implementation, cpu_reasons, cuda_reasons, dtype_name, supports_all
 from transfuse.reference.gelu import gelu_reference
 
 
@@ -81,7 +83,7 @@ def _key(input: Tensor) -> tuple:
     return input.device.type, input.dtype
 
 
-def _run_cpu(input, bias, tanh):
+def _run_compiled(input, bias, tanh):
     refuse_tangents("gelu", input, bias)
     if wants_grad(input, bias):
         return GeluFunction.apply(*distinct(input, bias), tanh)
@@ -98,7 +100,8 @@ def _run_reference(input, bias, tanh):
 
 
 IMPLEMENTATIONS = (
-    Implementation("cpu", cpu_reasons, _run_cpu),
+    Implementation("cuda", cuda_reasons, _run_compiled),
+    Implementation("cpu", cpu_reasons, _run_compiled),
     Implementation("torch", supports_all, _run_torch, automatic=False),
     Implementation("reference", supports_all, _run_reference),
 )

@@ -1,4 +1,6 @@
-"""masked_softmax: the public function, what runs it, and its gradient. The arithmetic is kernels/cpu/masked_softmax.cpp."""
+"""masked_softmax: the public function, what runs it, and its gradient. The arithmetic is kernels/cpu/masked_softmax.cpp and
+kernels/cuda/masked_softmax.cu.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from torch import Tensor
 from transfuse import dispatch, extension
 from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
 from transfuse.checks import check_alignment, check_flag, check_scale, check_tensor
-from transfuse.dispatch import Implementation, cpu_reasons, dtype_name, supports_all
+from transfuse.dispatch import Implementation, cpu_reasons, cuda_reasons, dtype_name, supports_all
 from transfuse.reference.masked_softmax import masked_softmax_reference
 
 
@@ -127,7 +129,7 @@ def _key(input: Tensor, mask: Tensor | None) -> tuple:
     return input.device.type, input.dtype, None if mask is None else mask.dtype
 
 
-def _run_cpu(input, mask, scale, causal, bottom_right):
+def _run_compiled(input, mask, scale, causal, bottom_right):
     refuse_tangents("masked_softmax", input, mask)
     if wants_grad(input, mask):
         return MaskedSoftmaxFunction.apply(*distinct(input, mask), scale, causal, bottom_right)
@@ -157,7 +159,8 @@ def _run_torch(input, mask, scale, causal, bottom_right):
 
 
 IMPLEMENTATIONS = (
-    Implementation("cpu", cpu_reasons, _run_cpu),
+    Implementation("cuda", cuda_reasons, _run_compiled),
+    Implementation("cpu", cpu_reasons, _run_compiled),
     Implementation("torch", supports_all, _run_torch, automatic=False),
     Implementation("reference", supports_all, masked_softmax_reference),
 )

@@ -1,4 +1,6 @@
-"""rotary: position embedding by rotation of pairs of columns. The arithmetic is kernels/cpu/rotary.cpp."""
+"""rotary: position embedding by rotation of pairs of columns. The arithmetic is kernels/cpu/rotary.cpp and
+kernels/cuda/rotary.cu.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from torch import Tensor
 from transfuse import dispatch, extension
 from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
 from transfuse.checks import check_flag, check_tensor
-from transfuse.dispatch import Implementation, cpu_reasons, dtype_name, supports_all
+from transfuse.dispatch import Implementation, cpu_reasons, cuda_reasons, dtype_name, supports_all
 from transfuse.reference.rotary import rotary_reference
 
 _OP = "rotary"
@@ -95,7 +97,7 @@ def _problem(input: Tensor, cos: Tensor, sin: Tensor) -> RotaryProblem:
     )
 
 
-def _run_cpu(input, cos, sin, interleaved):
+def _run_compiled(input, cos, sin, interleaved):
     refuse_tangents(_OP, input, cos, sin)
     shape = input.shape
     if len(shape) != 4:
@@ -113,7 +115,8 @@ def _run_reference(input, cos, sin, interleaved):
 
 
 IMPLEMENTATIONS = (
-    Implementation("cpu", cpu_reasons, _run_cpu),
+    Implementation("cuda", cuda_reasons, _run_compiled),
+    Implementation("cpu", cpu_reasons, _run_compiled),
     Implementation("reference", supports_all, _run_reference),
 )
 
