@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -39,7 +40,11 @@ KERNEL_FLAGS = (
     # Compile only: the functions these call are the emulator's own (memory.cpp).
     "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0",
     "-fsanitize=alignment,bounds,signed-integer-overflow,shift,integer-divide-by-zero",
-    "-include", str(HERE / "cuda.h"), "-I", str(HERE), "-I", str(ROOT / "kernels"),
+    "-include", str(HERE / "cuda.h"),
+)  # fmt: skip
+HOST_FLAGS = (
+    "-std=c++20", "-O1", "-g1", "-fPIC", "-w", "-DTORCH_TARGET_VERSION=0x020A000000000000",
+    "-isystem", str(Path(torch.__file__).parent / "include"), "-include", str(HERE / "host.h"),
 )  # fmt: skip
 # Fused multiply-add and conversions to half in one instruction each, where this CPU has them: same results, sooner.
 HARDWARE_FLAGS = {"fma": "-mfma", "f16c": "-mf16c"}
@@ -85,12 +90,13 @@ def _run(command):
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
 
 
-def _build(target, sources, flags, link):
+def _build(target, sources, flags_of, link):
     """Compiles and links into a temporary name first, so that a build cut short leaves nothing half made."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         objects = [Path(folder) / f"{index}.o" for index in range(len(sources))]
-        commands = [[COMPILER, *flags, "-x", "c++", "-c", source, "-o", made] for source, made in zip(sources, objects, strict=True)]
+        commands = [[COMPILER, *flags_of(source), "-x", "c++", "-c", source, "-o", made]
+                    for source, made in zip(sources, objects, strict=True)]  # fmt: skip
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, commands))
         made = Path(folder) / target.name
@@ -104,7 +110,7 @@ def core_path():
     sources = [HERE / name for name in CORE_SOURCES]
     target = BUILD / f"libemulator-{_hash(*CORE_FLAGS, *(p.read_bytes() for p in [*headers, *sources]))}.so"
     if not target.exists():
-        _build(target, sources, CORE_FLAGS, ["-ldl"])
+        _build(target, sources, lambda source: CORE_FLAGS, ["-ldl"])
     return target
 
 
@@ -116,22 +122,29 @@ def core():
     return library
 
 
-def library(name, sources, include=(), flags=()):
+def library(name, sources, host_sources=(), include=(), namespace="emulated"):
     """The library made of these sources, compiled if it is not there yet.
 
     Args:
         name: for the file's name.
-        sources: paths, absolute or from the root of the repository.
+        sources: of kernels and launchers, paths absolute or from the root of the repository.
+        host_sources: of csrc, compiled with host.h and without checks.
         include: folders searched before kernels/, as mutants use them.
+        namespace: of torch.ops that host_sources register in.
     """
     core()
-    paths = [ROOT / source for source in sources]
-    flags = (*(part for folder in include for part in ("-I", str(folder))), *KERNEL_FLAGS, *_hardware_flags(), *flags)
-    inputs = sorted({*paths, *HERE.glob("*.h"), *(ROOT / "kernels" / "cuda").glob("*.cuh"), *(ROOT / "kernels").glob("*.h"),
-                     *(p for folder in include for p in Path(folder).rglob("*.cu*"))})  # fmt: skip
-    target = BUILD / f"{name}-{_hash(core_path().name, *flags, *(p.read_bytes() for p in inputs), *paths)}.so"
+    kernels, hosts = [ROOT / source for source in sources], [ROOT / source for source in host_sources]
+    searched = tuple(part for folder in (*include, HERE, ROOT / "kernels") for part in ("-I", str(folder)))
+    kernel_flags = (*KERNEL_FLAGS, *_hardware_flags(), *searched)
+    host_flags = (*HOST_FLAGS, f"-DTRANSFUSE_EMULATED_NAMESPACE={namespace}", *searched)
+    folders = [ROOT / "kernels", *([ROOT / "csrc"] if hosts else []), *map(Path, include)]
+    inputs = {*kernels, *hosts, *HERE.glob("*.h"), *(path for folder in folders for path in folder.rglob("*.*h"))}
+    contents = (part for path in sorted(inputs) for part in (path, path.read_bytes()))
+    target = BUILD / f"{name}-{_hash(core_path().name, *kernel_flags, *host_flags, *contents)}.so"
     if not target.exists():
-        _build(target, paths, flags, [core_path()])
+        torch_libraries = Path(torch.__file__).parent / "lib"
+        link = [f"-L{torch_libraries}", f"-Wl,-rpath,{torch_libraries}", "-ltorch_cpu", "-lc10"] if hosts else []
+        _build(target, [*kernels, *hosts], lambda source: host_flags if source in hosts else kernel_flags, [core_path(), *link])
     return Library(target)
 
 
@@ -154,18 +167,31 @@ class Library:
             tensor_core: 80 or 90, whose way of adding is taken.
         Raises: KernelError with what the emulator found.
         """
+        passed = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
+        with self.watched(seed, tensor_core):
+            status = getattr(self.loaded, function)(*passed)
+        if status != 0:
+            raise RuntimeError(f"{function} returned cudaError_t {status}")
+
+    @contextmanager
+    def watched(self, seed=0, tensor_core=80):
+        """Launches in here run in this order; what the emulator finds wrong is raised at the end, as KernelError."""
         emulator = core()
         emulator.emulation_set_order(ctypes.c_uint64(seed))
         assert emulator.emulation_set_tensor_core(tensor_core) == 0, f"no model of the tensor cores of sm_{tensor_core}"
         emulator.emulation_clear_report()
-        passed = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
-        status = getattr(self.loaded, function)(*passed)
+        failed = None
+        try:
+            yield
+        except RuntimeError as error:  # the host code's words for a launch that failed
+            failed = error
         report = emulator.emulation_report().decode()
+        emulator.emulation_clear_report()
+        emulator.emulation_forget_made()
         if report:
-            emulator.emulation_clear_report()
-            raise KernelError(self._explained(report))
-        if status != 0:
-            raise RuntimeError(f"{function} returned cudaError_t {status}")
+            raise KernelError(self._explained(report)) from failed
+        if failed:
+            raise failed
 
     def _explained(self, report):
         """[line N] -> source lines, [function N] -> its name, [shared N] -> the variable."""

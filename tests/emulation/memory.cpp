@@ -49,6 +49,7 @@ struct Region {
 
 std::vector<Region> regions;  // ascending
 size_t latest_region = 0;
+std::vector<uintptr_t> made;  // by the host code of the op that runs
 std::map<uintptr_t, Library> libraries;  // by base
 
 // Where an address lies.
@@ -372,6 +373,22 @@ void emulation_register(uintptr_t begin, size_t bytes, int contents, const char*
   if (region.contents != Contents::read_only) region.shadow.reserve(bytes);
   const auto next = std::upper_bound(regions.begin(), regions.end(), begin, [](uintptr_t a, const Region& r) { return a < r.begin; });
   regions.insert(next, std::move(region));
+}
+
+void emulation_forget(uintptr_t begin);
+
+// A tensor that the host code of an op has made (host.h); registered again, its contents change.
+void emulation_register_made(uintptr_t begin, size_t bytes, int contents) {
+  emulation_forget(begin);
+  if (bytes == 0) return;
+  const std::string name = "tensor " + std::to_string(made.size()) + " of the host code";
+  emulation_register(begin, bytes, contents, name.c_str(), nullptr);
+  made.push_back(begin);
+}
+
+void emulation_forget_made() {
+  for (const uintptr_t begin : made) emulation_forget(begin);
+  made.clear();
 }
 
 void emulation_forget(uintptr_t begin) {

@@ -14,8 +14,9 @@ import torch
 import transfuse
 from transfuse import promises
 from transfuse.dispatch import dtype_name
+from transfuse.promises.cases import OPS
 
-OPS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm")
+OPS = [op for op in OPS if op.removeprefix("add_") in emulated_ops.EMULATED]
 SECTIONS = {
     1: None,  # masks
     2: None,  # numerics: every named family, forward and backward
@@ -44,6 +45,11 @@ def test_promise_is_kept(promise):
     with emulated_ops.EmulatedKernels(seed=zlib.crc32(promise.id.encode())):
         outcome = promises.check(promise, "cpu")
     assert outcome.status == "ok", f"{outcome.reason} {outcome.figure}"
+
+
+def test_every_cuda_kernel_is_emulated():
+    """A stem that has its .cu has its host code too, and then all of its promises run here."""
+    assert [stem for stem in emulated_ops.STEMS if emulated_ops.sources_of(stem)[0]] == list(emulated_ops.EMULATED)
 
 
 @pytest.mark.parametrize("op", OPS)
