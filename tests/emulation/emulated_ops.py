@@ -43,16 +43,17 @@ def _schemas(namespace):
     return fragment
 
 
-def build(stem, namespace="transfuse_emulated", sources=None, include=()):
-    """The library of one op, whose loading registers its raw ops under torch.ops.<namespace>."""
+def compiled(stem, namespace="transfuse_emulated", kernels=None, include=()):
+    """Path of the library of one op, whose loading registers its raw ops under torch.ops.<namespace>."""
     _schemas(namespace)
-    kernels, host = sources_of(stem)
-    return emulator.library(f"{stem}-{namespace}", sources or kernels, host, include, namespace)
+    shipped, host = sources_of(stem)
+    return emulator.compiled(stem, kernels or shipped, host, include, namespace)
 
 
 @lru_cache(maxsize=None)
 def library(stem):
-    return build(stem)
+    emulator.core()
+    return emulator.Library(compiled(stem))
 
 
 class EmulatedKernels(TorchDispatchMode):

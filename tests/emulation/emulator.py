@@ -84,34 +84,37 @@ def _hash(*parts):
     return digest.hexdigest()[:16]
 
 
-def _run(command):
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
+def _made(target, command):
+    """The file, made by the command if it is not there: under another name first, so that nothing half made is found."""
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            unfinished = Path(folder) / target.name
+            done = subprocess.run([str(part) for part in (*command, "-o", unfinished)], capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
+            unfinished.rename(target)
+    return target
 
 
-def _build(target, sources, flags_of, link):
-    """Compiles and links into a temporary name first, so that a build cut short leaves nothing half made."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        objects = [Path(folder) / f"{index}.o" for index in range(len(sources))]
-        commands = [[COMPILER, *flags_of(source), "-x", "c++", "-c", source, "-o", made]
-                    for source, made in zip(sources, objects, strict=True)]  # fmt: skip
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_run, commands))
-        made = Path(folder) / target.name
-        _run([COMPILER, "-shared", "-o", made, *objects, *link])
-        made.rename(target)
+def _object(source, flags, headers):
+    contents = (part for path in (source, *headers) for part in (path, path.read_bytes()))
+    target = BUILD / "objects" / f"{source.stem}-{_hash(*flags, *contents)}.o"
+    return _made(target, [COMPILER, *flags, "-x", "c++", "-c", source])
+
+
+def _linked(name, compilations, link):
+    """A shared library of (source, flags, headers), compiled side by side."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda compilation: _object(*compilation), compilations))
+    target = BUILD / f"{name}-{_hash(*objects, *link)}.so"
+    return _made(target, [COMPILER, "-shared", *objects, *link])
 
 
 @lru_cache(maxsize=1)
 def core_path():
     headers = sorted(HERE.glob("*.h"))
-    sources = [HERE / name for name in CORE_SOURCES]
-    target = BUILD / f"libemulator-{_hash(*CORE_FLAGS, *(p.read_bytes() for p in [*headers, *sources]))}.so"
-    if not target.exists():
-        _build(target, sources, lambda source: CORE_FLAGS, ["-ldl"])
-    return target
+    return _linked("libemulator", [(HERE / name, CORE_FLAGS, headers) for name in CORE_SOURCES], ["-ldl"])
 
 
 @lru_cache(maxsize=1)
@@ -122,30 +125,37 @@ def core():
     return library
 
 
-def library(name, sources, host_sources=(), include=(), namespace="emulated"):
-    """The library made of these sources, compiled if it is not there yet.
+def compiled(name, sources, host_sources=(), include=(), namespace="emulated"):
+    """Path of the library made of these sources, compiled if it is not there yet.
 
     Args:
         name: for the file's name.
         sources: of kernels and launchers, paths absolute or from the root of the repository.
         host_sources: of csrc, compiled with host.h and without checks.
-        include: folders searched before kernels/, as mutants use them.
+        include: folders searched for the kernels' headers before kernels/, as mutants use them.
         namespace: of torch.ops that host_sources register in.
     """
+    ours, kernels, host = sorted(HERE.glob("*.h")), ROOT / "kernels", ROOT / "csrc"
+    folders = (*map(Path, include), kernels)
+    flags = (*KERNEL_FLAGS, *_hardware_flags(), *_search(*folders, HERE))
+    headers = [*ours, *(path for folder in folders for path in sorted(folder.rglob("*.*h")))]
+    compilations = [(ROOT / source, flags, headers) for source in sources]
+    flags = (*HOST_FLAGS, f"-DTRANSFUSE_EMULATED_NAMESPACE={namespace}", *_search(kernels, HERE))
+    headers = [*ours, *sorted(kernels.rglob("*.*h")), *sorted(host.glob("*.h"))]
+    compilations += [(ROOT / source, flags, headers) for source in host_sources]
+    torch_libraries = Path(torch.__file__).parent / "lib"
+    link = [f"-L{torch_libraries}", f"-Wl,-rpath,{torch_libraries}", "-ltorch_cpu", "-lc10"] if host_sources else []
+    return _linked(name, compilations, [core_path(), *link])
+
+
+def _search(*folders):
+    return tuple(part for folder in folders for part in ("-I", str(folder)))
+
+
+def library(name, sources, **options):
+    """The library of compiled(), loaded."""
     core()
-    kernels, hosts = [ROOT / source for source in sources], [ROOT / source for source in host_sources]
-    searched = tuple(part for folder in (*include, HERE, ROOT / "kernels") for part in ("-I", str(folder)))
-    kernel_flags = (*KERNEL_FLAGS, *_hardware_flags(), *searched)
-    host_flags = (*HOST_FLAGS, f"-DTRANSFUSE_EMULATED_NAMESPACE={namespace}", *searched)
-    folders = [ROOT / "kernels", *([ROOT / "csrc"] if hosts else []), *map(Path, include)]
-    inputs = {*kernels, *hosts, *HERE.glob("*.h"), *(path for folder in folders for path in folder.rglob("*.*h"))}
-    contents = (part for path in sorted(inputs) for part in (path, path.read_bytes()))
-    target = BUILD / f"{name}-{_hash(core_path().name, *kernel_flags, *host_flags, *contents)}.so"
-    if not target.exists():
-        torch_libraries = Path(torch.__file__).parent / "lib"
-        link = [f"-L{torch_libraries}", f"-Wl,-rpath,{torch_libraries}", "-ltorch_cpu", "-lc10"] if hosts else []
-        _build(target, [*kernels, *hosts], lambda source: host_flags if source in hosts else kernel_flags, [core_path(), *link])
-    return Library(target)
+    return Library(compiled(name, sources, **options))
 
 
 class Library:

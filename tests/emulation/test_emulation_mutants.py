@@ -5,12 +5,19 @@ by is named too: a report of that kind, or the comparison of the results where t
 """
 
 import ctypes
+import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import emulated_ops
 import emulator
 import pytest
 import torch
+
+import transfuse
+
+# ---- mistakes in a small kernel that has one of everything ----
 
 SAMPLE = "tests/emulation/kernels/sample.cu"
 ROWS, COLUMNS = 3, 300  # the last of three tiles is cut
@@ -52,20 +59,27 @@ MUTANTS = (
 )  # fmt: skip
 
 
+def replaced(text, old, new):
+    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times"
+    return text.replace(old, new)
+
+
 def _library(mutant):
-    source = (emulator.ROOT / SAMPLE).read_text()
-    assert source.count(mutant.old) == 1, f"{mutant.name}: {mutant.old!r} stands {source.count(mutant.old)} times in {SAMPLE}"
     folder = emulator.BUILD / "mutants" / mutant.name.replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sample.cu").write_text(source.replace(mutant.old, mutant.new))
+    (folder / "sample.cu").write_text(replaced((emulator.ROOT / SAMPLE).read_text(), mutant.old, mutant.new))
     return emulator.library("sample_mutant", [folder / "sample.cu"])
+
+
+def side_by_side(build, mutants):
+    emulator.core()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(mutants, pool.map(build, mutants), strict=True))
 
 
 @pytest.fixture(scope="module")
 def mutated():
-    emulator.core()
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(MUTANTS, pool.map(_library, MUTANTS), strict=True))
+    return side_by_side(_library, MUTANTS)
 
 
 def run(library, row_stride, seed):
@@ -94,3 +108,74 @@ def test_mutant_is_killed(mutated, mutant, seed):
     with pytest.raises(emulator.KernelError) as found:
         run(mutated[mutant], mutant.row_stride, seed)
     assert found.value.kind in mutant.kinds, str(found.value)
+
+
+# ---- mistakes in layer_norm as it ships ----
+
+
+class KernelMutant(NamedTuple):
+    name: str
+    file: str  # in kernels/cuda
+    old: str
+    new: str
+    kinds: tuple[str, ...]
+
+
+KERNEL_MUTANTS = (
+    KernelMutant("missing barrier", "reduce.cuh", "    __syncthreads();\n    return reduce_lanes<warps>", "    return reduce_lanes<warps>",
+                 ("uninitialised read", "race")),
+    KernelMutant("tail of a load", "vector.cuh", "if (at < end) v.word[i] |=", "if (at <= end) v.word[i] |=", ("out of bounds",)),
+    KernelMutant("tail of a store", "vector.cuh", "if (at < end) set_bits", "if (at <= end) set_bits", ("out of bounds", "race")),
+    KernelMutant("wrong shuffle mask", "reduce.cuh", "whole_warp = 0xFFFFFFFFu", "whole_warp = 0x0000FFFFu", ("wrong lane mask",)),
+    KernelMutant("int32 offset", "norm_rows.cuh", "row * rows.stride", "static_cast<int>(row * rows.stride)", ("out of bounds",)),
+    KernelMutant("uninitialised shared read", "reduce.cuh", "if (threadIdx.x % warp_size == 0) exchange",
+                 "if (threadIdx.x % (2 * warp_size) == 0) exchange", ("uninitialised read",)),
+    KernelMutant("misaligned rows taken as vectors", "vector.cuh", "% vector_bytes == 0 && cols", "% vector_bytes != 1 && cols",
+                 ("misaligned access",)),
+)  # fmt: skip
+MUTANT_NAMESPACE = "transfuse_mutant"
+# One dtype is enough, and compiles in a third of the time.
+FLOAT_ALONE = ("      return body(bf16{});\n    case DType::f16:\n      return body(f16{});\n", "    case DType::f16:\n")
+
+
+def _mutated_layer_norm(mutant):
+    folder = emulator.BUILD / "mutants" / ("layer_norm_" + mutant.name.replace(" ", "_"))
+    shutil.copytree(emulator.ROOT / "kernels" / "cuda", folder / "cuda", dirs_exist_ok=True)
+    for file, change in (("vector.cuh", FLOAT_ALONE), (mutant.file, (mutant.old, mutant.new))):
+        path = folder / "cuda" / file
+        path.write_text(replaced(path.read_text(), *change))
+    return emulated_ops.compiled("layer_norm", MUTANT_NAMESPACE, [folder / "cuda" / "layer_norm.cu"], [folder])
+
+
+@pytest.fixture(scope="module")
+def mutated_kernels():
+    return side_by_side(_mutated_layer_norm, KERNEL_MUTANTS)
+
+
+def check_layer_norm(mode):
+    """Rows of every kind: on vectors, with a tail, between alignments, far apart; one warp to a row and several."""
+    with emulator.Memory() as memory:
+        far = memory.strided("far", (3, 600), ((1 << 31) + 8, 1), torch.float32, "read-only")
+        inputs = [torch.randn(5, 600), torch.randn(5, 603), torch.randn(5 * 600 + 1)[1:].view(5, 600), far.copy_(torch.randn(3, 600))]
+        for input in inputs:
+            cols = input.shape[-1]
+            with mode:
+                output = transfuse.layer_norm(input, (cols,))
+            expected = torch.nn.functional.layer_norm(input.double(), (cols,))
+            if not (output.double() - expected).abs().max() < 1e-5:
+                raise emulator.KernelError(WRONG_RESULT)
+
+
+def test_layer_norm_as_it_ships_passes_what_its_mutants_must_not():
+    for seed in (0, 1):
+        check_layer_norm(emulated_ops.EmulatedKernels(seed))
+
+
+@pytest.mark.parametrize("mutant", KERNEL_MUTANTS, ids=lambda mutant: mutant.name)
+@pytest.mark.filterwarnings("ignore:.*[Oo]verriding a previously registered kernel")
+def test_mutant_of_layer_norm_is_killed(mutated_kernels, mutant):
+    loaded = emulator.Library(mutated_kernels[mutant])  # registers in front of the mutant before it
+    for seed in (0, 1):
+        with pytest.raises(emulator.KernelError) as found:
+            check_layer_norm(emulated_ops.EmulatedKernels(seed, MUTANT_NAMESPACE, loaded))
+        assert found.value.kind in mutant.kinds, str(found.value)
