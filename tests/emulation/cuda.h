@@ -80,19 +80,23 @@ TRANSFUSE_WORD T shuffle_as(Shuffle kind, unsigned mask, T value, int operand, i
 }  // namespace emulation
 
 template <typename T>
-TRANSFUSE_WORD T __shfl_sync(unsigned mask, T value, int lane, int width = 32, emulation::Site site = emulation::Site::current()) {
+TRANSFUSE_WORD T __shfl_sync(unsigned mask, T value, int lane, int width = 32,
+                             emulation::Site site = emulation::Site::current()) {
   return emulation::shuffle_as(emulation::Shuffle::index, mask, value, lane, width, site);
 }
 template <typename T>
-TRANSFUSE_WORD T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, emulation::Site site = emulation::Site::current()) {
+TRANSFUSE_WORD T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                                emulation::Site site = emulation::Site::current()) {
   return emulation::shuffle_as(emulation::Shuffle::up, mask, value, static_cast<int>(delta), width, site);
 }
 template <typename T>
-TRANSFUSE_WORD T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, emulation::Site site = emulation::Site::current()) {
+TRANSFUSE_WORD T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                                  emulation::Site site = emulation::Site::current()) {
   return emulation::shuffle_as(emulation::Shuffle::down, mask, value, static_cast<int>(delta), width, site);
 }
 template <typename T>
-TRANSFUSE_WORD T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, emulation::Site site = emulation::Site::current()) {
+TRANSFUSE_WORD T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32,
+                                 emulation::Site site = emulation::Site::current()) {
   return emulation::shuffle_as(emulation::Shuffle::exclusive_or, mask, value, lanes, width, site);
 }
 TRANSFUSE_WORD unsigned __ballot_sync(unsigned mask, int predicate, emulation::Site site = emulation::Site::current()) {
@@ -104,10 +108,10 @@ TRANSFUSE_WORD int __any_sync(unsigned mask, int predicate, emulation::Site site
 TRANSFUSE_WORD int __all_sync(unsigned mask, int predicate, emulation::Site site = emulation::Site::current()) {
   return emulation::ballot(mask, predicate != 0, site) == mask;
 }
-#define TRANSFUSE_REDUCE(word, kind)                                                                            \
-  template <typename T>                                                                                         \
-  TRANSFUSE_WORD T word(unsigned mask, T value, emulation::Site site = emulation::Site::current()) {                           \
-    static_assert(std::is_integral_v<T> && sizeof(T) == 4, "redux.sync takes 32-bit integers");                 \
+#define TRANSFUSE_REDUCE(word, kind)                                                                                 \
+  template <typename T>                                                                                              \
+  TRANSFUSE_WORD T word(unsigned mask, T value, emulation::Site site = emulation::Site::current()) {                 \
+    static_assert(std::is_integral_v<T> && sizeof(T) == 4, "redux.sync takes 32-bit integers");                      \
     return static_cast<T>(emulation::warp_reduce(emulation::Reduce::kind, mask, static_cast<int64_t>(value), site)); \
   }
 TRANSFUSE_REDUCE(__reduce_add_sync, add)
@@ -162,14 +166,38 @@ TRANSFUSE_WORD T atomicCAS(T* address, std::type_identity_t<T> compare, std::typ
 
 // ---- loads and stores with a cache hint: the hint is speed alone ----
 
-template <typename T> TRANSFUSE_WORD T __ldg(const T* address) { return *address; }
-template <typename T> TRANSFUSE_WORD T __ldcs(const T* address) { return *address; }
-template <typename T> TRANSFUSE_WORD T __ldcg(const T* address) { return *address; }
-template <typename T> TRANSFUSE_WORD T __ldca(const T* address) { return *address; }
-template <typename T> TRANSFUSE_WORD T __ldlu(const T* address) { return *address; }
-template <typename T> TRANSFUSE_WORD void __stcs(T* address, T value) { *address = value; }
-template <typename T> TRANSFUSE_WORD void __stcg(T* address, T value) { *address = value; }
-template <typename T> TRANSFUSE_WORD void __stwt(T* address, T value) { *address = value; }
+template <typename T>
+TRANSFUSE_WORD T __ldg(const T* address) {
+  return *address;
+}
+template <typename T>
+TRANSFUSE_WORD T __ldcs(const T* address) {
+  return *address;
+}
+template <typename T>
+TRANSFUSE_WORD T __ldcg(const T* address) {
+  return *address;
+}
+template <typename T>
+TRANSFUSE_WORD T __ldca(const T* address) {
+  return *address;
+}
+template <typename T>
+TRANSFUSE_WORD T __ldlu(const T* address) {
+  return *address;
+}
+template <typename T>
+TRANSFUSE_WORD void __stcs(T* address, T value) {
+  *address = value;
+}
+template <typename T>
+TRANSFUSE_WORD void __stcg(T* address, T value) {
+  *address = value;
+}
+template <typename T>
+TRANSFUSE_WORD void __stwt(T* address, T value) {
+  *address = value;
+}
 
 // ---- arithmetic ----
 // The _rn words are IEEE operations: g++ rounds each so under -ffp-contract=off.
@@ -194,13 +222,15 @@ TRANSFUSE_WORD double __longlong_as_double(long long bits) { return std::bit_cas
 TRANSFUSE_WORD int __double2hiint(double value) { return static_cast<int>(__double_as_longlong(value) >> 32); }
 TRANSFUSE_WORD int __double2loint(double value) { return static_cast<int>(__double_as_longlong(value)); }
 TRANSFUSE_WORD double __hiloint2double(int high, int low) {
-  return __longlong_as_double(static_cast<long long>((static_cast<unsigned long long>(static_cast<unsigned>(high)) << 32) |
-                                                     static_cast<unsigned>(low)));
+  return __longlong_as_double(static_cast<long long>(
+      (static_cast<unsigned long long>(static_cast<unsigned>(high)) << 32) | static_cast<unsigned>(low)));
 }
 TRANSFUSE_WORD int __popc(unsigned bits) { return std::popcount(bits); }
 TRANSFUSE_WORD int __clz(int bits) { return std::countl_zero(static_cast<unsigned>(bits)); }
 TRANSFUSE_WORD int __ffs(int bits) { return bits == 0 ? 0 : std::countr_zero(static_cast<unsigned>(bits)) + 1; }
-TRANSFUSE_WORD unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32); }
+TRANSFUSE_WORD unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32);
+}
 TRANSFUSE_WORD int __float2int_rn(float value) { return static_cast<int>(std::nearbyint(value)); }
 TRANSFUSE_WORD int __float2int_rz(float value) { return static_cast<int>(value); }
 TRANSFUSE_WORD float __int2float_rn(int value) { return static_cast<float>(value); }
@@ -211,8 +241,8 @@ TRANSFUSE_WORD double rsqrt(double value) { return 1.0 / std::sqrt(value); }
 TRANSFUSE_WORD float __saturatef(float value) { return value >= 0.0f ? (value <= 1.0f ? value : 1.0f) : 0.0f; }
 
 // CUDA's unqualified overloads.
-#define TRANSFUSE_MIN_MAX(T)                           \
-  TRANSFUSE_WORD constexpr T min(T a, T b) { return b < a ? b : a; }  \
+#define TRANSFUSE_MIN_MAX(T)                                         \
+  TRANSFUSE_WORD constexpr T min(T a, T b) { return b < a ? b : a; } \
   TRANSFUSE_WORD constexpr T max(T a, T b) { return a < b ? b : a; }
 TRANSFUSE_MIN_MAX(int)
 TRANSFUSE_MIN_MAX(unsigned)

@@ -24,8 +24,10 @@ def sources_of(stem):
     """(kernels, host code) of one op, found as CMakeLists.txt finds them."""
     kernels = emulator.ROOT / "kernels" / "cuda"
     host = emulator.ROOT / "csrc"
-    return [sorted({*folder.glob(f"{prefix}{stem}.{kind}"), *folder.glob(f"{prefix}{stem}_*.{kind}")})
-            for folder, prefix, kind in ((kernels, "", "cu"), (host, "cuda_", "cpp"))]  # fmt: skip
+    return [
+        sorted({*folder.glob(f"{prefix}{stem}.{kind}"), *folder.glob(f"{prefix}{stem}_*.{kind}")})
+        for folder, prefix, kind in ((kernels, "", "cu"), (host, "cuda_", "cpp"))
+    ]
 
 
 # Stems whose kernels and host code both exist.
@@ -77,6 +79,8 @@ class EmulatedKernels(TorchDispatchMode):
         self.calls += 1
         names = [argument.name for argument in function._schema.arguments]
         with emulator.Memory() as memory, served_by.watched(self.seed):
-            given = [memory.place(name, value, "read-only") if isinstance(value, torch.Tensor) else value
-                     for name, value in zip(names, args, strict=True)]  # fmt: skip
+            given = [
+                memory.place(name, value, "read-only") if isinstance(value, torch.Tensor) else value
+                for name, value in zip(names, args, strict=True)
+            ]
             return getattr(getattr(torch.ops, self.namespace), name).default(*given)

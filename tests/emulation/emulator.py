@@ -15,7 +15,6 @@ import hashlib
 import mmap
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -31,21 +30,21 @@ BUILD = ROOT / "build" / "emulation"
 COMPILER = os.environ.get("CXX", "g++")
 
 CORE_SOURCES = ("machine.cpp", "synchronization.cpp", "memory.cpp", "tensor_core.cpp")
-CORE_FLAGS = ("-std=c++20", "-O2", "-g1", "-fPIC", "-Wall", "-Wextra", "-ffp-contract=off")
+CORE_FLAGS = "-std=c++20 -O2 -g1 -fPIC -Wall -Wextra -ffp-contract=off".split()
 KERNEL_FLAGS = (
-    "-std=c++20", "-O1", "-g", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-attributes",
-    "-ffp-contract=off",  # as nvcc -fmad=false: an FMA is written
+    *"-std=c++20 -O1 -g -fPIC -Wall -Wno-unknown-pragmas -Wno-attributes".split(),
+    "-ffp-contract=off",  # as nvcc --fmad=false: an FMA is written
     "-fno-strict-aliasing",  # as nvcc: kernels read vectors through pointers to elements
-    "-ftrivial-auto-var-init=pattern",
+    "-ftrivial-auto-var-init=pattern",  # what a register holds before it is written is no zero
     # Compile only: the functions these call are the emulator's own (memory.cpp).
-    "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0",
+    *"-fsanitize=thread --param=tsan-instrument-func-entry-exit=0".split(),
     "-fsanitize=alignment,bounds,signed-integer-overflow,shift,integer-divide-by-zero",
-    "-include", str(HERE / "cuda.h"),
-)  # fmt: skip
+    *("-include", str(HERE / "cuda.h")),
+)
 HOST_FLAGS = (
-    "-std=c++20", "-O1", "-g1", "-fPIC", "-w", "-DTORCH_TARGET_VERSION=0x020A000000000000",
-    "-isystem", str(Path(torch.__file__).parent / "include"), "-include", str(HERE / "host.h"),
-)  # fmt: skip
+    *"-std=c++20 -O1 -g1 -fPIC -w -DTORCH_TARGET_VERSION=0x020A000000000000".split(),
+    *("-isystem", str(Path(torch.__file__).parent / "include"), "-include", str(HERE / "host.h")),
+)
 # Fused multiply-add and conversions to half in one instruction each, where this CPU has them: same results, sooner.
 HARDWARE_FLAGS = {"fma": "-mfma", "f16c": "-mf16c"}
 
@@ -67,7 +66,7 @@ class KernelError(AssertionError):
 
 
 def _hardware_flags():
-    words = set(re.findall(r"\w+", next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")))
+    words = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
     return tuple(flag for word, flag in HARDWARE_FLAGS.items() if word in words)
 
 
@@ -85,7 +84,7 @@ def _hash(*parts):
 
 
 def _made(target, command):
-    """The file, made by the command if it is not there: under another name first, so that nothing half made is found."""
+    """The file, made by the command if it is not there; under another name first, so that none is half made."""
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -262,7 +261,9 @@ class Memory:
         """A copy with the same strides and the same alignment, in memory of its own. None stays None."""
         if tensor is None:
             return None
-        placed = self.strided(name, tensor.shape, tensor.stride(), tensor.dtype, contents, tensor.data_ptr() % ALIGNMENT)
+        placed = self.strided(
+            name, tensor.shape, tensor.stride(), tensor.dtype, contents, tensor.data_ptr() % ALIGNMENT
+        )
         if contents != "uninitialised":
             _once(placed).copy_(_once(tensor.detach()))
         return placed
@@ -272,8 +273,13 @@ class Memory:
 
         What lies between the elements of a view belongs to nobody. Uninitialised elements are NaN in every dtype.
         """
-        span = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) if 0 not in sizes else 0
-        pages, start = _reserve(GUARD_BYTES + misaligned_by + span * dtype.itemsize + GUARD_BYTES), GUARD_BYTES + misaligned_by
+        span = (
+            1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) if 0 not in sizes else 0
+        )
+        pages, start = (
+            _reserve(GUARD_BYTES + misaligned_by + span * dtype.itemsize + GUARD_BYTES),
+            GUARD_BYTES + misaligned_by,
+        )
         elements = torch.frombuffer(pages, dtype=dtype, offset=start, count=max(span, 1))
         placed = torch.as_strided(elements, sizes, strides)
         if contents == "uninitialised" and span > 0:
@@ -285,7 +291,11 @@ class Memory:
             marks_at = torch.frombuffer(marks, dtype=torch.uint8).data_ptr()
         address = elements.data_ptr()
         core().emulation_register(
-            ctypes.c_size_t(address), ctypes.c_size_t(span * dtype.itemsize), CONTENTS[contents], name.encode(), ctypes.c_void_p(marks_at)
+            ctypes.c_size_t(address),
+            ctypes.c_size_t(span * dtype.itemsize),
+            CONTENTS[contents],
+            name.encode(),
+            ctypes.c_void_p(marks_at),
         )
         self._placed.append((address, pages, marks))
         return placed
@@ -308,7 +318,3 @@ def _bytes_of(pages, start, like):
     item = like.element_size()
     raw = torch.frombuffer(pages, dtype=torch.uint8, offset=start)
     return torch.as_strided(raw, (*like.shape, item), (*(stride * item for stride in like.stride()), 1))
-
-
-def have_compiler():
-    return all(shutil.which(tool) for tool in (COMPILER, "addr2line", "readelf"))

@@ -1,7 +1,7 @@
 // csrc/cuda_<op>.cpp for g++ and the emulator: the very host code of _C_cuda, on tensors that lie in CPU memory.
 //
-// Included in front of it, this file takes "cuda" for "cpu", registers the ops under a name of the test's own, and tells
-// the emulator of every tensor that the host code makes.
+// Included in front of it, this file takes "cuda" for "cpu", registers the ops under a name of the test's own, and
+// tells the emulator of every tensor that the host code makes.
 #pragma once
 
 #include <dlfcn.h>
@@ -20,8 +20,8 @@ extern "C" void emulation_register_made(uintptr_t begin, size_t bytes, int conte
 
 namespace emulation {
 
-inline AOTITorchError empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t device_type,
-                                    int32_t, AtenTensorHandle* made) {
+inline AOTITorchError empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                                    int32_t device_type, int32_t, AtenTensorHandle* made) {
   const AOTITorchError error = aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, 0, made);
   if (error) return error;
   void* data = nullptr;
@@ -44,7 +44,8 @@ inline int32_t current_stream(int32_t, void** stream) {
 }
 
 inline void* look_up(void*, const char* name) {
-  return std::strcmp(name, "aoti_torch_get_current_cuda_stream") == 0 ? reinterpret_cast<void*>(current_stream) : nullptr;
+  return std::strcmp(name, "aoti_torch_get_current_cuda_stream") == 0 ? reinterpret_cast<void*>(current_stream)
+                                                                      : nullptr;
 }
 
 }  // namespace emulation
@@ -54,7 +55,8 @@ namespace torch::stable {
 // A copy that the host has made is initialised.
 inline Tensor emulated_copy_(Tensor& to, const Tensor& from) {
   copy_(to, from);
-  emulation_register_made(reinterpret_cast<uintptr_t>(to.data_ptr()), static_cast<size_t>(to.numel() * to.element_size()), 1);
+  emulation_register_made(reinterpret_cast<uintptr_t>(to.data_ptr()),
+                          static_cast<size_t>(to.numel() * to.element_size()), 1);
   return to;
 }
 

@@ -109,7 +109,8 @@ void start(Block& block, unsigned rank, uint3 index) {
   for (auto& barrier : block.barriers) barrier = {};
   block.gatherings.assign((count + warp_size - 1) / warp_size, {});
   block.dynamic_bytes = machine.launch.shared_bytes;
-  if (block.dynamic_storage.size() < block.dynamic_bytes + 1024) block.dynamic_storage.resize(block.dynamic_bytes + 1024);
+  if (block.dynamic_storage.size() < block.dynamic_bytes + 1024)
+    block.dynamic_storage.resize(block.dynamic_bytes + 1024);
   const auto start = reinterpret_cast<uintptr_t>(block.dynamic_storage.data());
   block.dynamic_shared = reinterpret_cast<std::byte*>((start + 1023) / 1024 * 1024);
   block.dynamic_shadow.reserve(block.dynamic_bytes);
@@ -158,9 +159,11 @@ void report_deadlock() {
               " at " + first->waits_for + place(first->pc);
       waiting.erase(std::remove_if(waiting.begin(), waiting.end(), same), waiting.end());
     }
-    text += "\n  " + std::to_string(machine.blocks[b]->threads.size() - machine.blocks[b]->alive) + " threads have exited";
+    text +=
+        "\n  " + std::to_string(machine.blocks[b]->threads.size() - machine.blocks[b]->alive) + " threads have exited";
   }
-  machine.report = "deadlock: " + text + "\nkernel: [function " + std::to_string(reinterpret_cast<uintptr_t>(machine.launch.kernel)) + "]";
+  machine.report = "deadlock: " + text + "\nkernel: [function " +
+                   std::to_string(reinterpret_cast<uintptr_t>(machine.launch.kernel)) + "]";
 }
 
 bool run_cluster() {
@@ -189,7 +192,8 @@ bool run_cluster() {
 
 bool is_valid(const Launch& launch) {
   const dim3 &grid = launch.grid, &block = launch.block;
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > max_grid_x || grid.y > max_grid_yz || grid.z > max_grid_yz) return false;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > max_grid_x || grid.y > max_grid_yz || grid.z > max_grid_yz)
+    return false;
   const uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;
   if (threads == 0 || threads > max_block_threads || launch.shared_bytes > max_shared_bytes) return false;
   return launch.cluster >= 1 && launch.cluster <= max_cluster_blocks && grid.x % launch.cluster == 0;
@@ -239,7 +243,9 @@ unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(curren
 unsigned cluster_rank() { return current->block->rank; }
 unsigned cluster_size() { return machine.launch.cluster; }
 
-void trap(const Site& site) { fail("trap", std::string("stopped itself at ") + site.file_name() + ":" + std::to_string(site.line()), nullptr); }
+void trap(const Site& site) {
+  fail("trap", std::string("stopped itself at ") + site.file_name() + ":" + std::to_string(site.line()), nullptr);
+}
 
 int launch(const Launch& launch) {
   if (!machine.report.empty()) return launch_failure;  // as a device: after a fault nothing runs
@@ -262,7 +268,8 @@ int launch(const Launch& launch) {
     const uint3 first = {static_cast<unsigned>(cluster % per_row) * launch.cluster,
                          static_cast<unsigned>(cluster / per_row % launch.grid.y),
                          static_cast<unsigned>(cluster / per_row / launch.grid.y)};
-    for (unsigned rank = 0; rank < launch.cluster; ++rank) start(*machine.blocks[rank], rank, {first.x + rank, first.y, first.z});
+    for (unsigned rank = 0; rank < launch.cluster; ++rank)
+      start(*machine.blocks[rank], rank, {first.x + rank, first.y, first.z});
     if (!run_cluster()) {
       for (auto& thread : machine.threads)
         if (thread) thread->started = false;  // whatever their stacks hold is abandoned

@@ -74,8 +74,17 @@ def elementwise(function, special, ordinary, exact, max_ulp):
                max_ulp=1e-9)  # fmt: skip  # a NaN may be any NaN
     values = np.array(ordinary, dtype=np.float32)
     expected = exact(values.astype(np.float64)).astype(np.float32)
-    yield Case(f"{function}: {len(values)} values", function, (function,), values.view(np.uint32), expected.view(np.uint32),
-               n=len(values), grid=(len(values) + 63) // 64, block=64, max_ulp=max_ulp)  # fmt: skip
+    yield Case(
+        f"{function}: {len(values)} values",
+        function,
+        (function,),
+        values.view(np.uint32),
+        expected.view(np.uint32),
+        n=len(values),
+        grid=(len(values) + 63) // 64,
+        block=64,
+        max_ulp=max_ulp,
+    )
 
 
 INF, NAN, TINY = float("inf"), float("nan"), 2.0**-140  # TINY is subnormal
@@ -87,20 +96,36 @@ def approximations():
     spread = generator.uniform(1, 2, 500) * 2.0 ** generator.integers(-120, 120, 500)
     yield from elementwise(
         "exp2_approx",
-        ((-INF, 0.0), (-TINY, 1.0), (-0.0, 1.0), (0.0, 1.0), (TINY, 1.0), (INF, INF), (NAN, NAN), (128.0, INF), (-140.0, 0.0)),
-        generator.uniform(-125.9, 127.9, 2000), np.exp2, max_ulp=2,
-    )  # fmt: skip
+        (
+            (-INF, 0.0),
+            (-TINY, 1.0),
+            (-0.0, 1.0),
+            (0.0, 1.0),
+            (TINY, 1.0),
+            (INF, INF),
+            (NAN, NAN),
+            (128.0, INF),
+            (-140.0, 0.0),
+        ),
+        generator.uniform(-125.9, 127.9, 2000),
+        np.exp2,
+        max_ulp=2,
+    )
     yield from elementwise(
         "reciprocal_approx",
         ((-INF, -0.0), (-TINY, -INF), (-0.0, -INF), (0.0, INF), (TINY, INF), (INF, 0.0), (NAN, NAN), (2.0**127, 0.0)),
-        np.concatenate([spread, -spread]), lambda x: 1 / x, max_ulp=1,
-    )  # fmt: skip
+        np.concatenate([spread, -spread]),
+        lambda x: 1 / x,
+        max_ulp=1,
+    )
     # A relative error of 2^-22.9 is up to 2 * 2^(24 - 22.9) / 2 units.
     yield from elementwise(
         "rsqrt_approx",
         ((-INF, NAN), (-1.0, NAN), (-0.0, -INF), (0.0, INF), (TINY, INF), (INF, 0.0), (NAN, NAN)),
-        spread, lambda x: 1 / np.sqrt(x), max_ulp=2.0**1.1,
-    )  # fmt: skip
+        spread,
+        lambda x: 1 / np.sqrt(x),
+        max_ulp=2.0**1.1,
+    )
 
 
 def asynchronous_copies():
@@ -111,8 +136,15 @@ def asynchronous_copies():
         for source_bytes in sorted({0, 1, 3, size // 2, size}):
             rows = words.view(np.uint8).reshape(32, size).copy()
             rows[:, source_bytes:] = 0
-            yield Case(f"cp_async<{size}> of {source_bytes} bytes", f"cp_async<{size}>", functions, words, rows.view(np.uint32).ravel(),
-                       n=source_bytes, shared_bytes=32 * size)  # fmt: skip
+            yield Case(
+                f"cp_async<{size}> of {source_bytes} bytes",
+                f"cp_async<{size}>",
+                functions,
+                words,
+                rows.view(np.uint32).ravel(),
+                n=source_bytes,
+                shared_bytes=32 * size,
+            )
     words = np.arange(64, dtype=np.uint32) * 3 + 1
     yield Case("the older of two groups, then the newer", "cp_async_groups", functions, words, words, shared_bytes=256)
 
@@ -126,10 +158,17 @@ def matrix_loads():
             registers = []
             for matrix in rows[: 8 * matrices].reshape(matrices, 8, 8):
                 matrix = matrix.T if transposed else matrix
-                registers.append([int(matrix[i // 4, 2 * (i % 4)]) | int(matrix[i // 4, 2 * (i % 4) + 1]) << 16 for i in range(32)])
-            yield Case(f"ldmatrix x{matrices}{' transposed' if transposed else ''}",
-                       f"ldmatrix<{matrices}{', transposed' if transposed else ''}>", ("ldmatrix",), words,
-                       np.array(registers, dtype=np.uint32).ravel(), shared_bytes=512)  # fmt: skip
+                registers.append(
+                    [int(matrix[i // 4, 2 * (i % 4)]) | int(matrix[i // 4, 2 * (i % 4) + 1]) << 16 for i in range(32)]
+                )
+            yield Case(
+                f"ldmatrix x{matrices}{' transposed' if transposed else ''}",
+                f"ldmatrix<{matrices}{', transposed' if transposed else ''}>",
+                ("ldmatrix",),
+                words,
+                np.array(registers, dtype=np.uint32).ravel(),
+                shared_bytes=512,
+            )
 
 
 def half_bits(values):
@@ -174,13 +213,24 @@ def accumulators(matrix):
 
 
 def products():
-    """mma.sync: layout with whole numbers, whose sums are exact in any order; then the model of the hardware's adder."""
+    """mma.sync: layout with whole numbers, whose sums are exact in any order; then the hardware's way of adding."""
     generator = np.random.default_rng(2)
-    for kind, function, k in (("f16", "mma_m16n8k16_f16", 16), ("bf16", "mma_m16n8k16_bf16", 16), ("tf32", "mma_m16n8k8_tf32", 8)):
+    for kind, function, k in (
+        ("f16", "mma_m16n8k16_f16", 16),
+        ("bf16", "mma_m16n8k16_bf16", 16),
+        ("tf32", "mma_m16n8k8_tf32", 8),
+    ):
         a, b, c = (generator.integers(-9, 10, shape).astype(np.float32) for shape in ((16, k), (k, 8), (16, 8)))
 
         def case(what, a, b, c, d, kind=kind, function=function, **options):
-            return Case(f"{function}: {what}", function, (function,), fragments(kind, a, b, c), accumulators(d).ravel(), **options)
+            return Case(
+                f"{function}: {what}",
+                function,
+                (function,),
+                fragments(kind, a, b, c),
+                accumulators(d).ravel(),
+                **options,
+            )
 
         yield case("whole numbers", a, b, c, a.astype(np.float64) @ b + c)
         one_b = np.zeros((k, 8), dtype=np.float32)
@@ -208,19 +258,40 @@ def products():
     a, b = np.full((16, 8), 1 + 2.0**-10 + 2.0**-12, dtype=np.float32), np.zeros((8, 8), dtype=np.float32)
     b[2] = 1
     d = np.full((16, 8), 1 + 2.0**-10, dtype=np.float32)
-    yield Case("mma_m16n8k8_tf32: operands cut off", "mma_m16n8k8_tf32", ("mma_m16n8k8_tf32",),
-               fragments("tf32", a, b, np.zeros((16, 8))), accumulators(d).ravel())  # fmt: skip
+    yield Case(
+        "mma_m16n8k8_tf32: operands cut off",
+        "mma_m16n8k8_tf32",
+        ("mma_m16n8k8_tf32",),
+        fragments("tf32", a, b, np.zeros((16, 8))),
+        accumulators(d).ravel(),
+    )
 
 
 def barriers():
     """9.7.13.1: bar.sync and bar.arrive; 9.7.13.4: barrier.cluster; 9.7.9.23: mapa; 10: %cluster_ctarank."""
     words = np.arange(7, 12, dtype=np.uint32)
-    yield Case("five words handed from warp to warp", "named_barriers", ("named_barrier_sync", "named_barrier_arrive"), words,
-               np.repeat(words, 32), n=5, block=64, shared_bytes=16)  # fmt: skip
+    yield Case(
+        "five words handed from warp to warp",
+        "named_barriers",
+        ("named_barrier_sync", "named_barrier_arrive"),
+        words,
+        np.repeat(words, 32),
+        n=5,
+        block=64,
+        shared_bytes=16,
+    )
     words = np.arange(100, 108, dtype=np.uint32)
     expected = [(i % 4, 4, 100 + i // 4 * 4 + (i - 1) % 4) for i in range(8)]
-    yield Case("a ring of four blocks", "clusters", ("cluster_rank", "cluster_size", "cluster_sync", "cluster_shared"), words,
-               np.array(expected, dtype=np.uint32).ravel(), grid=8, cluster=4, architecture=90)  # fmt: skip
+    yield Case(
+        "a ring of four blocks",
+        "clusters",
+        ("cluster_rank", "cluster_size", "cluster_sync", "cluster_shared"),
+        words,
+        np.array(expected, dtype=np.uint32).ravel(),
+        grid=8,
+        cluster=4,
+        architecture=90,
+    )
 
 
 CASES = (*approximations(), *asynchronous_copies(), *matrix_loads(), *products(), *barriers())
@@ -235,8 +306,21 @@ def device_library(architecture, folder):
     """ptx_cases.cu as a shared library for one architecture, such as "90a"."""
     target = Path(folder) / f"ptx_cases_sm_{architecture}.so"
     code = f"arch=compute_{architecture},code=sm_{architecture}"
-    command = ["nvcc", "-std=c++17", "-O2", "-shared", "-Xcompiler", "-fPIC", "-gencode", code, "-I", HERE.parent.parent / "kernels",
-               HERE / "kernels" / "ptx_cases.cu", "-o", target]  # fmt: skip
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-O2",
+        "-shared",
+        "-Xcompiler",
+        "-fPIC",
+        "-gencode",
+        code,
+        "-I",
+        HERE.parent.parent / "kernels",
+        HERE / "kernels" / "ptx_cases.cu",
+        "-o",
+        target,
+    ]
     subprocess.run([str(part) for part in command], check=True, cwd=folder)  # -include looks where nvcc is started
     return target
 
@@ -253,8 +337,16 @@ def run_on_device(folder):
         given = torch.from_numpy(case.words.view(np.int32).copy()).cuda()
         taken = torch.full((len(case.expected),), -1, dtype=torch.int32, device="cuda")
         torch.cuda.synchronize()  # the kernel runs on the default stream
-        status = run(case.kernel.encode(), ctypes.c_void_p(given.data_ptr()), ctypes.c_void_p(taken.data_ptr()), ctypes.c_int64(case.n),
-                     case.grid, case.block, ctypes.c_int64(case.shared_bytes), case.cluster)  # fmt: skip
+        status = run(
+            case.kernel.encode(),
+            ctypes.c_void_p(given.data_ptr()),
+            ctypes.c_void_p(taken.data_ptr()),
+            ctypes.c_int64(case.n),
+            case.grid,
+            case.block,
+            ctypes.c_int64(case.shared_bytes),
+            case.cluster,
+        )
         torch.cuda.synchronize()
         assert status == 0, f"{case.name}: cudaError_t {status}"
         yield case, case.mistakes(taken.cpu().numpy().view(np.uint32))
@@ -270,7 +362,11 @@ def main():
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         for case, wrong in run_on_device(folder):
-            print("ok    " if not len(wrong) else "FAILED", case.name, "" if not len(wrong) else f"words {wrong[:8].tolist()}")
+            print(
+                "ok    " if not len(wrong) else "FAILED",
+                case.name,
+                "" if not len(wrong) else f"words {wrong[:8].tolist()}",
+            )
             failed += bool(len(wrong))
     return 1 if failed else 0
 

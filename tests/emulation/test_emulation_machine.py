@@ -14,20 +14,44 @@ def cases():
     return emulator.library("machine_cases", ["tests/emulation/kernels/machine_cases.cu"])
 
 
-def run(cases, name, values=None, size=64, n=0, grid=(1, 1, 1), block=(64, 1, 1), shared_bytes=0, cluster=1, seed=0, contents="uninitialised"):
+def run(
+    cases,
+    name,
+    values=None,
+    size=64,
+    n=0,
+    grid=(1, 1, 1),
+    block=(64, 1, 1),
+    shared_bytes=0,
+    cluster=1,
+    seed=0,
+    contents="uninitialised",
+):
     """Runs one kernel of machine_cases.cu; returns what it wrote."""
     values = torch.arange(1, 1 + size, dtype=torch.int32) if values is None else values
     with emulator.Memory() as memory:
         given = memory.place("in", values, "read-only")
         taken = memory.place("out", torch.zeros(size, dtype=torch.int32), contents)
         sizes = (ctypes.c_uint * 6)(*grid, *block)
-        cases.run("run_case", name.encode(), given, taken, ctypes.c_int64(n), sizes, ctypes.c_int64(shared_bytes), cluster, seed=seed)
+        cases.run(
+            "run_case",
+            name.encode(),
+            given,
+            taken,
+            ctypes.c_int64(n),
+            sizes,
+            ctypes.c_int64(shared_bytes),
+            cluster,
+            seed=seed,
+        )
         return taken.tolist()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_index_of_grid_and_block_comes_once(cases, seed):
-    assert run(cases, "indices", size=2 * 3 * 2 * 24, n=2 * 3 * 2 * 24, grid=(2, 3, 2), block=(4, 3, 2), seed=seed) == list(range(288))
+    assert run(
+        cases, "indices", size=2 * 3 * 2 * 24, n=2 * 3 * 2 * 24, grid=(2, 3, 2), block=(4, 3, 2), seed=seed
+    ) == list(range(288))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -61,7 +85,9 @@ def test_warp_wide_words(cases, word, expected):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_parts_of_a_block_synchronise_alone(cases, seed):
-    assert run(cases, "halves_of_a_warp", size=32, block=(32, 1, 1), seed=seed) == [i ^ (1 if i < 16 else 2) for i in range(32)]
+    assert run(cases, "halves_of_a_warp", size=32, block=(32, 1, 1), seed=seed) == [
+        i ^ (1 if i < 16 else 2) for i in range(32)
+    ]
     assert run(cases, "warp_barriers", size=256, block=(256, 1, 1), seed=seed) == [1 + (i ^ 1) for i in range(256)]
     assert run(cases, "named_barriers", size=192, block=(96, 1, 1), seed=seed) == [1 + i // 64 for i in range(192)]
 
@@ -110,7 +136,9 @@ MISTAKES = (
 )
 
 
-@pytest.mark.parametrize(("name", "kind", "words", "options"), MISTAKES, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "kind", "words", "options"), MISTAKES, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_every_mistake_is_found(cases, name, kind, words, options):
     with pytest.raises(emulator.KernelError) as found:
         run(cases, name, **options)
@@ -131,6 +159,11 @@ def test_what_was_arrived_for_is_ordered(cases):
 
 
 def test_impossible_launches_are_refused_as_by_the_runtime(cases):
-    for options in ({"block": (1025, 1, 1)}, {"grid": (1, 65536, 1)}, {"shared_bytes": 1 << 20}, {"grid": (3, 1, 1), "cluster": 2}):
+    for options in (
+        {"block": (1025, 1, 1)},
+        {"grid": (1, 65536, 1)},
+        {"shared_bytes": 1 << 20},
+        {"grid": (3, 1, 1), "cluster": 2},
+    ):
         with pytest.raises(RuntimeError, match="cudaError_t 9"):
             run(cases, "indices", **options)

@@ -1,4 +1,4 @@
-"""The emulator is trusted after it has killed mutants: each mistake here, put into a kernel that is clean, must be found.
+"""The emulator is trusted after it has killed mutants: each mistake here, put into a clean kernel, must be found.
 
 A mutant is one replacement in the source; the mutated copy is compiled in front of the original. What it must be found
 by is named too: a report of that kind, or the comparison of the results where the mistake breaks no rule of memory.
@@ -37,26 +37,74 @@ DONE_BARRIER = "    __syncthreads();  // and may be overwritten\n"
 MUTANTS = (
     Mutant("missing barrier before reading", READY_BARRIER, "", ("pending copy", "uninitialised read", "race")),
     Mutant("missing barrier before overwriting", DONE_BARRIER, "", ("pending copy", "race")),
-    Mutant("missing barrier in the reduction", "  __syncthreads();\n  float total", "  float total", ("uninitialised read", "race")),
-    Mutant("barrier of a warp instead of the block", READY_BARRIER, "    __syncwarp();\n", ("pending copy", "uninitialised read", "race")),
-    Mutant("wrong tail predicate of the load", "inside = column < num_columns", "inside = column <= num_columns", ("out of bounds",)),
-    Mutant("wrong tail predicate of the store", "column < params.num_columns; column +=", "column <= params.num_columns; column +=",
-           ("out of bounds", "race")),  # the element behind a row is the next row's first
-    Mutant("tail left out", "column < params.num_columns; column +=", "column + 1 < params.num_columns; column +=", (WRONG_RESULT,)),
+    Mutant(
+        "missing barrier in the reduction",
+        "  __syncthreads();\n  float total",
+        "  float total",
+        ("uninitialised read", "race"),
+    ),
+    Mutant(
+        "barrier of a warp instead of the block",
+        READY_BARRIER,
+        "    __syncwarp();\n",
+        ("pending copy", "uninitialised read", "race"),
+    ),
+    Mutant(
+        "wrong tail predicate of the load",
+        "inside = column < num_columns",
+        "inside = column <= num_columns",
+        ("out of bounds",),
+    ),
+    Mutant(
+        "wrong tail predicate of the store",
+        "column < params.num_columns; column +=",
+        "column <= params.num_columns; column +=",
+        ("out of bounds", "race"),
+    ),  # the element behind a row is the next row's first
+    Mutant(
+        "tail left out",
+        "column < params.num_columns; column +=",
+        "column + 1 < params.num_columns; column +=",
+        (WRONG_RESULT,),
+    ),
     Mutant("wrong shuffle mask", "full_warp = 0xffffffffu", "full_warp = 0x0000ffffu", ("wrong lane mask",)),
     Mutant("shuffle over half of the warp", "lanes = 16", "lanes = 8", (WRONG_RESULT,)),
-    Mutant("int32 offset", "row * params.x_row_stride", "static_cast<int>(row) * static_cast<int>(params.x_row_stride)",
-           ("integer overflow",), row_stride=(1 << 30) + 64),
-    Mutant("uint32 offset", "row * params.x_row_stride", "static_cast<unsigned>(row * params.x_row_stride)",
-           ("out of bounds",), row_stride=(1 << 31) + 64),
-    Mutant("offset narrowed to int32", "row * params.x_row_stride", "static_cast<int>(row * params.x_row_stride)",
-           ("out of bounds",), row_stride=(1 << 31) + 64),
-    Mutant("uninitialised shared read", "if (threadIdx.x % 32 == 0) partial", "if (threadIdx.x % 64 == 0) partial", ("uninitialised read",)),
+    Mutant(
+        "int32 offset",
+        "row * params.x_row_stride",
+        "static_cast<int>(row) * static_cast<int>(params.x_row_stride)",
+        ("integer overflow",),
+        row_stride=(1 << 30) + 64,
+    ),
+    Mutant(
+        "uint32 offset",
+        "row * params.x_row_stride",
+        "static_cast<unsigned>(row * params.x_row_stride)",
+        ("out of bounds",),
+        row_stride=(1 << 31) + 64,
+    ),
+    Mutant(
+        "offset narrowed to int32",
+        "row * params.x_row_stride",
+        "static_cast<int>(row * params.x_row_stride)",
+        ("out of bounds",),
+        row_stride=(1 << 31) + 64,
+    ),
+    Mutant(
+        "uninitialised shared read",
+        "if (threadIdx.x % 32 == 0) partial",
+        "if (threadIdx.x % 64 == 0) partial",
+        ("uninitialised read",),
+    ),
     Mutant("wait dropped", "    ptx::cp_async_wait<1>();\n", "", ("pending copy",)),
     Mutant("waits for one group too few", "cp_async_wait<1>", "cp_async_wait<2>", ("pending copy",)),
-    Mutant("barrier in a branch", READY_BARRIER, "    if (threadIdx.x < 64) __syncthreads();\n    else __syncthreads();\n",
-           ("divergent barrier", "deadlock")),
-)  # fmt: skip
+    Mutant(
+        "barrier in a branch",
+        READY_BARRIER,
+        "    if (threadIdx.x < 64) __syncthreads();\n    else __syncthreads();\n",
+        ("divergent barrier", "deadlock"),
+    ),
+)
 
 
 def replaced(text, old, new):
@@ -122,20 +170,46 @@ class KernelMutant(NamedTuple):
 
 
 KERNEL_MUTANTS = (
-    KernelMutant("missing barrier", "reduce.cuh", "    __syncthreads();\n    return reduce_lanes<warps>", "    return reduce_lanes<warps>",
-                 ("uninitialised read", "race")),
-    KernelMutant("tail of a load", "vector.cuh", "if (at < end) v.word[i] |=", "if (at <= end) v.word[i] |=", ("out of bounds",)),
-    KernelMutant("tail of a store", "vector.cuh", "if (at < end) set_bits", "if (at <= end) set_bits", ("out of bounds", "race")),
-    KernelMutant("wrong shuffle mask", "reduce.cuh", "whole_warp = 0xFFFFFFFFu", "whole_warp = 0x0000FFFFu", ("wrong lane mask",)),
-    KernelMutant("int32 offset", "norm_rows.cuh", "row * rows.stride", "static_cast<int>(row * rows.stride)", ("out of bounds",)),
-    KernelMutant("uninitialised shared read", "reduce.cuh", "if (threadIdx.x % warp_size == 0) exchange",
-                 "if (threadIdx.x % (2 * warp_size) == 0) exchange", ("uninitialised read",)),
-    KernelMutant("misaligned rows taken as vectors", "vector.cuh", "% vector_bytes == 0 && cols", "% vector_bytes != 1 && cols",
-                 ("misaligned access",)),
-)  # fmt: skip
+    KernelMutant(
+        "missing barrier",
+        "reduce.cuh",
+        "    __syncthreads();\n    return reduce_lanes<warps>",
+        "    return reduce_lanes<warps>",
+        ("uninitialised read", "race"),
+    ),
+    KernelMutant(
+        "tail of a load", "vector.cuh", "if (at < end) v.word[i] |=", "if (at <= end) v.word[i] |=", ("out of bounds",)
+    ),
+    KernelMutant(
+        "tail of a store", "vector.cuh", "if (at < end) set_bits", "if (at <= end) set_bits", ("out of bounds", "race")
+    ),
+    KernelMutant(
+        "wrong shuffle mask", "reduce.cuh", "whole_warp = 0xFFFFFFFFu", "whole_warp = 0x0000FFFFu", ("wrong lane mask",)
+    ),
+    KernelMutant(
+        "int32 offset", "norm_rows.cuh", "row * rows.stride", "static_cast<int>(row * rows.stride)", ("out of bounds",)
+    ),
+    KernelMutant(
+        "uninitialised shared read",
+        "reduce.cuh",
+        "if (threadIdx.x % warp_size == 0) exchange",
+        "if (threadIdx.x % (2 * warp_size) == 0) exchange",
+        ("uninitialised read",),
+    ),
+    KernelMutant(
+        "misaligned rows taken as vectors",
+        "vector.cuh",
+        "% vector_bytes == 0 && cols",
+        "% vector_bytes != 1 && cols",
+        ("misaligned access",),
+    ),
+)
 MUTANT_NAMESPACE = "transfuse_mutant"
 # One dtype is enough, and compiles in a third of the time.
-FLOAT_ALONE = ("      return body(bf16{});\n    case DType::f16:\n      return body(f16{});\n", "    case DType::f16:\n")
+FLOAT_ALONE = (
+    "      return body(bf16{});\n    case DType::f16:\n      return body(f16{});\n",
+    "    case DType::f16:\n",
+)
 
 
 def _mutated_layer_norm(mutant):
@@ -156,7 +230,12 @@ def check_layer_norm(mode):
     """Rows of every kind: on vectors, with a tail, between alignments, far apart; one warp to a row and several."""
     with emulator.Memory() as memory:
         far = memory.strided("far", (3, 600), ((1 << 31) + 8, 1), torch.float32, "read-only")
-        inputs = [torch.randn(5, 600), torch.randn(5, 603), torch.randn(5 * 600 + 1)[1:].view(5, 600), far.copy_(torch.randn(3, 600))]
+        inputs = [
+            torch.randn(5, 600),
+            torch.randn(5, 603),
+            torch.randn(5 * 600 + 1)[1:].view(5, 600),
+            far.copy_(torch.randn(3, 600)),
+        ]
         for input in inputs:
             cols = input.shape[-1]
             with mode:

@@ -1,7 +1,8 @@
 """The CUDA kernels keep the contract: its promises about numerics, layout and invariance, run on the emulated kernels.
 
-Nothing here knows a bound or a family of inputs: transfuse.promises does, the same that `transfuse verify` runs on a GPU.
-Every access of every thread is checked on the way (README.md), in an order of blocks and threads that differs by promise.
+Nothing here knows a bound or a family of inputs: transfuse.promises does, the same that `transfuse verify` runs on a
+GPU. Every access of every thread is checked on the way (README.md), and the order of blocks and threads differs from
+promise to promise.
 """
 
 import zlib

@@ -29,8 +29,18 @@ def test_case(library, case, architecture):
         words = torch.from_numpy(case.words.view(np.int32).copy())
         given = memory.place("in", words, "read-only")
         taken = memory.place("out", torch.empty(len(case.expected), dtype=torch.int32), "uninitialised")
-        library.run("run_ptx_case", case.kernel.encode(), given, taken, ctypes.c_int64(case.n), case.grid, case.block,
-                    ctypes.c_int64(case.shared_bytes), case.cluster, tensor_core=architecture)  # fmt: skip
+        library.run(
+            "run_ptx_case",
+            case.kernel.encode(),
+            given,
+            taken,
+            ctypes.c_int64(case.n),
+            case.grid,
+            case.block,
+            ctypes.c_int64(case.shared_bytes),
+            case.cluster,
+            tensor_core=architecture,
+        )
         found = taken.numpy().view(np.uint32).copy()
     wrong = case.mistakes(found)
     assert not len(wrong), f"words {wrong[:8]}: {found[wrong[:8]]}, expected {case.expected[wrong[:8]]}"

@@ -118,7 +118,8 @@ __global__ void atomics(const __grid_constant__ Params p) {
 }
 
 __global__ void votes_of_a_block(const __grid_constant__ Params p) {
-  p.out[threadIdx.x] = __syncthreads_count(threadIdx.x % 5 == 0) + 1000 * __syncthreads_or(threadIdx.x == 7) + 2000 * __syncthreads_and(threadIdx.x < 7);
+  p.out[threadIdx.x] = __syncthreads_count(threadIdx.x % 5 == 0) + 1000 * __syncthreads_or(threadIdx.x == 7) +
+                       2000 * __syncthreads_and(threadIdx.x < 7);
 }
 
 // Each block writes its rank to its neighbour in the cluster, in static and in dynamic shared memory.
@@ -163,7 +164,9 @@ __global__ void race_between_warps(const __grid_constant__ Params p) {
   p.out[threadIdx.x] = values[63 - threadIdx.x];
 }
 
-__global__ void race_between_blocks(const __grid_constant__ Params p) { p.out[threadIdx.x] = static_cast<int>(blockIdx.x); }
+__global__ void race_between_blocks(const __grid_constant__ Params p) {
+  p.out[threadIdx.x] = static_cast<int>(blockIdx.x);
+}
 
 __global__ void shuffle_is_no_barrier(const __grid_constant__ Params p) {
   __shared__ int values[32];
@@ -309,10 +312,12 @@ __global__ void stops_itself(const __grid_constant__ Params) { __trap(); }
 
 }  // namespace
 
-#define CASE(kernel) \
-  if (std::strcmp(name, #kernel) == 0) return transfuse::cuda::launch(kernel, grid, block, shared_bytes, nullptr, params, cluster)
+#define CASE(kernel)                   \
+  if (std::strcmp(name, #kernel) == 0) \
+  return transfuse::cuda::launch(kernel, grid, block, shared_bytes, nullptr, params, cluster)
 
-extern "C" int run_case(const char* name, const int* in, int* out, int64_t n, const unsigned* sizes, int64_t shared_bytes, int cluster) {
+extern "C" int run_case(const char* name, const int* in, int* out, int64_t n, const unsigned* sizes,
+                        int64_t shared_bytes, int cluster) {
   const Params params{in, out, n};
   const dim3 grid(sizes[0], sizes[1], sizes[2]), block(sizes[3], sizes[4], sizes[5]);
   CASE(indices);

@@ -116,12 +116,12 @@ __global__ void clusters(const __grid_constant__ Params p) {
 
 }  // namespace
 
-#define CASE(name_of_case, kernel)           \
-  if (std::strcmp(name, name_of_case) == 0)  \
+#define CASE(name_of_case, kernel)          \
+  if (std::strcmp(name, name_of_case) == 0) \
   return transfuse::cuda::launch(kernel, dim3(grid), dim3(block), shared_bytes, nullptr, params, cluster)
 
-extern "C" int run_ptx_case(const char* name, const uint32_t* in, uint32_t* out, int64_t n, unsigned grid, unsigned block,
-                            int64_t shared_bytes, unsigned cluster) {
+extern "C" int run_ptx_case(const char* name, const uint32_t* in, uint32_t* out, int64_t n, unsigned grid,
+                            unsigned block, int64_t shared_bytes, unsigned cluster) {
   const Params params{in, out, n};
   CASE("exp2_approx", exp2_approx);
   CASE("reciprocal_approx", reciprocal_approx);
