@@ -1,45 +1,31 @@
 // masked_softmax: checks, allocation, threads. The arithmetic is kernels/cpu/masked_softmax.cpp.
 #include "allocate.h"
-#include "checks.h"
+#include "masked_softmax_checks.h"
 #include "parallel.h"
 
 #include "cpu/masked_softmax.h"
 
 #include <algorithm>
-#include <cmath>
 #include <tuple>
 #include <vector>
 
 namespace transfuse {
 namespace {
 
-constexpr const char* op = "masked_softmax";
+using masked_softmax::op;
+
 constexpr int64_t elements_per_task = 16384;  // below this a second thread costs more than it brings
 
 int64_t rows_per_task(int64_t keys) { return std::max<int64_t>(1, elements_per_task / std::max<int64_t>(1, keys)); }
 
-void check_scale(double scale) { check(std::isfinite(static_cast<float>(scale)), op, ": scale is ", scale, ", expected a finite float32"); }
-
-cpu::MaskKind mask_kind(const Tensor& mask, const Tensor& input) {
-  if (mask.scalar_type() == ScalarType::Bool) return cpu::MaskKind::keep;
-  if (mask.scalar_type() == input.scalar_type()) return cpu::MaskKind::additive;
-  check(mask.scalar_type() == ScalarType::Float, op, ": mask has dtype ", name_of(mask.scalar_type()), ", expected bool, ",
-        name_of(input.scalar_type()), " (input's) or float32");
-  return cpu::MaskKind::additive_f32;
-}
-
 // mask is expanded to input's shape (stride 0 where it is broadcast).
 Tensor masked_softmax_forward(Tensor input, std::optional<Tensor> mask, double scale, bool causal, bool bottom_right) {
-  check_cpu(op, "input", input);
+  masked_softmax::check_forward(input, mask, scale, causal, Backend::cpu);
   const int64_t dims = input.dim();
-  check(dims >= (causal ? 2 : 1), op, ": input has shape ", shape_of(input), ", expected at least ", causal ? 2 : 1, " dimensions");
-  check_scale(scale);
   cpu::MaskedSoftmaxParams p{};
-  p.dtype = kernel_dtype(op, "input", input);
+  p.dtype = dtype_of(input);
   if (mask) {
-    check_cpu(op, "mask", *mask);
-    check_same_shape(op, "mask", *mask, input, "input");
-    p.mask_kind = mask_kind(*mask, input);
+    p.mask_kind = masked_softmax::mask_kind<cpu::MaskKind>(*mask, input);
     p.mask = mask->const_data_ptr();
   }
   input = contiguous(op, input);
@@ -80,18 +66,9 @@ cpu::MaskedSoftmaxGradParams grad_params(const Tensor& grad_output, const Tensor
   return p;
 }
 
-void check_backward(const Tensor& grad_output, const Tensor& output) {
-  check_cpu(op, "output", output);
-  check_cpu(op, "grad_output", grad_output);
-  kernel_dtype(op, "output", output);
-  check_dtype(op, "grad_output", grad_output, output.scalar_type());
-  check(output.dim() >= 1, op, ": output has shape (), expected at least one dimension");
-  check_same_shape(op, "grad_output", grad_output, output, "output");
-}
-
 Tensor masked_softmax_backward(Tensor grad_output, Tensor output, double scale) {
-  check_backward(grad_output, output);
-  check_scale(scale);
+  masked_softmax::check_backward(grad_output, output, Backend::cpu);
+  masked_softmax::check_scale(scale);
   grad_output = contiguous(op, grad_output);
   output = contiguous(op, output);
   Tensor grad_input = empty_like_dense(op, output);
@@ -137,11 +114,8 @@ RowsOfMask group_rows(const Tensor& output, const Tensor& mask) {
 // rows in ascending order in double, whatever the number of threads. The result is float64 beside a float64 output, else
 // float32; the caller rounds to the mask's dtype.
 Tensor masked_softmax_mask_backward(Tensor grad_output, Tensor output, Tensor mask) {
-  check_backward(grad_output, output);
-  check(mask.dim() == output.dim(), op, ": mask has ", mask.dim(), " dimensions, expected ", output.dim(), " (output's)");
-  for (int64_t d = 0; d < mask.dim(); ++d)
-    check(mask.size(d) == output.size(d) || mask.size(d) == 1, op, ": mask has shape ", shape_of(mask),
-          ", expected one that broadcasts to ", shape_of(output), " (output's)");
+  masked_softmax::check_backward(grad_output, output, Backend::cpu);
+  masked_softmax::check_mask_backward(output, mask);
   grad_output = contiguous(op, grad_output);
   output = contiguous(op, output);
   const ScalarType result_type = output.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

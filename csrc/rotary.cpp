@@ -6,15 +6,16 @@
 #include <vector>
 
 #include "allocate.h"
-#include "checks.h"
 #include "parallel.h"
+#include "rotary_checks.h"
 
 namespace transfuse {
 namespace {
 
 using cpu::RotaryTensor;
 
-constexpr const char* op = "rotary";
+using rotary::op;
+
 constexpr int64_t min_elements_per_task = 16384;  // below this a second thread costs more than it brings
 
 int64_t grain(int64_t elements_per_row) {
@@ -32,36 +33,10 @@ RotaryTensor table_view(const char* argument, const Tensor& t) {
           kernel_dtype(op, argument, t)};
 }
 
-void check_rows(const char* argument, const Tensor& t) {
-  check_cpu(op, argument, t);
-  kernel_dtype(op, argument, t);
-  check(t.dim() == 4, op, ": ", argument, " has shape ", shape_of(t), ", expected 4 dimensions");
-}
-
-void check_table(const char* argument, const Tensor& t, const Tensor& input) {
-  check_cpu(op, argument, t);
-  const ScalarType type = input.scalar_type();
-  const bool half = type == ScalarType::Half || type == ScalarType::BFloat16;
-  check(t.scalar_type() == type || (half && t.scalar_type() == ScalarType::Float), op, ": ", argument, " has dtype ",
-        name_of(t.scalar_type()), ", expected ", name_of(type), " (input's)", half ? " or float32" : "");
-  const int64_t dim = t.dim();
-  const bool fits = (dim == 2 || (dim == 3 && (t.size(0) == 1 || t.size(0) == input.size(0)))) &&
-      t.size(dim - 2) == input.size(2) && 2 * t.size(dim - 1) <= input.size(3);
-  check(fits, op, ": ", argument, " has shape ", shape_of(t), ", expected [L, R/2] or [B, L, R/2], R <= D, of input's ",
-        shape_of(input));
-}
-
-// Dense, and laid out as the input is: the heads of one token together where they are together there.
-bool heads_lie_together(const Tensor& input) { return input.stride(1) < input.stride(2); }
-
 Tensor rotary_forward(const Tensor input, const Tensor cos, const Tensor sin, bool interleaved, bool inverse) {
-  check_rows("input", input);
-  check_table("cos", cos, input);
-  check_table("sin", sin, input);
-  check_same_shape(op, "sin", sin, cos, "cos");
-  check_dtype(op, "sin", sin, cos.scalar_type());
+  rotary::check_forward(input, cos, sin, Backend::cpu);
   const int64_t batch = input.size(0), heads = input.size(1), length = input.size(2), head_dim = input.size(3);
-  const bool together = heads_lie_together(input);
+  const bool together = rotary::heads_lie_together(input);
   const std::vector<int64_t> shape = together ? std::vector<int64_t>{batch, length, heads, head_dim}
                                               : std::vector<int64_t>{batch, heads, length, head_dim};
   Tensor output = empty_cpu(op, shape, input.scalar_type());
@@ -89,11 +64,7 @@ Tensor rotary_forward(const Tensor input, const Tensor cos, const Tensor sin, bo
 // Gradients of cos and sin. (That of the input is rotary_forward of grad_output, by the negative angle.)
 std::tuple<Tensor, Tensor> rotary_backward(const Tensor grad_output, const Tensor input, const Tensor cos,
                                            bool interleaved, bool inverse) {
-  check_rows("input", input);
-  check_rows("grad_output", grad_output);
-  check_dtype(op, "grad_output", grad_output, input.scalar_type());
-  check_same_shape(op, "grad_output", grad_output, input, "input");
-  check_table("cos", cos, input);
+  rotary::check_backward(grad_output, input, cos, Backend::cpu);
   const Tensor grad_cos = empty_like_dense(op, cos), grad_sin = empty_like_dense(op, cos);
   if (cos.numel() == 0) return {grad_cos, grad_sin};
 

@@ -141,7 +141,7 @@ struct Largest {
   int any;      // whether there is one
 };
 __device__ __forceinline__ Largest shuffle_xor(Largest x, int lane_mask) {
-  return {shuffle_xor(x.score, lane_mask), __shfl_xor_sync(whole_warp, x.any, lane_mask)};
+  return {__shfl_xor_sync(whole_warp, x.score, lane_mask), __shfl_xor_sync(whole_warp, x.any, lane_mask)};
 }
 struct LargestOf {
   __device__ __forceinline__ Largest operator()(Largest a, Largest b) const {
