@@ -7,7 +7,9 @@ Tensors stay on the CPU, so all of transfuse's checks and promises run on the CU
 a raw op that has an emulated kernel goes there, every other op runs as it always does.
 """
 
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import emulator
@@ -46,16 +48,23 @@ def _schemas(namespace):
 
 
 def compiled(stem, namespace="transfuse_emulated", kernels=None, include=()):
-    """Path of the library of one op, whose loading registers its raw ops under torch.ops.<namespace>."""
-    _schemas(namespace)
+    """Path of the library of one op, for load()."""
     shipped, host = sources_of(stem)
     return emulator.compiled(stem, kernels or shipped, host, include, namespace)
 
 
+def load(path, namespace="transfuse_emulated"):
+    """The library, whose loading registers its raw ops under torch.ops.<namespace>."""
+    _schemas(namespace)
+    return emulator.load(path)
+
+
 @lru_cache(maxsize=None)
-def library(stem):
-    emulator.core()
-    return emulator.Library(compiled(stem))
+def libraries():
+    """stem -> its library, all compiled side by side."""
+    emulator.core_path()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return {stem: load(path) for stem, path in zip(EMULATED, pool.map(compiled, EMULATED), strict=True)}
 
 
 class EmulatedKernels(TorchDispatchMode):
@@ -75,7 +84,7 @@ class EmulatedKernels(TorchDispatchMode):
         stem = next((stem for stem in EMULATED if name.removeprefix("add_").startswith(f"{stem}_")), None)
         if namespace != "transfuse" or stem is None:
             return function(*args, **(kwargs or {}))
-        served_by = self.library or library(stem)
+        served_by = self.library or libraries()[stem]
         self.calls += 1
         names = [argument.name for argument in function._schema.arguments]
         with emulator.Memory() as memory, served_by.watched(self.seed):

@@ -153,8 +153,12 @@ def _search(*folders):
 
 def library(name, sources, **options):
     """The library of compiled(), loaded."""
+    return load(compiled(name, sources, **options))
+
+
+def load(path):
     core()
-    return Library(compiled(name, sources, **options))
+    return Library(path)
 
 
 class Library:

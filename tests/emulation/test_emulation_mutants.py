@@ -116,11 +116,11 @@ def _library(mutant):
     folder = emulator.BUILD / "mutants" / mutant.name.replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sample.cu").write_text(replaced((emulator.ROOT / SAMPLE).read_text(), mutant.old, mutant.new))
-    return emulator.library("sample_mutant", [folder / "sample.cu"])
+    return emulator.compiled("sample_mutant", [folder / "sample.cu"])
 
 
 def side_by_side(build, mutants):
-    emulator.core()
+    emulator.core_path()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(mutants, pool.map(build, mutants), strict=True))
 
@@ -153,8 +153,9 @@ def test_the_sample_is_clean(row_stride, seed):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_mutant_is_killed(mutated, mutant, seed):
+    library = emulator.load(mutated[mutant])
     with pytest.raises(emulator.KernelError) as found:
-        run(mutated[mutant], mutant.row_stride, seed)
+        run(library, mutant.row_stride, seed)
     assert found.value.kind in mutant.kinds, str(found.value)
 
 
@@ -253,7 +254,7 @@ def test_layer_norm_as_it_ships_passes_what_its_mutants_must_not():
 @pytest.mark.parametrize("mutant", KERNEL_MUTANTS, ids=lambda mutant: mutant.name)
 @pytest.mark.filterwarnings("ignore:.*[Oo]verriding a previously registered kernel")
 def test_mutant_of_layer_norm_is_killed(mutated_kernels, mutant):
-    loaded = emulator.Library(mutated_kernels[mutant])  # registers in front of the mutant before it
+    loaded = emulated_ops.load(mutated_kernels[mutant], MUTANT_NAMESPACE)  # registers in front of the mutant before it
     for seed in (0, 1):
         with pytest.raises(emulator.KernelError) as found:
             check_layer_norm(emulated_ops.EmulatedKernels(seed, MUTANT_NAMESPACE, loaded))
