@@ -72,12 +72,14 @@ class EmulatedKernels(TorchDispatchMode):
 
     Args:
         seed: of the order of blocks and threads; 0 is the ascending one.
+        blocks_at_ends: n > 0 runs only the first and the last n blocks of every grid.
         namespace, library: a namespace other than that of kernels/cuda, and what serves it; mutants have their own.
     """
 
-    def __init__(self, seed=0, namespace="transfuse_emulated", library=None):
+    def __init__(self, seed=0, namespace="transfuse_emulated", library=None, blocks_at_ends=0):
         super().__init__()
-        self.seed, self.namespace, self.library, self.calls = seed, namespace, library, 0
+        self.seed, self.namespace, self.library, self.blocks_at_ends = seed, namespace, library, blocks_at_ends
+        self.calls = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         namespace, _, name = function.name().partition("::")
@@ -87,7 +89,7 @@ class EmulatedKernels(TorchDispatchMode):
         served_by = self.library or libraries()[stem]
         self.calls += 1
         names = [argument.name for argument in function._schema.arguments]
-        with emulator.Memory() as memory, served_by.watched(self.seed):
+        with emulator.Memory() as memory, served_by.watched(self.seed, blocks_at_ends=self.blocks_at_ends):
             given = [
                 memory.place(name, value, "read-only") if isinstance(value, torch.Tensor) else value
                 for name, value in zip(names, args, strict=True)

@@ -143,8 +143,9 @@ def compiled(name, sources, host_sources=(), include=(), namespace="emulated"):
     headers = [*ours, *sorted(kernels.rglob("*.*h")), *sorted(host.glob("*.h"))]
     compilations += [(ROOT / source, flags, headers) for source in host_sources]
     torch_libraries = Path(torch.__file__).parent / "lib"
+    wrapped = [f"-Wl,--wrap={function}" for function in ("memcpy", "memmove", "memset")]
     link = [f"-L{torch_libraries}", f"-Wl,-rpath,{torch_libraries}", "-ltorch_cpu", "-lc10"] if host_sources else []
-    return _linked(name, compilations, [core_path(), *link])
+    return _linked(name, compilations, [core_path(), *link, *wrapped])
 
 
 def _search(*folders):
@@ -187,9 +188,14 @@ class Library:
             raise RuntimeError(f"{function} returned cudaError_t {status}")
 
     @contextmanager
-    def watched(self, seed=0, tensor_core=80):
-        """Launches in here run in this order; what the emulator finds wrong is raised at the end, as KernelError."""
+    def watched(self, seed=0, tensor_core=80, blocks_at_ends=0):
+        """Launches in here run in this order; what the emulator finds wrong is raised at the end, as KernelError.
+
+        Args:
+            blocks_at_ends: n > 0 runs only the first and the last n blocks of every grid.
+        """
         emulator = core()
+        emulator.emulation_set_blocks_at_ends(ctypes.c_uint64(blocks_at_ends))
         emulator.emulation_set_order(ctypes.c_uint64(seed))
         assert emulator.emulation_set_tensor_core(tensor_core) == 0, f"no model of the tensor cores of sm_{tensor_core}"
         emulator.emulation_clear_report()
@@ -250,6 +256,8 @@ class Memory:
     Contents: "read-only" may not be written, "uninitialised" not be read before it is written.
     """
 
+    in_use = set()  # addresses of tensors placed by any Memory
+
     def __init__(self):
         self._placed = []
 
@@ -259,12 +267,13 @@ class Memory:
     def __exit__(self, *_):
         for address, *_ in self._placed:
             core().emulation_forget(ctypes.c_size_t(address))
+            Memory.in_use.discard(address)
         self._placed.clear()
 
     def place(self, name, tensor, contents):
-        """A copy with the same strides and the same alignment, in memory of its own. None stays None."""
-        if tensor is None:
-            return None
+        """A copy with the same strides and the same alignment, in memory of its own; itself where it lies in such."""
+        if tensor.data_ptr() in Memory.in_use:
+            return tensor
         placed = self.strided(
             name, tensor.shape, tensor.stride(), tensor.dtype, contents, tensor.data_ptr() % ALIGNMENT
         )
@@ -302,6 +311,7 @@ class Memory:
             ctypes.c_void_p(marks_at),
         )
         self._placed.append((address, pages, marks))
+        Memory.in_use.add(address)
         return placed
 
 

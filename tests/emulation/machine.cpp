@@ -259,8 +259,10 @@ int launch(const Launch& launch) {
   const uint64_t num_clusters = static_cast<uint64_t>(launch.grid.x) / launch.cluster * launch.grid.y * launch.grid.z;
   machine.num_blocks = launch.cluster;
   while (machine.blocks.size() < launch.cluster) machine.blocks.push_back(std::make_unique<Block>());
-  std::vector<uint32_t> order(num_clusters);
+  const uint64_t ends = machine.blocks_at_ends;
+  std::vector<uint32_t> order(ends > 0 ? std::min(num_clusters, 2 * ends) : num_clusters);
   std::iota(order.begin(), order.end(), 0u);
+  if (order.size() < num_clusters) std::iota(order.begin() + ends, order.end(), static_cast<uint32_t>(num_clusters - ends));
   shuffle_order(order);
   for (const uint64_t cluster : order) {
     machine.cluster_epoch = machine.epoch + 1;
@@ -288,6 +290,8 @@ extern "C" {
 
 const char* emulation_report() { return emulation::machine.report.c_str(); }
 void emulation_clear_report() { emulation::machine.report.clear(); }
+// n > 0: of every grid only the first and the last n clusters run, for sizes that no CPU goes through.
+void emulation_set_blocks_at_ends(uint64_t n) { emulation::machine.blocks_at_ends = n; }
 // 0: blocks and threads in ascending order; else in an order drawn from the seed.
 void emulation_set_order(uint64_t seed) { emulation::machine.seed = seed; }
 }

@@ -146,6 +146,7 @@ struct Machine {
   std::byte* stacks = nullptr;
   uint32_t epoch = 0, launch_epoch = 0, cluster_epoch = 0;
   uint64_t seed = 0;
+  uint64_t blocks_at_ends = 0;  // run only so many clusters at either end of a grid; 0: all
   std::string report;
 };
 

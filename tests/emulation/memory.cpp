@@ -192,7 +192,8 @@ struct Visit {
                         place(reinterpret_cast<const void*>(machine.library->base + entry.writer_pc)) +
                         " and has not waited for; it " + verb(access),
                     pc);
-      const bool is_written = location.region ? written_before || writer : concerns(writer);
+      // Where not all blocks run, what the others would have written is not there.
+      const bool is_written = location.region ? written_before || writer || machine.blocks_at_ends > 0 : concerns(writer);
       if (access == Access::read && !is_written)
         fail_access("uninitialised read", location, address, bytes, access, ", which nothing has written yet", pc);
       if (concerns(writer) && !(access == Access::atomic && writer.is_atomic()) && !happened_before(writer))
@@ -447,6 +448,21 @@ TRANSFUSE_ACCESS(16)
 #undef TRANSFUSE_ACCESS
 void __tsan_read_range(void* p, size_t bytes) { look(p, bytes, Access::read, __builtin_return_address(0)); }
 void __tsan_write_range(void* p, size_t bytes) { look(p, bytes, Access::write, __builtin_return_address(0)); }
+// Kernel libraries are linked with --wrap: the sanitizer leaves these calls alone.
+void* __wrap_memcpy(void* to, const void* from, size_t bytes) {
+  look(from, bytes, Access::read, __builtin_return_address(0));
+  look(to, bytes, Access::write, __builtin_return_address(0));
+  return std::memcpy(to, from, bytes);
+}
+void* __wrap_memmove(void* to, const void* from, size_t bytes) {
+  look(from, bytes, Access::read, __builtin_return_address(0));
+  look(to, bytes, Access::write, __builtin_return_address(0));
+  return std::memmove(to, from, bytes);
+}
+void* __wrap_memset(void* to, int value, size_t bytes) {
+  look(to, bytes, Access::write, __builtin_return_address(0));
+  return std::memset(to, value, bytes);
+}
 // Guards of function statics in launchers.
 char __tsan_atomic8_load(const volatile char* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
 int __tsan_atomic32_load(const volatile int* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }

@@ -72,3 +72,36 @@ def test_rows_further_apart_than_an_int32_counts(dtype):
         with emulated_ops.EmulatedKernels():
             for op in (transfuse.layer_norm, transfuse.rms_norm):
                 assert torch.equal(op(far, (cols,)), op(far.contiguous(), (cols,))), op.__name__
+
+
+ROWS_AT_ENDS, BLOCKS_AT_ENDS = 16, 2
+
+
+def _huge_calls(cols):
+    """Op by op: a call on rows of `cols`, which takes every row alone."""
+    weight = torch.linspace(0.5, 1.5, cols).bfloat16()
+    cos, sin = torch.randn(2, 1, cols // 2).bfloat16()
+    return {
+        "layer_norm": lambda x: transfuse.layer_norm(x, (cols,), weight, weight),
+        "rms_norm": lambda x: transfuse.rms_norm(x, (cols,), weight),
+        "gelu": lambda x: transfuse.gelu(x),
+        "masked_softmax": lambda x: transfuse.masked_softmax(x),
+        "rotary": lambda x: transfuse.rotary(x.unsqueeze(1), cos, sin).squeeze(1),
+    }
+
+
+@pytest.mark.parametrize("stem", emulated_ops.EMULATED)
+def test_more_elements_than_an_int32_counts(stem):
+    """The first and the last rows of a tensor that is not there in between, by the blocks at the grid's ends alone."""
+    cols = 2048
+    rows = (1 << 31) // cols + 100
+    call = _huge_calls(cols)[stem]
+    with emulator.Memory() as memory:
+        huge = memory.strided("huge", (rows, cols), (cols, 1), torch.bfloat16, "read-only")
+        for ends in (slice(0, ROWS_AT_ENDS), slice(rows - ROWS_AT_ENDS, rows)):
+            huge[ends] = torch.randn(ROWS_AT_ENDS, cols)
+        with emulated_ops.EmulatedKernels(blocks_at_ends=BLOCKS_AT_ENDS):
+            output = call(huge)
+        with emulated_ops.EmulatedKernels():
+            for row in (0, rows - 1):
+                assert torch.equal(output[row], call(huge[row : row + 1].clone())[0]), f"row {row}"
