@@ -30,7 +30,7 @@ OPS = (
         (["verify", "--op", "gelu", "--section", "6"], "transfuse verify: --op, --dtype and --section select no promise"),
         (
             ["verify", "--backend", "cuda"],
-            "transfuse verify: --backend is 'cuda', which is not available: the CUDA kernels are not built yet",
+            "transfuse verify: --backend is 'cuda', which is not available: this torch is built without CUDA",
         ),
         (["verify", "--device", "tpu"], "transfuse verify: --device is 'tpu', expected cpu, cuda or cuda:<index>"),
         (["bench", "--device", "cpu:9"], "transfuse bench: --device is 'cpu:9', expected cpu, cuda or cuda:<index>"),

@@ -18,6 +18,8 @@ CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 RAW_OPS = (
     "layer_norm_forward", "add_layer_norm_forward", "layer_norm_backward",
     "rms_norm_forward", "add_rms_norm_forward", "rms_norm_backward",
+    "gelu_forward", "gelu_backward", "rotary_forward", "rotary_backward",
+    "masked_softmax_forward", "masked_softmax_backward", "masked_softmax_mask_backward",
 )  # fmt: skip
 
 
@@ -34,17 +36,27 @@ def _refusal(name, *arguments):
 
 
 X = torch.zeros(3, 5)
-NORM_REFUSALS = (
+ROWS = torch.zeros(2, 3, 4, 8)
+TABLE = torch.zeros(4, 4)
+REFUSALS = (
     ("layer_norm_forward", (X, torch.ones(4), None, 1, 1e-5), "layer_norm: weight has shape (4,), expected the last dimensions of input's (3, 5)"),
     ("layer_norm_forward", (X.double(), None, None, 1, 1e-5), "layer_norm: input has dtype float64, expected float32, bfloat16 or float16"),
     ("layer_norm_forward", (X, None, None, 3, 1e-5), "layer_norm: normalized_ndim is 3, expected 1 to 2 (input's number of dimensions)"),
     ("layer_norm_forward", (X, None, None, 1, 1e-5), "layer_norm: input is on another device, expected cuda"),
     ("rms_norm_forward", (X, torch.ones(5).half(), 1, 1e-5), "rms_norm: weight has dtype float16, expected float32"),
     ("rms_norm_backward", (X, None, X, None, 1, 1e-5, True, True), "rms_norm_backward: input is on another device, expected cuda"),
+    ("gelu_forward", (X, torch.zeros(4), False), "gelu: bias has shape (4,), expected (5,) (input's last dimension)"),
+    ("gelu_backward", (X.half(), X, None, False, False), "gelu: grad_output has dtype float16, expected float32"),
+    ("gelu_forward", (X, None, False), "gelu: input is on another device, expected cuda"),
+    ("masked_softmax_forward", (X, X[:2], 1.0, False, False), "masked_softmax: mask has shape (2, 5), expected (3, 5) (input's)"),
+    ("masked_softmax_forward", (X, None, float("inf"), False, False), "masked_softmax: scale is inf, expected a finite float32"),
+    ("masked_softmax_backward", (X, X, 1.0), "masked_softmax: output is on another device, expected cuda"),
+    ("rotary_forward", (ROWS, TABLE[:3], TABLE, False, False), "rotary: input is on another device, expected cuda"),
+    ("rotary_forward", (ROWS[0], TABLE, TABLE, False, False), "rotary: input has shape (3, 4, 8), expected 4 dimensions"),
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name,arguments,text", NORM_REFUSALS)
+@pytest.mark.parametrize("name,arguments,text", REFUSALS)
 def test_arguments_are_checked_without_a_gpu(name, arguments, text):
     assert _refusal(name, *arguments) == text
 
