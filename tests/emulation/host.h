@@ -29,7 +29,7 @@ inline AOTITorchError empty_strided(int64_t dims, const int64_t* sizes, const in
   aoti_torch_get_data_ptr(*made, &data);
   aoti_torch_get_numel(*made, &elements);
   const size_t bytes = static_cast<size_t>(elements) * aoti_torch_dtype_element_size(dtype);
-  constexpr size_t touched_bytes = size_t{1} << 28;  // beyond, memory that is not touched is not there
+  constexpr size_t touched_bytes = size_t{1} << 28;            // beyond, memory that is not touched is not there
   if (bytes <= touched_bytes) std::memset(data, 0xff, bytes);  // NaN in every dtype
   emulation_register_made(reinterpret_cast<uintptr_t>(data), bytes, 2);
   return error;

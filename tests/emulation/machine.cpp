@@ -262,7 +262,8 @@ int launch(const Launch& launch) {
   const uint64_t ends = machine.blocks_at_ends;
   std::vector<uint32_t> order(ends > 0 ? std::min(num_clusters, 2 * ends) : num_clusters);
   std::iota(order.begin(), order.end(), 0u);
-  if (order.size() < num_clusters) std::iota(order.begin() + ends, order.end(), static_cast<uint32_t>(num_clusters - ends));
+  if (order.size() < num_clusters)
+    std::iota(order.begin() + ends, order.end(), static_cast<uint32_t>(num_clusters - ends));
   shuffle_order(order);
   for (const uint64_t cluster : order) {
     machine.cluster_epoch = machine.epoch + 1;

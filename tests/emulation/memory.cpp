@@ -193,7 +193,8 @@ struct Visit {
                         " and has not waited for; it " + verb(access),
                     pc);
       // Where not all blocks run, what the others would have written is not there.
-      const bool is_written = location.region ? written_before || writer || machine.blocks_at_ends > 0 : concerns(writer);
+      const bool is_written =
+          location.region ? written_before || writer || machine.blocks_at_ends > 0 : concerns(writer);
       if (access == Access::read && !is_written)
         fail_access("uninitialised read", location, address, bytes, access, ", which nothing has written yet", pc);
       if (concerns(writer) && !(access == Access::atomic && writer.is_atomic()) && !happened_before(writer))

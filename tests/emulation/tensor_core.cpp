@@ -3,7 +3,9 @@
 // How a tensor core adds: it takes the products of `block` steps of k exactly, aligns them and the accumulator to the
 // largest exponent, cuts each off `extra_bits` below float32's last place, adds the rest exactly and cuts the sum off
 // to float32. Figures per architecture from F. A. Khattak and M. Mikaitis, Accurate Models of NVIDIA Tensor Cores,
-// 2025, https://arxiv.org/abs/2512.07004, whose models agree bit for bit with the devices on their random inputs.
+// 2025, https://arxiv.org/abs/2512.07004. Compared once with what they measured (model_validation of
+// github.com/north-numerical-computing/MATLAB-tensor-core): 5000 sums each of f16, bf16 and tf32 on an A100 and on an
+// H100, all 30,000 equal bit for bit.
 #include <algorithm>
 #include <bit>
 #include <cmath>

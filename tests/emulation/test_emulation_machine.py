@@ -103,6 +103,28 @@ def test_blocks_of_a_cluster_write_each_others_shared_memory(cases, seed):
     assert found == [11 * (block // 4 * 4 + (block - 1) % 4) for block in range(8)]
 
 
+def test_conversions_of_the_16_bit_types(cases):
+    """All of them widened; floats around every value and every tie rounded. NaN is 0x7fff, as on the device."""
+    every = torch.arange(1 << 16, dtype=torch.int32)
+    words = every.short()
+    grid = ((1 << 16) // 1024, 1, 1)
+    wide = torch.tensor(run(cases, "widenings", every, 1 << 17, 1 << 16, grid, (1024, 1, 1)), dtype=torch.int32)
+    as_half, as_bfloat = wide.view(torch.float32).view(-1, 2).unbind(1)
+    assert torch.equal(as_half.nan_to_num(7.0), words.view(torch.float16).float().nan_to_num(7.0))
+    assert torch.equal(as_bfloat.nan_to_num(7.0), words.view(torch.bfloat16).float().nan_to_num(7.0))
+
+    half = words.view(torch.float16).double()
+    ties = ((half + half.roll(1)) / 2).float().view(torch.int32)  # neighbours in the order of their bits
+    floats = torch.cat([every << 16, (every << 16) + 0x8000, half.float().view(torch.int32), ties])
+    floats = torch.cat([floats - 1, floats, floats + 1])
+    size = floats.numel()
+    found = torch.tensor(run(cases, "roundings", floats, size, size, (size // 1024, 1, 1), (1024, 1, 1)))
+    value = floats.view(torch.float32)
+    for shift, dtype in ((0, torch.float16), (16, torch.bfloat16)):
+        expected = value.to(dtype).view(torch.int16).int() & 0xFFFF
+        assert torch.equal(found >> shift & 0xFFFF, torch.where(value.isnan(), 0x7FFF, expected)), dtype
+
+
 MISTAKES = (
     # kernel, words of the report, options
     ("race_in_shared", "race: ", "4 bytes of shared memory, values +", {}),

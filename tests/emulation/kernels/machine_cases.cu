@@ -1,4 +1,7 @@
 // Kernels of a few lines for test_emulation_machine.py: one feature of the machine, or one mistake, each.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cstring>
 
 #include "cuda/launch.cuh"
@@ -134,6 +137,25 @@ __global__ void clusters(const __grid_constant__ Params p) {
   }
   ptx::cluster_sync();
   if (threadIdx.x == 0) p.out[blockIdx.x] = from_neighbour + dynamic[0];
+}
+
+// Of each float: half below, bfloat16 above.
+__global__ void roundings(const __grid_constant__ Params p) {
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (at >= p.n) return;
+  const float value = __int_as_float(p.in[at]);
+  const unsigned low = __half_as_ushort(__float2half_rn(value)),
+                 high = __bfloat16_as_ushort(__float2bfloat16_rn(value));
+  p.out[at] = static_cast<int>(low | high << 16);
+}
+
+// Of each 16-bit word: as half, then as bfloat16, as floats.
+__global__ void widenings(const __grid_constant__ Params p) {
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (at >= p.n) return;
+  const auto bits = static_cast<unsigned short>(p.in[at]);
+  p.out[2 * at] = __float_as_int(__half2float(__ushort_as_half(bits)));
+  p.out[2 * at + 1] = __float_as_int(__bfloat162float(__ushort_as_bfloat16(bits)));
 }
 
 // ---- what must be found ----
@@ -331,6 +353,8 @@ extern "C" int run_case(const char* name, const int* in, int* out, int64_t n, co
   CASE(atomics);
   CASE(votes_of_a_block);
   CASE(clusters);
+  CASE(roundings);
+  CASE(widenings);
   CASE(race_in_shared);
   CASE(race_after_read);
   CASE(race_between_warps);
