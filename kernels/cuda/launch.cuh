@@ -30,20 +30,21 @@ constexpr size_t shared_bytes_unasked = 48 * 1024;
    cluster_blocks: neighbours along x that share their shared memory (sm_90 and later); the grid is a multiple of it.
    Returns what the launch said; what the kernel does wrong shows at a later call, as always in CUDA. */
 template <typename Params>
-cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, const Params& params,
-                   unsigned cluster_blocks = 1) {
+cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   const Params& params, unsigned cluster_blocks = 1) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
 #ifdef TRANSFUSE_EMULATION
   static_cast<void>(stream);
   const auto invoke = [](void* function, const void* values) {
     reinterpret_cast<void (*)(Params)>(function)(*static_cast<const Params*>(values));
   };
-  return static_cast<cudaError_t>(
-      ::emulation::launch({reinterpret_cast<void*>(kernel), invoke, &params, grid, block, cluster_blocks, shared_bytes}));
+  return static_cast<cudaError_t>(::emulation::launch(
+      {reinterpret_cast<void*>(kernel), invoke, &params, grid, block, cluster_blocks, shared_bytes}));
 #else
   if (shared_bytes > shared_bytes_unasked) {
-    const cudaError_t refused = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                     static_cast<int>(shared_bytes));
+    const cudaError_t refused =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_bytes));
     if (refused != cudaSuccess) return refused;
   }
   cudaLaunchAttribute cluster{};

@@ -24,8 +24,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 // ---- cp.async: global to shared memory, past the registers ----
 
-// Bytes (4, 8 or 16) to an address of shared memory; both aligned to Bytes. Of the source only source_bytes are read, the
-// rest is zero. Nothing may touch the target before cp_async_wait and, in other threads, a barrier after it.
+// Bytes (4, 8 or 16) to an address of shared memory; both aligned to Bytes. Of the source only source_bytes are read,
+// the rest is zero. Nothing may touch the target before cp_async_wait and, in other threads, a barrier after it.
 template <int Bytes>
 __device__ __forceinline__ void cp_async(void* shared, const void* global, int source_bytes = Bytes) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");
@@ -33,9 +33,12 @@ __device__ __forceinline__ void cp_async(void* shared, const void* global, int s
   ::emulation::copy_async(shared, global, Bytes, source_bytes);
 #else
   if constexpr (Bytes == 16)  // .cg: past L1, only in this size
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(source_bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(source_bytes)
+                 : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global), "n"(Bytes), "r"(source_bytes)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global), "n"(Bytes),
+                 "r"(source_bytes)
                  : "memory");
 #endif
 }
@@ -62,7 +65,8 @@ __device__ __forceinline__ void cp_async_wait() {
 // ---- ldmatrix: 8x8 matrices of 16-bit elements from shared memory into mma's fragments ----
 
 // Lane i gives the address of row i % 8 of matrix i / 8 (16 bytes, aligned) and receives of each matrix elements
-// (i / 4, 2 * (i % 4)) and the one to its right; Transposed: the one below, of the transposed matrix. All lanes call it.
+// (i / 4, 2 * (i % 4)) and the one to its right; Transposed: the one below, of the transposed matrix. All lanes call
+// it.
 template <int Matrices, bool Transposed = false>
 __device__ __forceinline__ void ldmatrix(uint32_t (&registers)[Matrices], const void* row TRANSFUSE_SITE) {
   static_assert(Matrices == 1 || Matrices == 2 || Matrices == 4, "ldmatrix loads 1, 2 or 4 matrices");
@@ -73,53 +77,76 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&registers)[Matrices], const 
   if constexpr (Matrices == 1 && !Transposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(registers[0]) : "r"(address) : "memory");
   if constexpr (Matrices == 1 && Transposed)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(registers[0]) : "r"(address) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
+                 : "=r"(registers[0])
+                 : "r"(address)
+                 : "memory");
   if constexpr (Matrices == 2 && !Transposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(registers[0]), "=r"(registers[1]) : "r"(address) : "memory");
+                 : "=r"(registers[0]), "=r"(registers[1])
+                 : "r"(address)
+                 : "memory");
   if constexpr (Matrices == 2 && Transposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(registers[0]), "=r"(registers[1]) : "r"(address) : "memory");
+                 : "=r"(registers[0]), "=r"(registers[1])
+                 : "r"(address)
+                 : "memory");
   if constexpr (Matrices == 4 && !Transposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3]) : "r"(address) : "memory");
+                 : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+                 : "r"(address)
+                 : "memory");
   if constexpr (Matrices == 4 && Transposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3]) : "r"(address) : "memory");
+                 : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+                 : "r"(address)
+                 : "memory");
 #endif
 }
 
 // ---- mma.sync: d += a * b of one warp, float32 accumulators ----
 
-// a: 16x16 by rows, b: 16x8 by columns, d: 16x8. Element pairs of a lie at rows i / 4 (+ 8 in registers 1 and 3) and columns
-// 2 * (i % 4) (+ 8 in registers 2 and 3); of b at rows 2 * (i % 4) (+ 8 in register 1) and column i / 4; of d at rows
-// i / 4 (+ 8 in 2 and 3) and columns 2 * (i % 4) (+ 1 in 1 and 3).
-__device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] TRANSFUSE_SITE) {
+// a: 16x16 by rows, b: 16x8 by columns, d: 16x8. Element pairs of a lie at rows i / 4 (+ 8 in registers 1 and 3) and
+// columns 2 * (i % 4) (+ 8 in registers 2 and 3); of b at rows 2 * (i % 4) (+ 8 in register 1) and column i / 4; of d
+// at rows i / 4 (+ 8 in 2 and 3) and columns 2 * (i % 4) (+ 1 in 1 and 3).
+__device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4],
+                                                 const uint32_t (&b)[2] TRANSFUSE_SITE) {
 #ifdef TRANSFUSE_EMULATION
   ::emulation::multiply_accumulate(::emulation::Operand::f16, d, a, b, site);
 #else
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
 
-__device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] TRANSFUSE_SITE) {
+__device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4],
+                                                  const uint32_t (&b)[2] TRANSFUSE_SITE) {
 #ifdef TRANSFUSE_EMULATION
   ::emulation::multiply_accumulate(::emulation::Operand::bf16, d, a, b, site);
 #else
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
 
-// tf32 has k = 8 and one element per register: a at rows i / 4 (+ 8 in 1 and 3), columns i % 4 (+ 4 in 2 and 3); b at rows
-// i % 4 (+ 4 in 1), column i / 4. The operands' last 13 bits are ignored.
-__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] TRANSFUSE_SITE) {
+// tf32 has k = 8 and one element per register: a at rows i / 4 (+ 8 in 1 and 3), columns i % 4 (+ 4 in 2 and 3); b at
+// rows i % 4 (+ 4 in 1), column i / 4. The operands' last 13 bits are ignored.
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4],
+                                                 const uint32_t (&b)[2] TRANSFUSE_SITE) {
 #ifdef TRANSFUSE_EMULATION
   ::emulation::multiply_accumulate(::emulation::Operand::tf32, d, a, b, site);
 #else
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
 
@@ -202,7 +229,9 @@ __device__ __forceinline__ unsigned cluster_size() {
 
 // Every thread of every block of the cluster; memory is ordered. No block may exit while another reads its memory.
 #ifdef TRANSFUSE_EMULATION
-inline void cluster_sync(const ::emulation::Site& site = ::emulation::Site::current()) { ::emulation::cluster_barrier(site); }
+inline void cluster_sync(const ::emulation::Site& site = ::emulation::Site::current()) {
+  ::emulation::cluster_barrier(site);
+}
 #else
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");

@@ -56,7 +56,8 @@ void warp_barrier(unsigned mask, const Site& site);
 
 // ---- memory ----
 
-// An atomic read-modify-write: checked like a write that does not race with other atomics. The caller does it, uninstrumented.
+// An atomic read-modify-write: checked like a write that does not race with other atomics. The caller does it,
+// uninstrumented.
 void check_atomic(void* address, size_t bytes);
 void copy_async(void* shared, const void* global, int bytes, int source_bytes);
 void copy_async_commit();

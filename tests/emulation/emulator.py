@@ -15,9 +15,10 @@ import hashlib
 import mmap
 import os
 import re
-import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,21 +30,26 @@ BUILD = ROOT / "build" / "emulation"
 COMPILER = os.environ.get("CXX", "g++")
 
 CORE_SOURCES = ("machine.cpp", "synchronization.cpp", "memory.cpp", "tensor_core.cpp")
-CORE_FLAGS = ("-std=c++20", "-O2", "-g1", "-fPIC", "-Wall", "-Wextra", "-ffp-contract=off")
+CORE_FLAGS = "-std=c++20 -O2 -g1 -fPIC -Wall -Wextra -ffp-contract=off".split()
 KERNEL_FLAGS = (
-    "-std=c++20", "-O1", "-g", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-attributes",
-    "-ffp-contract=off",  # as nvcc -fmad=false: an FMA is written
+    *"-std=c++20 -O1 -g -fPIC -Wall -Wno-unknown-pragmas -Wno-attributes".split(),
+    "-ffp-contract=off",  # as nvcc --fmad=false: an FMA is written
     "-fno-strict-aliasing",  # as nvcc: kernels read vectors through pointers to elements
-    "-ftrivial-auto-var-init=pattern",
+    "-ftrivial-auto-var-init=pattern",  # what a register holds before it is written is no zero
     # Compile only: the functions these call are the emulator's own (memory.cpp).
-    "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0",
+    *"-fsanitize=thread --param=tsan-instrument-func-entry-exit=0".split(),
     "-fsanitize=alignment,bounds,signed-integer-overflow,shift,integer-divide-by-zero",
-    "-include", str(HERE / "cuda.h"), "-I", str(HERE), "-I", str(ROOT / "kernels"),
-)  # fmt: skip
+    *("-include", str(HERE / "cuda.h")),
+)
+HOST_FLAGS = (
+    *"-std=c++20 -O1 -g1 -fPIC -w -DTORCH_TARGET_VERSION=0x020A000000000000".split(),
+    *("-isystem", str(Path(torch.__file__).parent / "include"), "-include", str(HERE / "host.h")),
+)
 # Fused multiply-add and conversions to half in one instruction each, where this CPU has them: same results, sooner.
 HARDWARE_FLAGS = {"fma": "-mfma", "f16c": "-mf16c"}
 
 GUARD_BYTES = 1 << 20
+ALIGNMENT = 256  # what cudaMalloc gives; a tensor keeps its distance from it
 CONTENTS = {"read-only": 0, "initialised": 1, "uninitialised": 2}
 MAP_NORESERVE = 0x4000
 
@@ -60,7 +66,7 @@ class KernelError(AssertionError):
 
 
 def _hardware_flags():
-    words = set(re.findall(r"\w+", next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")))
+    words = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
     return tuple(flag for word, flag in HARDWARE_FLAGS.items() if word in words)
 
 
@@ -77,32 +83,37 @@ def _hash(*parts):
     return digest.hexdigest()[:16]
 
 
-def _run(command):
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
+def _made(target, command):
+    """The file, made by the command if it is not there; under another name first, so that none is half made."""
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            unfinished = Path(folder) / target.name
+            done = subprocess.run([str(part) for part in (*command, "-o", unfinished)], capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
+            unfinished.rename(target)
+    return target
 
 
-def _build(target, sources, flags, link):
-    """Compiles and links into a temporary name first, so that a build cut short leaves nothing half made."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        objects = [Path(folder) / f"{index}.o" for index in range(len(sources))]
-        for source, made in zip(sources, objects, strict=True):
-            _run([COMPILER, *flags, "-x", "c++", "-c", source, "-o", made])
-        made = Path(folder) / target.name
-        _run([COMPILER, "-shared", "-o", made, *objects, *link])
-        made.rename(target)
+def _object(source, flags, headers):
+    contents = (part for path in (source, *headers) for part in (path, path.read_bytes()))
+    target = BUILD / "objects" / f"{source.stem}-{_hash(*flags, *contents)}.o"
+    return _made(target, [COMPILER, *flags, "-x", "c++", "-c", source])
+
+
+def _linked(name, compilations, link):
+    """A shared library of (source, flags, headers), compiled side by side."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda compilation: _object(*compilation), compilations))
+    target = BUILD / f"{name}-{_hash(*objects, *link)}.so"
+    return _made(target, [COMPILER, "-shared", *objects, *link])
 
 
 @lru_cache(maxsize=1)
 def core_path():
     headers = sorted(HERE.glob("*.h"))
-    sources = [HERE / name for name in CORE_SOURCES]
-    target = BUILD / f"libemulator-{_hash(*CORE_FLAGS, *(p.read_bytes() for p in [*headers, *sources]))}.so"
-    if not target.exists():
-        _build(target, sources, CORE_FLAGS, ["-ldl"])
-    return target
+    return _linked("libemulator", [(HERE / name, CORE_FLAGS, headers) for name in CORE_SOURCES], ["-ldl"])
 
 
 @lru_cache(maxsize=1)
@@ -113,23 +124,42 @@ def core():
     return library
 
 
-def library(name, sources, include=(), flags=()):
-    """The library made of these sources, compiled if it is not there yet.
+def compiled(name, sources, host_sources=(), include=(), namespace="emulated"):
+    """Path of the library made of these sources, compiled if it is not there yet.
 
     Args:
         name: for the file's name.
-        sources: paths, absolute or from the root of the repository.
-        include: folders searched before kernels/, as mutants use them.
+        sources: of kernels and launchers, paths absolute or from the root of the repository.
+        host_sources: of csrc, compiled with host.h and without checks.
+        include: folders searched for the kernels' headers before kernels/, as mutants use them.
+        namespace: of torch.ops that host_sources register in.
     """
+    ours, kernels, host = sorted(HERE.glob("*.h")), ROOT / "kernels", ROOT / "csrc"
+    folders = (*map(Path, include), kernels)
+    flags = (*KERNEL_FLAGS, *_hardware_flags(), *_search(*folders, HERE))
+    headers = [*ours, *(path for folder in folders for path in sorted(folder.rglob("*.*h")))]
+    compilations = [(ROOT / source, flags, headers) for source in sources]
+    flags = (*HOST_FLAGS, f"-DTRANSFUSE_EMULATED_NAMESPACE={namespace}", *_search(kernels, HERE))
+    headers = [*ours, *sorted(kernels.rglob("*.*h")), *sorted(host.glob("*.h"))]
+    compilations += [(ROOT / source, flags, headers) for source in host_sources]
+    torch_libraries = Path(torch.__file__).parent / "lib"
+    wrapped = [f"-Wl,--wrap={function}" for function in ("memcpy", "memmove", "memset")]
+    link = [f"-L{torch_libraries}", f"-Wl,-rpath,{torch_libraries}", "-ltorch_cpu", "-lc10"] if host_sources else []
+    return _linked(name, compilations, [core_path(), *link, *wrapped])
+
+
+def _search(*folders):
+    return tuple(part for folder in folders for part in ("-I", str(folder)))
+
+
+def library(name, sources, **options):
+    """The library of compiled(), loaded."""
+    return load(compiled(name, sources, **options))
+
+
+def load(path):
     core()
-    paths = [ROOT / source for source in sources]
-    flags = (*(part for folder in include for part in ("-I", str(folder))), *KERNEL_FLAGS, *_hardware_flags(), *flags)
-    inputs = sorted({*paths, *HERE.glob("*.h"), *(ROOT / "kernels" / "cuda").glob("*.cuh"),
-                     *(p for folder in include for p in Path(folder).rglob("*.cu*"))})  # fmt: skip
-    target = BUILD / f"{name}-{_hash(core_path().name, *flags, *(p.read_bytes() for p in inputs), *paths)}.so"
-    if not target.exists():
-        _build(target, paths, flags, [core_path()])
-    return Library(target)
+    return Library(path)
 
 
 class Library:
@@ -151,18 +181,36 @@ class Library:
             tensor_core: 80 or 90, whose way of adding is taken.
         Raises: KernelError with what the emulator found.
         """
+        passed = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
+        with self.watched(seed, tensor_core):
+            status = getattr(self.loaded, function)(*passed)
+        if status != 0:
+            raise RuntimeError(f"{function} returned cudaError_t {status}")
+
+    @contextmanager
+    def watched(self, seed=0, tensor_core=80, blocks_at_ends=0):
+        """Launches in here run in this order; what the emulator finds wrong is raised at the end, as KernelError.
+
+        Args:
+            blocks_at_ends: n > 0 runs only the first and the last n blocks of every grid.
+        """
         emulator = core()
+        emulator.emulation_set_blocks_at_ends(ctypes.c_uint64(blocks_at_ends))
         emulator.emulation_set_order(ctypes.c_uint64(seed))
         assert emulator.emulation_set_tensor_core(tensor_core) == 0, f"no model of the tensor cores of sm_{tensor_core}"
         emulator.emulation_clear_report()
-        passed = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
-        status = getattr(self.loaded, function)(*passed)
+        failed = None
+        try:
+            yield
+        except RuntimeError as error:  # the host code's words for a launch that failed
+            failed = error
         report = emulator.emulation_report().decode()
+        emulator.emulation_clear_report()
+        emulator.emulation_forget_made()
         if report:
-            emulator.emulation_clear_report()
-            raise KernelError(self._explained(report))
-        if status != 0:
-            raise RuntimeError(f"{function} returned cudaError_t {status}")
+            raise KernelError(self._explained(report)) from failed
+        if failed:
+            raise failed
 
     def _explained(self, report):
         """[line N] -> source lines, [function N] -> its name, [shared N] -> the variable."""
@@ -208,6 +256,8 @@ class Memory:
     Contents: "read-only" may not be written, "uninitialised" not be read before it is written.
     """
 
+    in_use = set()  # addresses of tensors placed by any Memory
+
     def __init__(self):
         self._placed = []
 
@@ -215,55 +265,70 @@ class Memory:
         return self
 
     def __exit__(self, *_):
-        for address, _ in self._placed:
+        for address, *_ in self._placed:
             core().emulation_forget(ctypes.c_size_t(address))
+            Memory.in_use.discard(address)
         self._placed.clear()
 
     def place(self, name, tensor, contents):
-        """A copy with the same strides and the same alignment, in memory of its own. None stays None.
-
-        What lies between the elements of a view belongs to nobody. Memory is reserved, not used: strides may be huge.
-        """
-        if tensor is None:
-            return None
-        # An expanded dimension has one element, and so has one of size 1, whatever its stride says.
-        sizes = [1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
-        strides = [0 if size == 1 else stride for size, stride in zip(sizes, tensor.stride(), strict=True)]
-        empty = 0 in sizes
-        span = 0 if empty else 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-        item = tensor.element_size()
-        start = GUARD_BYTES + tensor.data_ptr() % 256
-        pages = mmap.mmap(-1, start + span * item + GUARD_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-        raw = torch.frombuffer(pages, dtype=torch.uint8)
-        placed, belongs = None, None
-        if not empty:
-            flat = raw[start : start + span * item].view(torch.uint8)
-            elements = torch.frombuffer(pages, dtype=tensor.dtype, count=span, offset=start) if start % item == 0 else None
-            assert elements is not None, f"{name}: not aligned to its own elements"
-            source = tensor.detach()
-            for dim, size in enumerate(sizes):
-                source = source.narrow(dim, 0, size)
-            view = torch.as_strided(elements, sizes, strides)
-            if contents == "uninitialised":
-                torch.as_strided(flat, [*sizes, item], [*(s * item for s in strides), 1]).fill_(0xFF)  # NaN in every dtype
-            else:
-                view.copy_(source)
-            placed = torch.as_strided(elements, tensor.shape, tensor.stride())
-            if span != view.numel():
-                belongs = mmap.mmap(-1, span * item, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-                marks = torch.frombuffer(belongs, dtype=torch.uint8)
-                torch.as_strided(marks, [*sizes, item], [*(s * item for s in strides), 1]).fill_(1)
-                belongs = marks
-        else:
-            placed = torch.frombuffer(pages, dtype=tensor.dtype, count=1, offset=start)[:0].reshape(tensor.shape)
-        address = raw.data_ptr() + start
-        marks_at = ctypes.c_void_p(None if belongs is None else belongs.data_ptr())
-        core().emulation_register(
-            ctypes.c_size_t(address), ctypes.c_size_t(span * item), CONTENTS[contents], name.encode(), marks_at
+        """A copy with the same strides and the same alignment, in memory of its own; itself where it lies in such."""
+        if tensor.data_ptr() in Memory.in_use:
+            return tensor
+        placed = self.strided(
+            name, tensor.shape, tensor.stride(), tensor.dtype, contents, tensor.data_ptr() % ALIGNMENT
         )
-        self._placed.append((address, (pages, belongs)))
+        if contents != "uninitialised":
+            _once(placed).copy_(_once(tensor.detach()))
+        return placed
+
+    def strided(self, name, sizes, strides, dtype, contents, misaligned_by=0):
+        """A new tensor. Memory is reserved and not used: rows may lie gigabytes apart.
+
+        What lies between the elements of a view belongs to nobody. Uninitialised elements are NaN in every dtype.
+        """
+        span = (
+            1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) if 0 not in sizes else 0
+        )
+        pages, start = (
+            _reserve(GUARD_BYTES + misaligned_by + span * dtype.itemsize + GUARD_BYTES),
+            GUARD_BYTES + misaligned_by,
+        )
+        elements = torch.frombuffer(pages, dtype=dtype, offset=start, count=max(span, 1))
+        placed = torch.as_strided(elements, sizes, strides)
+        if contents == "uninitialised" and span > 0:
+            _bytes_of(pages, start, _once(placed)).fill_(0xFF)
+        marks, marks_at = None, None
+        if span > _once(placed).numel():
+            marks = _reserve(span * dtype.itemsize)
+            _bytes_of(marks, 0, _once(placed)).fill_(1)
+            marks_at = torch.frombuffer(marks, dtype=torch.uint8).data_ptr()
+        address = elements.data_ptr()
+        core().emulation_register(
+            ctypes.c_size_t(address),
+            ctypes.c_size_t(span * dtype.itemsize),
+            CONTENTS[contents],
+            name.encode(),
+            ctypes.c_void_p(marks_at),
+        )
+        self._placed.append((address, pages, marks))
+        Memory.in_use.add(address)
         return placed
 
 
-def have_compiler():
-    return all(shutil.which(tool) for tool in (COMPILER, "addr2line", "readelf"))
+def _reserve(num_bytes):
+    return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+
+
+def _once(tensor):
+    """The view with every element once: an expanded dimension has one."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def _bytes_of(pages, start, like):
+    """The bytes of a tensor's elements, as a view of pages from start on, shaped like it."""
+    item = like.element_size()
+    raw = torch.frombuffer(pages, dtype=torch.uint8, offset=start)
+    return torch.as_strided(raw, (*like.shape, item), (*(stride * item for stride in like.stride()), 1))

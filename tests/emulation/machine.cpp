@@ -109,7 +109,8 @@ void start(Block& block, unsigned rank, uint3 index) {
   for (auto& barrier : block.barriers) barrier = {};
   block.gatherings.assign((count + warp_size - 1) / warp_size, {});
   block.dynamic_bytes = machine.launch.shared_bytes;
-  if (block.dynamic_storage.size() < block.dynamic_bytes + 1024) block.dynamic_storage.resize(block.dynamic_bytes + 1024);
+  if (block.dynamic_storage.size() < block.dynamic_bytes + 1024)
+    block.dynamic_storage.resize(block.dynamic_bytes + 1024);
   const auto start = reinterpret_cast<uintptr_t>(block.dynamic_storage.data());
   block.dynamic_shared = reinterpret_cast<std::byte*>((start + 1023) / 1024 * 1024);
   block.dynamic_shadow.reserve(block.dynamic_bytes);
@@ -158,9 +159,11 @@ void report_deadlock() {
               " at " + first->waits_for + place(first->pc);
       waiting.erase(std::remove_if(waiting.begin(), waiting.end(), same), waiting.end());
     }
-    text += "\n  " + std::to_string(machine.blocks[b]->threads.size() - machine.blocks[b]->alive) + " threads have exited";
+    text +=
+        "\n  " + std::to_string(machine.blocks[b]->threads.size() - machine.blocks[b]->alive) + " threads have exited";
   }
-  machine.report = "deadlock: " + text + "\nkernel: [function " + std::to_string(reinterpret_cast<uintptr_t>(machine.launch.kernel)) + "]";
+  machine.report = "deadlock: " + text + "\nkernel: [function " +
+                   std::to_string(reinterpret_cast<uintptr_t>(machine.launch.kernel)) + "]";
 }
 
 bool run_cluster() {
@@ -189,7 +192,8 @@ bool run_cluster() {
 
 bool is_valid(const Launch& launch) {
   const dim3 &grid = launch.grid, &block = launch.block;
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > max_grid_x || grid.y > max_grid_yz || grid.z > max_grid_yz) return false;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > max_grid_x || grid.y > max_grid_yz || grid.z > max_grid_yz)
+    return false;
   const uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;
   if (threads == 0 || threads > max_block_threads || launch.shared_bytes > max_shared_bytes) return false;
   return launch.cluster >= 1 && launch.cluster <= max_cluster_blocks && grid.x % launch.cluster == 0;
@@ -239,7 +243,9 @@ unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(curren
 unsigned cluster_rank() { return current->block->rank; }
 unsigned cluster_size() { return machine.launch.cluster; }
 
-void trap(const Site& site) { fail("trap", std::string("stopped itself at ") + site.file_name() + ":" + std::to_string(site.line()), nullptr); }
+void trap(const Site& site) {
+  fail("trap", std::string("stopped itself at ") + site.file_name() + ":" + std::to_string(site.line()), nullptr);
+}
 
 int launch(const Launch& launch) {
   if (!machine.report.empty()) return launch_failure;  // as a device: after a fault nothing runs
@@ -253,8 +259,11 @@ int launch(const Launch& launch) {
   const uint64_t num_clusters = static_cast<uint64_t>(launch.grid.x) / launch.cluster * launch.grid.y * launch.grid.z;
   machine.num_blocks = launch.cluster;
   while (machine.blocks.size() < launch.cluster) machine.blocks.push_back(std::make_unique<Block>());
-  std::vector<uint32_t> order(num_clusters);
+  const uint64_t ends = machine.blocks_at_ends;
+  std::vector<uint32_t> order(ends > 0 ? std::min(num_clusters, 2 * ends) : num_clusters);
   std::iota(order.begin(), order.end(), 0u);
+  if (order.size() < num_clusters)
+    std::iota(order.begin() + ends, order.end(), static_cast<uint32_t>(num_clusters - ends));
   shuffle_order(order);
   for (const uint64_t cluster : order) {
     machine.cluster_epoch = machine.epoch + 1;
@@ -262,7 +271,8 @@ int launch(const Launch& launch) {
     const uint3 first = {static_cast<unsigned>(cluster % per_row) * launch.cluster,
                          static_cast<unsigned>(cluster / per_row % launch.grid.y),
                          static_cast<unsigned>(cluster / per_row / launch.grid.y)};
-    for (unsigned rank = 0; rank < launch.cluster; ++rank) start(*machine.blocks[rank], rank, {first.x + rank, first.y, first.z});
+    for (unsigned rank = 0; rank < launch.cluster; ++rank)
+      start(*machine.blocks[rank], rank, {first.x + rank, first.y, first.z});
     if (!run_cluster()) {
       for (auto& thread : machine.threads)
         if (thread) thread->started = false;  // whatever their stacks hold is abandoned
@@ -281,6 +291,8 @@ extern "C" {
 
 const char* emulation_report() { return emulation::machine.report.c_str(); }
 void emulation_clear_report() { emulation::machine.report.clear(); }
+// n > 0: of every grid only the first and the last n clusters run, for sizes that no CPU goes through.
+void emulation_set_blocks_at_ends(uint64_t n) { emulation::machine.blocks_at_ends = n; }
 // 0: blocks and threads in ascending order; else in an order drawn from the seed.
 void emulation_set_order(uint64_t seed) { emulation::machine.seed = seed; }
 }

@@ -77,8 +77,8 @@ struct Thread {
   std::byte* stack = nullptr;
 
   uint32_t clock = 1;
-  uint32_t known_epoch = 0;      // epoch that `known` belongs to
-  std::vector<uint32_t> known;   // per thread of the block: the latest clock that happened before this thread
+  uint32_t known_epoch = 0;     // epoch that `known` belongs to
+  std::vector<uint32_t> known;  // per thread of the block: the latest clock that happened before this thread
 
   std::vector<AsyncCopy> copies;  // issued, not committed
   std::deque<std::vector<AsyncCopy>> groups;
@@ -146,6 +146,7 @@ struct Machine {
   std::byte* stacks = nullptr;
   uint32_t epoch = 0, launch_epoch = 0, cluster_epoch = 0;
   uint64_t seed = 0;
+  uint64_t blocks_at_ends = 0;  // run only so many clusters at either end of a grid; 0: all
   std::string report;
 };
 

@@ -20,7 +20,8 @@ namespace emulation {
 void Shadow::reserve(size_t wanted) {
   if (wanted <= bytes) return;
   release();
-  void* pages = mmap(nullptr, wanted * sizeof(Entry), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* pages =
+      mmap(nullptr, wanted * sizeof(Entry), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (pages == MAP_FAILED) std::abort();
   entries = static_cast<Entry*>(pages);
   bytes = wanted;
@@ -49,6 +50,7 @@ struct Region {
 
 std::vector<Region> regions;  // ascending
 size_t latest_region = 0;
+std::vector<uintptr_t> made;             // by the host code of the op that runs
 std::map<uintptr_t, Library> libraries;  // by base
 
 // Where an address lies.
@@ -63,7 +65,8 @@ struct Location {
 Region* region_of(uintptr_t address) {
   if (latest_region < regions.size() && address >= regions[latest_region].begin && address < regions[latest_region].end)
     return &regions[latest_region];
-  const auto next = std::upper_bound(regions.begin(), regions.end(), address, [](uintptr_t a, const Region& r) { return a < r.begin; });
+  const auto next = std::upper_bound(regions.begin(), regions.end(), address,
+                                     [](uintptr_t a, const Region& r) { return a < r.begin; });
   if (next == regions.begin()) return nullptr;
   Region& region = *(next - 1);
   if (address >= region.end) return nullptr;
@@ -90,7 +93,8 @@ Location locate(uintptr_t address) {
     if (machine.num_blocks > 1 && within(address, block.saved_static.data(), block.saved_static.size(), offset))
       return {Kind::shared, offset, &block, nullptr, &block.static_shadow};
   }
-  if (Region* region = region_of(address)) return {Kind::global, address - region->begin, nullptr, region, &region->shadow};
+  if (Region* region = region_of(address))
+    return {Kind::global, address - region->begin, nullptr, region, &region->shadow};
   if (within(address, machine.stacks, stack_bytes * max_block_threads * max_cluster_blocks, offset))
     return {Kind::local, offset, nullptr, nullptr, nullptr};
   if (address >= machine.library->base && address < machine.library->end)
@@ -100,7 +104,9 @@ Location locate(uintptr_t address) {
 
 // ---- words for reports ----
 
-const char* verb(Access access) { return access == Access::read ? "reads" : access == Access::write ? "writes" : "atomically updates"; }
+const char* verb(Access access) {
+  return access == Access::read ? "reads" : access == Access::write ? "writes" : "atomically updates";
+}
 
 std::string describe(const Location& location, uintptr_t address) {
   using Kind = Location::Kind;
@@ -130,7 +136,8 @@ std::string describe(const Location& location, uintptr_t address) {
     const uintptr_t end = reinterpret_cast<uintptr_t>(block.dynamic_shared) + block.dynamic_bytes;
     if (address >= end && address - end < nearest) {
       nearest = address - end;
-      text = "dynamic shared memory, " + std::to_string(nearest) + " bytes behind its " + std::to_string(block.dynamic_bytes);
+      text = "dynamic shared memory, " + std::to_string(nearest) + " bytes behind its " +
+             std::to_string(block.dynamic_bytes);
     }
   }
   return text;
@@ -141,13 +148,14 @@ std::string who(Stamp stamp) {
   return name_of(*machine.blocks[stamp.slot() / max_block_threads]->threads[stamp.slot() % max_block_threads]);
 }
 
-[[noreturn]] void fail_access(const char* kind, const Location& location, uintptr_t address, size_t bytes, Access access,
-                              const std::string& why, const void* pc) {
-  fail(kind, std::string(verb(access)) + " " + std::to_string(bytes) + " bytes of " + describe(location, address) + why, pc);
+[[noreturn]] void fail_access(const char* kind, const Location& location, uintptr_t address, size_t bytes,
+                              Access access, const std::string& why, const void* pc) {
+  fail(kind, std::string(verb(access)) + " " + std::to_string(bytes) + " bytes of " + describe(location, address) + why,
+       pc);
 }
 
-[[noreturn]] void fail_race(const Location& location, uintptr_t address, size_t bytes, Access access, Stamp other, bool other_wrote,
-                            uint32_t other_pc, const void* pc) {
+[[noreturn]] void fail_race(const Location& location, uintptr_t address, size_t bytes, Access access, Stamp other,
+                            bool other_wrote, uint32_t other_pc, const void* pc) {
   const char* did = other.is_atomic() ? " atomically updated" : other_wrote ? " wrote" : " read";
   const void* other_place = reinterpret_cast<const void*>(machine.library->base + other_pc);
   fail_access("race", location, address, bytes, access,
@@ -179,11 +187,18 @@ struct Visit {
     const Stamp writer = entry.writer;
     if (writer.bits != now.bits) {
       if (writer.is_pending() && writer.epoch() >= machine.cluster_epoch)
-        fail_access("pending copy", location, address, bytes, access, ", the target of a copy that " + who(writer) + " started" +
-                    place(reinterpret_cast<const void*>(machine.library->base + entry.writer_pc)) + " and has not waited for; it " + verb(access), pc);
-      const bool is_written = location.region ? written_before || writer : concerns(writer);
-      if (access == Access::read && !is_written) fail_access("uninitialised read", location, address, bytes, access, ", which nothing has written", pc);
-      if (concerns(writer) && !(access == Access::atomic && writer.is_atomic()) && !happened_before(writer)) race(writer, true, entry.writer_pc);
+        fail_access("pending copy", location, address, bytes, access,
+                    ", the target of a copy that " + who(writer) + " started" +
+                        place(reinterpret_cast<const void*>(machine.library->base + entry.writer_pc)) +
+                        " and has not waited for; it " + verb(access),
+                    pc);
+      // Where not all blocks run, what the others would have written is not there.
+      const bool is_written =
+          location.region ? written_before || writer || machine.blocks_at_ends > 0 : concerns(writer);
+      if (access == Access::read && !is_written)
+        fail_access("uninitialised read", location, address, bytes, access, ", which nothing has written yet", pc);
+      if (concerns(writer) && !(access == Access::atomic && writer.is_atomic()) && !happened_before(writer))
+        race(writer, true, entry.writer_pc);
     }
     if (access == Access::read) {
       if (entry.reader.bits == now.bits) return;
@@ -191,14 +206,16 @@ struct Visit {
       if (!concerns(entry.reader) || entry.reader.slot() == now.slot() || happened_before(entry.reader)) {
         entry.reader = now;
         entry.reader_pc = pc_offset;
-      } else if (!concerns(entry.other_reader) || entry.other_reader.slot() == now.slot() || happened_before(entry.other_reader)) {
+      } else if (!concerns(entry.other_reader) || entry.other_reader.slot() == now.slot() ||
+                 happened_before(entry.other_reader)) {
         entry.other_reader = now;
         entry.other_reader_pc = pc_offset;
       }
       return;
     }
     if (concerns(entry.reader) && !happened_before(entry.reader)) race(entry.reader, false, entry.reader_pc);
-    if (concerns(entry.other_reader) && !happened_before(entry.other_reader)) race(entry.other_reader, false, entry.other_reader_pc);
+    if (concerns(entry.other_reader) && !happened_before(entry.other_reader))
+      race(entry.other_reader, false, entry.other_reader_pc);
     entry = {access == Access::atomic ? Stamp{now.bits | Stamp::atomic_flag} : now, {}, {}, pc_offset, 0, 0, 0};
   }
 };
@@ -218,22 +235,26 @@ void check(uintptr_t address, size_t bytes, Access access, const void* pc) {
     case Kind::shared: {
       const auto& known = machine.library->is_shared_variable;
       for (size_t i = location.offset; i < location.offset + bytes; ++i)
-        if (i >= known.size() || !known[i]) fail_access("out of bounds", location, address, bytes, access, ", beyond its variable", pc);
+        if (i >= known.size() || !known[i])
+          fail_access("out of bounds", location, address, bytes, access, ", beyond its variable", pc);
       break;
     }
     case Kind::dynamic_shared:
       if (location.offset + bytes > location.block->dynamic_bytes)
-        fail_access("out of bounds", location, address, bytes, access, ", beyond the launch's " + std::to_string(location.block->dynamic_bytes), pc);
+        fail_access("out of bounds", location, address, bytes, access,
+                    ", beyond the launch's " + std::to_string(location.block->dynamic_bytes), pc);
       break;
     case Kind::global: {
       const Region& region = *location.region;
       if (address + bytes > region.end)
-        fail_access("out of bounds", location, address, bytes, access, ", of which " + std::to_string(region.end - address) + " are its own", pc);
+        fail_access("out of bounds", location, address, bytes, access,
+                    ", of which " + std::to_string(region.end - address) + " are its own", pc);
       for (size_t i = 0; region.belongs && i < bytes; ++i)
         if (!region.belongs[location.offset + i])
           fail_access("out of bounds", location, address, bytes, access, ", between the rows of a strided view", pc);
       if (region.contents == Contents::read_only) {
-        if (access != Access::read) fail_access("written input", location, address, bytes, access, ", which is read-only", pc);
+        if (access != Access::read)
+          fail_access("written input", location, address, bytes, access, ", which is read-only", pc);
         return;
       }
       written_before = region.contents == Contents::initialised;
@@ -265,7 +286,8 @@ void mark_pending(std::byte* shared, int bytes) {
 
 void land(const AsyncCopy& copy, const void* pc) {
   const Location location = locate(reinterpret_cast<uintptr_t>(copy.shared));
-  for (int i = 0; i < copy.bytes; ++i) location.shadow->entries[location.offset + i].writer.bits &= ~Stamp::pending_flag;
+  for (int i = 0; i < copy.bytes; ++i)
+    location.shadow->entries[location.offset + i].writer.bits &= ~Stamp::pending_flag;
   if (copy.source_bytes > 0) look(copy.global, copy.source_bytes, Access::read, pc);
   look(copy.shared, copy.bytes, Access::write, pc);
   std::memcpy(copy.shared, copy.global, copy.source_bytes);
@@ -274,7 +296,9 @@ void land(const AsyncCopy& copy, const void* pc) {
 
 }  // namespace
 
-void check_access(const void* address, size_t bytes, Access access, const void* pc) { look(address, bytes, access, pc); }
+void check_access(const void* address, size_t bytes, Access access, const void* pc) {
+  look(address, bytes, access, pc);
+}
 
 void check_atomic(void* address, size_t bytes) { look(address, bytes, Access::atomic, __builtin_return_address(0)); }
 
@@ -284,14 +308,16 @@ void copy_async(void* shared, const void* global, int bytes, int source_bytes) {
   const void* pc = __builtin_return_address(0);
   const auto misaligned = [bytes](const void* address) { return reinterpret_cast<uintptr_t>(address) % bytes != 0; };
   if (misaligned(shared) || misaligned(global))
-    fail("misaligned access", "copies " + std::to_string(bytes) + " bytes asynchronously between addresses not aligned to them", pc);
+    fail("misaligned access",
+         "copies " + std::to_string(bytes) + " bytes asynchronously between addresses not aligned to them", pc);
   const Location::Kind kind = locate(reinterpret_cast<uintptr_t>(shared)).kind;
   if (kind != Location::Kind::shared && kind != Location::Kind::dynamic_shared)
     fail("out of bounds", "copies asynchronously to what is not shared memory", pc);
   if (source_bytes > 0) look(global, source_bytes, Access::read, pc);
   look(shared, bytes, Access::write, pc);
   mark_pending(static_cast<std::byte*>(shared), bytes);
-  current->copies.push_back({static_cast<std::byte*>(shared), static_cast<const std::byte*>(global), bytes, source_bytes});
+  current->copies.push_back(
+      {static_cast<std::byte*>(shared), static_cast<const std::byte*>(global), bytes, source_bytes});
 }
 
 void copy_async_commit() {
@@ -310,7 +336,8 @@ void copy_async_wait(int groups_left) {
 
 void* cluster_shared(const void* address, unsigned rank) {
   const void* pc = __builtin_return_address(0);
-  if (rank >= machine.num_blocks) fail("out of bounds", "asks for the shared memory of a block that its cluster does not have", pc);
+  if (rank >= machine.num_blocks)
+    fail("out of bounds", "asks for the shared memory of a block that its cluster does not have", pc);
   const Location location = locate(reinterpret_cast<uintptr_t>(address));
   Block& other = *machine.blocks[rank];
   if (&other == current->block) return const_cast<void*>(address);
@@ -370,12 +397,30 @@ extern "C" {
 void emulation_register(uintptr_t begin, size_t bytes, int contents, const char* name, const uint8_t* belongs) {
   Region region{begin, begin + bytes, static_cast<Contents>(contents), name, belongs, {}};
   if (region.contents != Contents::read_only) region.shadow.reserve(bytes);
-  const auto next = std::upper_bound(regions.begin(), regions.end(), begin, [](uintptr_t a, const Region& r) { return a < r.begin; });
+  const auto next =
+      std::upper_bound(regions.begin(), regions.end(), begin, [](uintptr_t a, const Region& r) { return a < r.begin; });
   regions.insert(next, std::move(region));
 }
 
+void emulation_forget(uintptr_t begin);
+
+// A tensor that the host code of an op has made (host.h); registered again, its contents change.
+void emulation_register_made(uintptr_t begin, size_t bytes, int contents) {
+  emulation_forget(begin);
+  if (bytes == 0) return;
+  const std::string name = "tensor " + std::to_string(made.size()) + " of the host code";
+  emulation_register(begin, bytes, contents, name.c_str(), nullptr);
+  made.push_back(begin);
+}
+
+void emulation_forget_made() {
+  for (const uintptr_t begin : made) emulation_forget(begin);
+  made.clear();
+}
+
 void emulation_forget(uintptr_t begin) {
-  const auto found = std::find_if(regions.begin(), regions.end(), [begin](const Region& r) { return r.begin == begin; });
+  const auto found =
+      std::find_if(regions.begin(), regions.end(), [begin](const Region& r) { return r.begin == begin; });
   if (found == regions.end()) return;
   found->shadow.release();
   regions.erase(found);
@@ -389,12 +434,12 @@ void emulation_shared_variable(uintptr_t base, size_t offset, size_t bytes) {
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
-#define TRANSFUSE_ACCESS(bytes)                                                                                       \
-  void __tsan_read##bytes(void* p) { look(p, bytes, Access::read, __builtin_return_address(0)); }                     \
-  void __tsan_write##bytes(void* p) { look(p, bytes, Access::write, __builtin_return_address(0)); }                   \
-  void __tsan_unaligned_read##bytes(void* p) { look(p, bytes, Access::read, __builtin_return_address(0)); }           \
-  void __tsan_unaligned_write##bytes(void* p) { look(p, bytes, Access::write, __builtin_return_address(0)); }         \
-  void __tsan_volatile_read##bytes(void* p) { look(p, bytes, Access::read, __builtin_return_address(0)); }            \
+#define TRANSFUSE_ACCESS(bytes)                                                                               \
+  void __tsan_read##bytes(void* p) { look(p, bytes, Access::read, __builtin_return_address(0)); }             \
+  void __tsan_write##bytes(void* p) { look(p, bytes, Access::write, __builtin_return_address(0)); }           \
+  void __tsan_unaligned_read##bytes(void* p) { look(p, bytes, Access::read, __builtin_return_address(0)); }   \
+  void __tsan_unaligned_write##bytes(void* p) { look(p, bytes, Access::write, __builtin_return_address(0)); } \
+  void __tsan_volatile_read##bytes(void* p) { look(p, bytes, Access::read, __builtin_return_address(0)); }    \
   void __tsan_volatile_write##bytes(void* p) { look(p, bytes, Access::write, __builtin_return_address(0)); }
 TRANSFUSE_ACCESS(1)
 TRANSFUSE_ACCESS(2)
@@ -404,11 +449,27 @@ TRANSFUSE_ACCESS(16)
 #undef TRANSFUSE_ACCESS
 void __tsan_read_range(void* p, size_t bytes) { look(p, bytes, Access::read, __builtin_return_address(0)); }
 void __tsan_write_range(void* p, size_t bytes) { look(p, bytes, Access::write, __builtin_return_address(0)); }
+// Kernel libraries are linked with --wrap: the sanitizer leaves these calls alone.
+void* __wrap_memcpy(void* to, const void* from, size_t bytes) {
+  look(from, bytes, Access::read, __builtin_return_address(0));
+  look(to, bytes, Access::write, __builtin_return_address(0));
+  return std::memcpy(to, from, bytes);
+}
+void* __wrap_memmove(void* to, const void* from, size_t bytes) {
+  look(from, bytes, Access::read, __builtin_return_address(0));
+  look(to, bytes, Access::write, __builtin_return_address(0));
+  return std::memmove(to, from, bytes);
+}
+void* __wrap_memset(void* to, int value, size_t bytes) {
+  look(to, bytes, Access::write, __builtin_return_address(0));
+  return std::memset(to, value, bytes);
+}
 // Guards of function statics in launchers.
 char __tsan_atomic8_load(const volatile char* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
 int __tsan_atomic32_load(const volatile int* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
 
-// -fsanitize=alignment,bounds,signed-integer-overflow,shift,integer-divide-by-zero: each handler's data begins with where.
+// -fsanitize=alignment,bounds,signed-integer-overflow,shift,integer-divide-by-zero: each handler's data begins with
+// where.
 struct SourceLocation {
   const char* file;
   uint32_t line, column;
@@ -420,9 +481,9 @@ static void fail_undefined(const char* kind, const char* what, const SourceLocat
   std::abort();
 }
 
-#define TRANSFUSE_UNDEFINED(handler, kind, what)                                                                      \
-  void __ubsan_handle_##handler(SourceLocation* where, void*, void*) {                                                \
-    fail_undefined(kind, what, where, __builtin_return_address(0));                                                   \
+#define TRANSFUSE_UNDEFINED(handler, kind, what)                       \
+  void __ubsan_handle_##handler(SourceLocation* where, void*, void*) { \
+    fail_undefined(kind, what, where, __builtin_return_address(0));    \
   }
 TRANSFUSE_UNDEFINED(type_mismatch_v1, "misaligned access", "accesses an address that is not aligned to the type's size")
 TRANSFUSE_UNDEFINED(out_of_bounds, "out of bounds", "indexes an array beyond its end")

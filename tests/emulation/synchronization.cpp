@@ -25,7 +25,8 @@ void join(const std::vector<Arrival>& arrivals) {
   std::vector<uint32_t> known(block.threads.size(), 0);
   for (const Arrival& arrival : arrivals)
     for (size_t t = 0; t < arrival.known.size(); ++t) known[t] = std::max(known[t], arrival.known[t]);
-  for (const Arrival& arrival : arrivals) known[arrival.thread->number] = std::max(known[arrival.thread->number], arrival.clock);
+  for (const Arrival& arrival : arrivals)
+    known[arrival.thread->number] = std::max(known[arrival.thread->number], arrival.clock);
   for (const Arrival& arrival : arrivals) {
     if (!arrival.waits) continue;
     arrival.thread->known = known;
@@ -49,14 +50,17 @@ void raise_epoch(Block& block) {
   for (Thread* thread : block.threads) thread->clock = 1;
 }
 
-bool same_place(const Site& a, const Site& b) { return a.line() == b.line() && std::strcmp(a.file_name(), b.file_name()) == 0; }
+bool same_place(const Site& a, const Site& b) {
+  return a.line() == b.line() && std::strcmp(a.file_name(), b.file_name()) == 0;
+}
 
 // Everyone a barrier waits for has come: hands out the votes, orders memory, lets the waiting go on.
 void complete(Block& block, BarrierState& barrier) {
   const int arrived = static_cast<int>(barrier.arrived.size());
   const Votes votes{barrier.votes, barrier.votes > 0, barrier.votes == arrived};
-  const auto num_waiting = std::count_if(barrier.arrived.begin(), barrier.arrived.end(), [](const Arrival& a) { return a.waits; });
-  if (static_cast<size_t>(num_waiting) == block.alive)
+  const auto num_waiting =
+      std::count_if(barrier.arrived.begin(), barrier.arrived.end(), [](const Arrival& a) { return a.waits; });
+  if (barrier.expected == all_threads || static_cast<size_t>(num_waiting) == block.threads.size())
     raise_epoch(block);
   else
     join(barrier.arrived);
@@ -90,7 +94,8 @@ bool complete_cluster_barrier() {
 
 void thread_exited(Block& block) {
   BarrierState& barrier = block.barriers[0];
-  if (!barrier.arrived.empty() && barrier.expected == all_threads && barrier.arrived.size() == block.alive) complete(block, barrier);
+  if (!barrier.arrived.empty() && barrier.expected == all_threads && barrier.arrived.size() == block.alive)
+    complete(block, barrier);
   if (machine.launch.cluster > 1) complete_cluster_barrier();
 }
 
@@ -100,14 +105,18 @@ Votes block_barrier(int number, int threads, bool waits, int predicate, const Si
   Block& block = *thread.block;
   BarrierState& barrier = block.barriers[number];
   const bool whole = threads == all_threads;
-  if (!whole && (threads <= 0 || threads % warp_size != 0)) fail("barrier", "names a count of threads that is no multiple of 32", pc);
+  if (!whole && (threads <= 0 || threads % warp_size != 0))
+    fail("barrier", "names a count of threads that is no multiple of 32", pc);
   if (!barrier.arrived.empty()) {
     const Thread& first = *barrier.arrived.front().thread;
     if (barrier.expected != threads)
-      fail("divergent barrier", "expects " + std::to_string(threads) + " threads at barrier " + std::to_string(number) + ", " +
-           name_of(first) + " expected " + std::to_string(barrier.expected), pc);
+      fail("divergent barrier",
+           "expects " + std::to_string(threads) + " threads at barrier " + std::to_string(number) + ", " +
+               name_of(first) + " expected " + std::to_string(barrier.expected),
+           pc);
     if (whole && !same_place(first.site, site))
-      fail("divergent barrier", "is at one __syncthreads() while " + name_of(first) + " waits at another" + place(first.pc) + "; it is", pc);
+      fail("divergent barrier",
+           "is at one __syncthreads() while " + name_of(first) + " waits at another" + place(first.pc) + "; it is", pc);
   }
   barrier.expected = threads;
   barrier.votes += predicate != 0;
@@ -135,17 +144,22 @@ void gather(const char* name, unsigned mask, void* argument, Apply apply, const 
   const unsigned mine = 1u << thread.lane;
   const unsigned first_number = thread.warp * warp_size;
   Thread* const* lanes = thread.block->threads.data() + first_number;
-  const auto num_lanes = static_cast<unsigned>(std::min<size_t>(warp_size, thread.block->threads.size() - first_number));
+  const auto num_lanes =
+      static_cast<unsigned>(std::min<size_t>(warp_size, thread.block->threads.size() - first_number));
   const auto lanes_of = [](unsigned bits) {
     char text[16];
     std::snprintf(text, sizeof(text), "0x%08x", bits);
     return std::string(text);
   };
-  if (!(mask & mine)) fail("wrong lane mask", std::string("calls ") + name + " with mask " + lanes_of(mask) + ", which leaves out its own lane", pc);
+  if (!(mask & mine))
+    fail("wrong lane mask",
+         std::string("calls ") + name + " with mask " + lanes_of(mask) + ", which leaves out its own lane", pc);
   for (unsigned lane = 0; lane < warp_size; ++lane)
     if (mask >> lane & 1 && (lane >= num_lanes || lanes[lane]->state == Thread::State::finished))
-      fail("wrong lane mask", std::string("calls ") + name + " with mask " + lanes_of(mask) + ", but lane " + std::to_string(lane) +
-           (lane >= num_lanes ? " does not exist" : " has exited"), pc);
+      fail("wrong lane mask",
+           std::string("calls ") + name + " with mask " + lanes_of(mask) + ", but lane " + std::to_string(lane) +
+               (lane >= num_lanes ? " does not exist" : " has exited"),
+           pc);
 
   auto& gatherings = thread.block->gatherings[thread.warp];
   Gathering* joined = nullptr;
@@ -153,11 +167,15 @@ void gather(const char* name, unsigned mask, void* argument, Apply apply, const 
     if (!((gathering.mask | gathering.arrived) & mask)) continue;  // other lanes, on a way of their own
     const Thread& other = *lanes[std::countr_zero(gathering.arrived)];
     if (gathering.mask != mask)
-      fail("wrong lane mask", std::string("calls ") + name + " with mask " + lanes_of(mask) + " while " + name_of(other) + " waits at " +
-           gathering.name + " with mask " + lanes_of(gathering.mask) + place(other.pc) + "; it calls", pc);
+      fail("wrong lane mask",
+           std::string("calls ") + name + " with mask " + lanes_of(mask) + " while " + name_of(other) + " waits at " +
+               gathering.name + " with mask " + lanes_of(gathering.mask) + place(other.pc) + "; it calls",
+           pc);
     if (gathering.name != name || !same_place(other.site, site))
-      fail("divergent warp", std::string("calls ") + name + " while " + name_of(other) + " waits at " + gathering.name + place(other.pc) +
-           " for the same lanes; it calls", pc);
+      fail("divergent warp",
+           std::string("calls ") + name + " while " + name_of(other) + " waits at " + gathering.name + place(other.pc) +
+               " for the same lanes; it calls",
+           pc);
     joined = &gathering;
   }
   if (!joined) joined = &gatherings.emplace_back(Gathering{name, mask, 0, {}});

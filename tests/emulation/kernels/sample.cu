@@ -54,15 +54,18 @@ __global__ void __launch_bounds__(block_threads) sample_kernel(const __grid_cons
     __syncthreads();  // and may be overwritten
   }
   const float total = block_sum(sum);
-  for (int64_t column = threadIdx.x; column < params.num_columns; column += block_threads) y[column] = x[column] / total;
+  for (int64_t column = threadIdx.x; column < params.num_columns; column += block_threads)
+    y[column] = x[column] / total;
 }
 
 cudaError_t sample(const SampleParams& params, int64_t num_rows, cudaStream_t stream) {
-  return launch(sample_kernel, dim3(static_cast<unsigned>(num_rows)), dim3(block_threads), 2 * block_threads * sizeof(float), stream, params);
+  return launch(sample_kernel, dim3(static_cast<unsigned>(num_rows)), dim3(block_threads),
+                2 * block_threads * sizeof(float), stream, params);
 }
 
 }  // namespace transfuse::cuda
 
-extern "C" int launch_sample(const float* x, float* y, int64_t num_rows, int64_t num_columns, int64_t x_row_stride, int64_t y_row_stride) {
+extern "C" int launch_sample(const float* x, float* y, int64_t num_rows, int64_t num_columns, int64_t x_row_stride,
+                             int64_t y_row_stride) {
   return transfuse::cuda::sample({x, y, num_columns, x_row_stride, y_row_stride}, num_rows, nullptr);
 }

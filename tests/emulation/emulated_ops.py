@@ -1,0 +1,97 @@
+"""The raw ops of transfuse on the emulated CUDA kernels: csrc/cuda_<op>.cpp and kernels/cuda/<op>.cu, as they ship.
+
+    with EmulatedKernels(seed=1):
+        transfuse.layer_norm(x, (768,), weight, bias)      # runs kernels/cuda/layer_norm.cu on the CPU
+
+Tensors stay on the CPU, so all of transfuse's checks and promises run on the CUDA kernels unchanged: under this mode
+a raw op that has an emulated kernel goes there, every other op runs as it always does.
+"""
+
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import emulator
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from transfuse import extension  # noqa: F401  registers the schemas
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STEMS = re.search(r"^set\(OPS ([^)]*)\)", (emulator.ROOT / "CMakeLists.txt").read_text(), re.M).group(1).split()
+
+
+def sources_of(stem):
+    """(kernels, host code) of one op, found as CMakeLists.txt finds them."""
+    kernels = emulator.ROOT / "kernels" / "cuda"
+    host = emulator.ROOT / "csrc"
+    return [
+        sorted({*folder.glob(f"{prefix}{stem}.{kind}"), *folder.glob(f"{prefix}{stem}_*.{kind}")})
+        for folder, prefix, kind in ((kernels, "", "cu"), (host, "cuda_", "cpp"))
+    ]
+
+
+# Stems whose kernels and host code both exist.
+EMULATED = tuple(stem for stem in STEMS if all(sources_of(stem)))
+
+
+@lru_cache(maxsize=None)
+def _schemas(namespace):
+    """The schemas of all raw ops once more, in a namespace of their own. The library lives as long as the process."""
+    fragment = torch.library.Library(namespace, "FRAGMENT")
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("transfuse::"):
+            packet = getattr(torch.ops.transfuse, name.removeprefix("transfuse::").partition(".")[0])
+            fragment.define(str(packet.default._schema).removeprefix("transfuse::"))
+    return fragment
+
+
+def compiled(stem, namespace="transfuse_emulated", kernels=None, include=()):
+    """Path of the library of one op, for load()."""
+    shipped, host = sources_of(stem)
+    return emulator.compiled(stem, kernels or shipped, host, include, namespace)
+
+
+def load(path, namespace="transfuse_emulated"):
+    """The library, whose loading registers its raw ops under torch.ops.<namespace>."""
+    _schemas(namespace)
+    return emulator.load(path)
+
+
+@lru_cache(maxsize=None)
+def libraries():
+    """stem -> its library, all compiled side by side."""
+    emulator.core_path()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return {stem: load(path) for stem, path in zip(EMULATED, pool.map(compiled, EMULATED), strict=True)}
+
+
+class EmulatedKernels(TorchDispatchMode):
+    """Sends raw ops to emulated kernels.
+
+    Args:
+        seed: of the order of blocks and threads; 0 is the ascending one.
+        blocks_at_ends: n > 0 runs only the first and the last n blocks of every grid.
+        namespace, library: a namespace other than that of kernels/cuda, and what serves it; mutants have their own.
+    """
+
+    def __init__(self, seed=0, namespace="transfuse_emulated", library=None, blocks_at_ends=0):
+        super().__init__()
+        self.seed, self.namespace, self.library, self.blocks_at_ends = seed, namespace, library, blocks_at_ends
+        self.calls = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        namespace, _, name = function.name().partition("::")
+        stem = next((stem for stem in EMULATED if name.removeprefix("add_").startswith(f"{stem}_")), None)
+        if namespace != "transfuse" or stem is None:
+            return function(*args, **(kwargs or {}))
+        served_by = self.library or libraries()[stem]
+        self.calls += 1
+        names = [argument.name for argument in function._schema.arguments]
+        with emulator.Memory() as memory, served_by.watched(self.seed, blocks_at_ends=self.blocks_at_ends):
+            given = [
+                memory.place(name, value, "read-only") if isinstance(value, torch.Tensor) else value
+                for name, value in zip(names, args, strict=True)
+            ]
+            return getattr(getattr(torch.ops, self.namespace), name).default(*given)

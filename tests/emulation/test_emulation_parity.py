@@ -1,0 +1,107 @@
+"""The CUDA kernels keep the contract: its promises about numerics, layout and invariance, run on the emulated kernels.
+
+Nothing here knows a bound or a family of inputs: transfuse.promises does, the same that `transfuse verify` runs on a
+GPU. Every access of every thread is checked on the way (README.md), and the order of blocks and threads differs from
+promise to promise.
+"""
+
+import zlib
+
+import emulated_ops
+import emulator
+import pytest
+import torch
+
+import transfuse
+from transfuse import promises
+from transfuse.dispatch import dtype_name
+from transfuse.promises.cases import OPS
+
+OPS = [op for op in OPS if op.removeprefix("add_") in emulated_ops.EMULATED]
+SECTIONS = {
+    1: None,  # masks, as rules
+    2: None,  # numerics: every named family, forward and backward
+    3: ("batch", "position"),  # what threads and processes do is the host's
+    4: ("strides", "far-apart", "written", "backward-twice"),
+}
+PROMISES = [
+    promise
+    for promise in promises.every()
+    if promise.op in OPS and promise.dtype in emulated_ops.DTYPES and promise.section in SECTIONS and not promise.slow
+    if not promise.id.endswith(".compiled")  # torch.compile does not look through a dispatch mode
+    if SECTIONS[promise.section] is None or promise.id.rpartition(".")[2] in SECTIONS[promise.section]
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def measured_anew():
+    """What one promise has measured the next may use; what the CPU's kernels measured it may not."""
+    promises.forget()
+    yield
+    promises.forget()
+
+
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.id)
+def test_promise_is_kept(promise):
+    torch.set_num_threads(1)
+    with emulated_ops.EmulatedKernels(seed=zlib.crc32(promise.id.encode())):
+        outcome = promises.check(promise, "cpu")
+    assert outcome.status == "ok", f"{outcome.reason} {outcome.figure}"
+
+
+def test_every_cuda_kernel_is_emulated():
+    """A stem that has its .cu has its host code too, and then all of its promises run here."""
+    assert [stem for stem in emulated_ops.STEMS if emulated_ops.sources_of(stem)[0]] == list(emulated_ops.EMULATED)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_both_directions_run_on_the_emulated_kernels(op):
+    for direction in ("forward", "backward"):
+        with emulated_ops.EmulatedKernels() as mode:
+            promises.check(promises.find(f"2.{op}.float32.agrees-{direction}"), "cpu")
+        assert mode.calls > 0
+
+
+@pytest.mark.parametrize("dtype", emulated_ops.DTYPES, ids=dtype_name)
+def test_rows_further_apart_than_an_int32_counts(dtype):
+    """Memory that is reserved and not there: three rows of 100 in more than 2^32 elements."""
+    rows, cols, stride = 3, 100, (1 << 31) + 8
+    with emulator.Memory() as memory:
+        far = memory.strided("far", (rows, cols), (stride, 1), dtype, "read-only")
+        far.copy_(torch.randn(rows, cols))
+        with emulated_ops.EmulatedKernels():
+            for op in (transfuse.layer_norm, transfuse.rms_norm):
+                assert torch.equal(op(far, (cols,)), op(far.contiguous(), (cols,))), op.__name__
+
+
+ROWS_AT_ENDS, BLOCKS_AT_ENDS = 16, 2
+
+
+def _huge_calls(cols):
+    """Op by op: a call on rows of `cols`, which takes every row alone."""
+    weight = torch.linspace(0.5, 1.5, cols).bfloat16()
+    cos, sin = torch.randn(2, 1, cols // 2).bfloat16()
+    return {
+        "layer_norm": lambda x: transfuse.layer_norm(x, (cols,), weight, weight),
+        "rms_norm": lambda x: transfuse.rms_norm(x, (cols,), weight),
+        "gelu": lambda x: transfuse.gelu(x),
+        "masked_softmax": lambda x: transfuse.masked_softmax(x),
+        "rotary": lambda x: transfuse.rotary(x.unsqueeze(1), cos, sin).squeeze(1),
+    }
+
+
+@pytest.mark.parametrize("stem", emulated_ops.EMULATED)
+def test_more_elements_than_an_int32_counts(stem):
+    """The first and the last rows of a tensor that is not there in between, by the blocks at the grid's ends alone."""
+    cols = 2048
+    rows = (1 << 31) // cols + 100
+    call = _huge_calls(cols)[stem]
+    with emulator.Memory() as memory:
+        huge = memory.strided("huge", (rows, cols), (cols, 1), torch.bfloat16, "read-only")
+        for ends in (slice(0, ROWS_AT_ENDS), slice(rows - ROWS_AT_ENDS, rows)):
+            huge[ends] = torch.randn(ROWS_AT_ENDS, cols)
+        with emulated_ops.EmulatedKernels(blocks_at_ends=BLOCKS_AT_ENDS):
+            output = call(huge)
+        with emulated_ops.EmulatedKernels():
+            for row in (0, rows - 1):
+                assert torch.equal(output[row], call(huge[row : row + 1].clone())[0]), f"row {row}"
