@@ -7,8 +7,8 @@
 // Rows by their largest score m:  no valid key: 0.  m NaN or infinite: NaN at the valid keys.  |m| > 2^20: the second
 // float of the largest score decides too.
 //
-// Policy: the scores of a row stay in the registers of its threads, 16 keys to a thread; rows of more than 8192 keys are
-// read three times. Reductions have one tree per row length.
+// Policy: the scores of a row stay in the registers of its threads, 16 keys to a thread; rows of more than 8192 keys
+// are read three times. Reductions have one tree per row length.
 #include "cuda/masked_softmax.cuh"
 
 #include <type_traits>
@@ -72,7 +72,8 @@ struct Scores {
 
 // Bit i: the mask's byte of key begin + i is not 0.
 template <int n>
-__device__ __forceinline__ unsigned kept_keys(const uint8_t* mask, int64_t begin, int64_t end, int64_t stride, bool whole) {
+__device__ __forceinline__ unsigned kept_keys(const uint8_t* mask, int64_t begin, int64_t end, int64_t stride,
+                                              bool whole) {
   unsigned kept = 0;
   if (whole) {
 #pragma unroll
@@ -194,7 +195,8 @@ struct SoftmaxScale {
 
 // `each_score(f)` calls f(scores) for the vectors of a row that this thread holds.
 template <int threads, class EachScore>
-__device__ __forceinline__ Pair largest_of(EachScore each_score, SoftmaxExchange<threads>& exchange, SoftmaxScale& scale) {
+__device__ __forceinline__ Pair largest_of(EachScore each_score, SoftmaxExchange<threads>& exchange,
+                                           SoftmaxScale& scale) {
   constexpr float rest_counts = 0x1p20f;  // below, the largest score's residual is no more than another's
   Largest largest = {-infinity, 0};
   each_score([&](const auto& scores) { take_largest(scores, largest); });
@@ -376,7 +378,8 @@ __global__ void __launch_bounds__(wide_row_threads)
   constexpr int n = width<T>;
   __shared__ Exchange<Pair, wide_row_threads> exchange;
   const int64_t row = blockIdx.x;
-  const StreamedRow<T, wide_row_threads> output{static_cast<const T*>(p.output) + row * p.keys, p.keys, p.whole_vectors};
+  const StreamedRow<T, wide_row_threads> output{static_cast<const T*>(p.output) + row * p.keys, p.keys,
+                                                p.whole_vectors};
   const T* grad_output = static_cast<const T*>(p.grad_output) + row * p.keys;
   const auto each_pair = [&](auto f) {
     output.each([&](float (&weight)[n], int64_t begin, int) {
@@ -390,8 +393,8 @@ __global__ void __launch_bounds__(wide_row_threads)
 
 // ---- launchers ----
 
-// Calls body(RowPolicy{}) for the policy of rows of so many keys, 16 to a thread at most; false where none holds them. Rows
-// without whole vectors make do with fewer policies: bits depend on the threads of a row alone.
+// Calls body(RowPolicy{}) for the policy of rows of so many keys, 16 to a thread at most; false where none holds them.
+// Rows without whole vectors make do with fewer policies: bits depend on the threads of a row alone.
 template <class T, class Body>
 bool with_softmax_policy(int64_t keys, bool whole, Body body) {
   constexpr int few = 8 / width<T>, many = 16 / width<T>;
@@ -441,7 +444,8 @@ cudaError_t masked_softmax_forward(const MaskedSoftmaxParams& params, DType dtyp
     cudaError_t error = cudaSuccess;
     const bool held = with_softmax_policy<T>(p.keys, p.whole_vectors, [&](auto policy) {
       using Policy = decltype(policy);
-      error = launch(masked_softmax_forward_kernel<Policy>, blocks_of<Policy>(p.rows), dim3(Policy::block), 0, stream, p);
+      error =
+          launch(masked_softmax_forward_kernel<Policy>, blocks_of<Policy>(p.rows), dim3(Policy::block), 0, stream, p);
     });
     if (held) return error;
     return launch(masked_softmax_wide_forward_kernel<T>, dim3(static_cast<unsigned>(p.rows)), dim3(wide_row_threads), 0,
@@ -459,11 +463,12 @@ cudaError_t masked_softmax_backward(const MaskedSoftmaxGradParams& params, DType
     cudaError_t error = cudaSuccess;
     const bool held = with_softmax_policy<T>(p.keys, p.whole_vectors, [&](auto policy) {
       using Policy = decltype(policy);
-      error = launch(masked_softmax_backward_kernel<Policy>, blocks_of<Policy>(p.rows), dim3(Policy::block), 0, stream, p);
+      error =
+          launch(masked_softmax_backward_kernel<Policy>, blocks_of<Policy>(p.rows), dim3(Policy::block), 0, stream, p);
     });
     if (held) return error;
-    return launch(masked_softmax_wide_backward_kernel<T>, dim3(static_cast<unsigned>(p.rows)), dim3(wide_row_threads), 0,
-                  stream, p);
+    return launch(masked_softmax_wide_backward_kernel<T>, dim3(static_cast<unsigned>(p.rows)), dim3(wide_row_threads),
+                  0, stream, p);
   });
 }
 

@@ -1,12 +1,12 @@
 // Gradients of LayerNorm and RMSNorm on a GPU. With g = grad_output * weight and xhat the normalised row,
 //
-//   grad_input  = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_sum, without mean(g) where the norm is not centered
-//   grad_weight = sum over rows of grad_output * xhat,   grad_bias = sum over rows of grad_output
+//   grad_input  = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_sum, without mean(g) where the norm is not
+//   centered grad_weight = sum over rows of grad_output * xhat,   grad_bias = sum over rows of grad_output
 //
 // Policy: x and grad_output are read once, and the statistics taken anew from x: saved ones would be rounded. A block
-// owns a chunk of rows and keeps its part of the sums over rows in registers, one group of threads every rows_per_block-th
-// row; the groups' parts are added in order, then the chunks' (norm.cuh). No atomics: one order, the same on every GPU.
-// Wide rows do not fit and take a second pass over columns.
+// owns a chunk of rows and keeps its part of the sums over rows in registers, one group of threads every
+// rows_per_block-th row; the groups' parts are added in order, then the chunks' (norm.cuh). No atomics: one order, the
+// same on every GPU. Wide rows do not fit and take a second pass over columns.
 #pragma once
 
 #include "cuda/lines.cuh"
@@ -59,8 +59,7 @@ __device__ __forceinline__ void write_grad_input(const NormBackwardParams& p, bo
   float weight[n], past_norm[n];
   load_parameters<T>(p.weight, p.float_parameters, begin, p.cols, whole, 1.0f, weight);
   const bool has_past_norm = p.grad_sum.data != nullptr;
-  if (has_past_norm)
-    unpack<T>(load_vector(row_of<T>(p.grad_sum, row), begin, p.cols, whole), past_norm);
+  if (has_past_norm) unpack<T>(load_vector(row_of<T>(p.grad_sum, row), begin, p.cols, whole), past_norm);
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     const float g = Norm::centered ? fmaf(grad[i], weight[i], -means.g) : grad[i] * weight[i];
@@ -102,8 +101,8 @@ __device__ __forceinline__ void write_line(float (&part)[Policy::vectors][width<
   if constexpr (groups > 1) __syncthreads();  // `shared` is used again for the next line
 }
 
-// Blocks that a multiprocessor is to hold: as many as the largest policy's registers allow. Without it the compiler aims
-// higher for small ones and spills.
+// Blocks that a multiprocessor is to hold: as many as the largest policy's registers allow. Without it the compiler
+// aims higher for small ones and spills.
 template <class Policy>
 constexpr int backward_blocks = Policy::block == 128 ? 3 : 1;
 
@@ -232,7 +231,8 @@ cudaError_t norm_wide_backward(const NormBackwardParams& p, cudaStream_t stream)
                                    dim3(wide_row_threads), 0, stream, p);
   if (error != cudaSuccess || (!p.weight_lines && !p.bias_lines)) return error;
   const int64_t vectors = (p.cols + width<T> - 1) / width<T>;
-  const dim3 grid(static_cast<unsigned>((vectors + columns_threads - 1) / columns_threads), static_cast<unsigned>(p.chunks));
+  const dim3 grid(static_cast<unsigned>((vectors + columns_threads - 1) / columns_threads),
+                  static_cast<unsigned>(p.chunks));
   return launch(norm_wide_lines_kernel<Norm, T>, grid, dim3(columns_threads), 0, stream, p);
 }
 

@@ -2,10 +2,11 @@
 //
 //   centered    whether it has a mean, and with it a bias
 //
-// Policy: a row stays in the registers of its threads from the one read to the one write. Its statistics are sums of two
-// floats over deviations from its rounded mean, which is far closer to the mean than a standard deviation even at mean/std
-// 1e6; a row for which that would not do (constant, beyond float's range, not finite) takes them in double. float32
-// results round twice: what x - mean loses is carried along. Rows wider than a block's registers are read three times.
+// Policy: a row stays in the registers of its threads from the one read to the one write. Its statistics are sums of
+// two floats over deviations from its rounded mean, which is far closer to the mean than a standard deviation even at
+// mean/std 1e6; a row for which that would not do (constant, beyond float's range, not finite) takes them in double.
+// float32 results round twice: what x - mean loses is carried along. Rows wider than a block's registers are read three
+// times.
 //
 // The sums over a row's threads have one tree per row length; nothing depends on the batch.
 #pragma once
@@ -189,8 +190,7 @@ __device__ __forceinline__ const T* row_of(const NormRows& rows, int64_t row) {
 }
 
 template <class Norm, class Policy>
-__global__ void __launch_bounds__(Policy::block)
-    norm_forward_kernel(const __grid_constant__ NormForwardParams p) {
+__global__ void __launch_bounds__(Policy::block) norm_forward_kernel(const __grid_constant__ NormForwardParams p) {
   using T = typename Policy::T;
   __shared__ NormExchange<Policy::threads> exchange;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * Policy::rows_per_block + threadIdx.x / Policy::threads;

@@ -82,9 +82,9 @@ int64_t vectors_of(int64_t cols) {
   return (cols + width<T> - 1) / width<T>;
 }
 
-// Calls body(RowPolicy{}) for the narrowest policy that holds rows of `cols`; false where none does. A row of 768 16-bit
-// elements is three vectors for each lane of a warp, one of 8192 four for each thread of 256. The bits of a row depend on
-// the threads alone, so rows without whole vectors make do with fewer policies.
+// Calls body(RowPolicy{}) for the narrowest policy that holds rows of `cols`; false where none does. A row of 768
+// 16-bit elements is three vectors for each lane of a warp, one of 8192 four for each thread of 256. The bits of a row
+// depend on the threads alone, so rows without whole vectors make do with fewer policies.
 template <class T, class Body>
 bool with_row_policy(int64_t cols, bool whole, Body body) {
   const int64_t vectors = vectors_of<T>(cols);
