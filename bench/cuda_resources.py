@@ -53,7 +53,7 @@ def kernel_name(demangled):
     """norm_forward_kernel<LayerNorm, RowPolicy<bf16, 32, 4, true>> of what c++filt prints."""
     name = demangled.removeprefix("void ").partition("(transfuse")[0]
     name = re.sub(r"transfuse::cuda::|\(anonymous namespace\)::", "", name)
-    return re.sub(r"\((?:int|bool)\)", "", name)
+    return re.sub(r"\((?:int|bool)\)", "", name).replace("> >", ">>")
 
 
 def _demangled(names):
@@ -70,7 +70,7 @@ def resources(path):
             mangled = match[1]
         elif mangled and (match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line)):
             registers, stack, shared, local = map(int, match.groups())
-            if int(re.search(r"\d+", architecture)[0]) >= 90:
+            if shared and int(re.search(r"\d+", architecture)[0]) >= 90:
                 shared -= RESERVED_SHARED
             found[architecture, mangled] = {"registers": registers, "stack_bytes": stack + local, "shared_bytes": shared}
             mangled = None
@@ -93,7 +93,7 @@ def accesses(path, architecture):
 
 def moves_vectors(kernel):
     """Whether this kernel must read and write rows in 128-bit accesses: a row kernel not compiled for other rows."""
-    return kernel.partition("<")[0] in VECTOR_KERNELS and not kernel.endswith("false>>")
+    return kernel.partition("<")[0] in VECTOR_KERNELS and not kernel.rstrip(">").endswith("false")
 
 
 def table(rows):

@@ -88,9 +88,10 @@ enum class Backend { cpu, cuda };
 // float32, bfloat16, float16 or, on the CPU, float64, as the kernels' own DType.
 inline DType kernel_dtype(const char* op, const char* argument, const Tensor& t, Backend backend = Backend::cpu) {
   const ScalarType type = t.scalar_type();
-  const bool narrow = type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
-  check(narrow || (type == ScalarType::Double && backend == Backend::cpu), op, ": ", argument, " has dtype ", name_of(type),
-        backend == Backend::cpu ? ", expected float32, bfloat16, float16 or float64" : ", expected float32, bfloat16 or float16");
+  const bool everywhere = type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+  const bool on_cpu = backend == Backend::cpu;
+  check(everywhere || (on_cpu && type == ScalarType::Double), op, ": ", argument, " has dtype ", name_of(type),
+        on_cpu ? ", expected float32, bfloat16, float16 or float64" : ", expected float32, bfloat16 or float16");
   return dtype_of(t);
 }
 
@@ -100,7 +101,8 @@ inline void check_dtype(const char* op, const char* argument, const Tensor& t, S
 
 inline void check_device(const char* op, const char* argument, const Tensor& t, Backend backend) {
   const bool on_cpu = backend == Backend::cpu;
-  check(on_cpu ? t.is_cpu() : t.is_cuda(), op, ": ", argument, " is on another device, expected ", on_cpu ? "cpu" : "cuda");
+  check(on_cpu ? t.is_cpu() : t.is_cuda(), op, ": ", argument, " is on another device, expected ",
+        on_cpu ? "cpu" : "cuda");
 }
 inline void check_cpu(const char* op, const char* argument, const Tensor& t) {
   check_device(op, argument, t, Backend::cpu);

@@ -20,7 +20,6 @@ struct GeluParams {
   void* grad_bias;          // [columns] of the bias' type
   int64_t size, columns, chunks;
   bool tanh, float_bias;
-  bool whole_vectors;  // found by the launcher
 };
 
 constexpr int64_t gelu_columns = 2048;

@@ -6,29 +6,13 @@
 #include "cuda/rotary.cuh"
 
 #include "cuda/launch.cuh"
-#include "cuda/vector.cuh"
+#include "cuda/rounding.cuh"
 
 namespace transfuse::cuda {
 
 namespace {
 
 constexpr int rotary_threads = 128;
-
-// A double as storage type T, rounded once.
-template <class T>
-__device__ __forceinline__ T from_double(double x);
-template <>
-__device__ __forceinline__ float from_double<float>(double x) {
-  return static_cast<float>(x);
-}
-template <>
-__device__ __forceinline__ bf16 from_double<bf16>(double x) {
-  return {__bfloat16_as_ushort(__double2bfloat16(x))};
-}
-template <>
-__device__ __forceinline__ f16 from_double<f16>(double x) {
-  return {__half_as_ushort(__double2half(x))};
-}
 
 struct RowIndex {
   int64_t batch, head, token;
@@ -94,7 +78,7 @@ __device__ __forceinline__ void rotate_vectors(const RotaryParams& p, const T* x
 
 // threadIdx.x goes along a row, threadIdx.y over rows.
 template <class T, class U>
-__global__ void __launch_bounds__(rotary_threads) rotary_forward_kernel(const __grid_constant__ RotaryParams p) {
+__global__ void __launch_bounds__(rotary_threads, 6) rotary_forward_kernel(const __grid_constant__ RotaryParams p) {
   const int64_t rows = p.batch * p.num_heads * p.length;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= rows) return;

@@ -195,6 +195,10 @@ TRANSFUSE_WORD void __stcg(T* address, T value) {
   *address = value;
 }
 template <typename T>
+TRANSFUSE_WORD void __stwb(T* address, T value) {
+  *address = value;
+}
+template <typename T>
 TRANSFUSE_WORD void __stwt(T* address, T value) {
   *address = value;
 }
