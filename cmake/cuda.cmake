@@ -86,7 +86,7 @@ function(add_cuda_module)
   target_compile_definitions(_C_cuda PRIVATE TORCH_TARGET_VERSION=${TRANSFUSE_TORCH_TARGET}
     TRANSFUSE_VERSION="${TRANSFUSE_VERSION}")
   # As on the CPU: an FMA is written, never contracted.
-  target_compile_options(_C_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false --generate-line-info>)
+  target_compile_options(_C_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false --compress-mode=size>)
   set_target_properties(_C_cuda PROPERTIES CUDA_VISIBILITY_PRESET hidden CUDA_SEPARABLE_COMPILATION OFF
     CUDA_RESOLVE_DEVICE_SYMBOLS OFF)
   link_torch_alone(_C_cuda)

@@ -43,6 +43,7 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "CUDA kernels of transfuse; importing registers them for torch.ops.transfuse.*";
   m.def("build_info", &build_info, "What this binary was built with.");
   m.def("driver_unusable", &driver_unusable, "Why this machine's driver cannot run it; empty where it can.");
-  m.def("set_nan_filled_empty", [](bool fill) { transfuse::nan_filled_empty = fill; }, py::arg("fill"),
-        "Fills the memory of new results with NaN (tests).");
+  m.def(
+      "set_nan_filled_empty", [](bool fill) { transfuse::nan_filled_empty = fill; }, py::arg("fill"),
+      "Fills the memory of new results with NaN (tests).");
 }

@@ -28,9 +28,11 @@ inline cudaStream_t current_stream(const char* op, int32_t device) {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
     return reinterpret_cast<Getter>(dlsym(library ? library : RTLD_DEFAULT, name));
   }();
-  if (!getter) throw std::runtime_error(std::string(op) + ": this torch is built without CUDA (it has no " + name + ")");
+  if (!getter)
+    throw std::runtime_error(std::string(op) + ": this torch is built without CUDA (it has no " + name + ")");
   void* stream = nullptr;
-  if (getter(device, &stream)) throw std::runtime_error(std::string(op) + ": torch has no current stream on this device");
+  if (getter(device, &stream))
+    throw std::runtime_error(std::string(op) + ": torch has no current stream on this device");
   return static_cast<cudaStream_t>(stream);
 }
 

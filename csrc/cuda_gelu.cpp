@@ -12,8 +12,8 @@ namespace {
 constexpr const char* op = GeluOperands::op;
 
 // input and bias must be contiguous.
-cuda::GeluParams params_of(const GeluOperands& operands, const Tensor& input, const std::optional<Tensor>& bias, bool tanh,
-                           const Tensor& output) {
+cuda::GeluParams params_of(const GeluOperands& operands, const Tensor& input, const std::optional<Tensor>& bias,
+                           bool tanh, const Tensor& output) {
   cuda::GeluParams p{};
   p.input = input.const_data_ptr();
   p.bias = bias ? bias->const_data_ptr() : nullptr;

@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output
                                                        double eps, bool need_input, bool need_weight, bool need_bias) {
   const NormOperands operands(Backend::cuda, "layer_norm_backward", input, weight, bias, normalized_ndim, eps);
   CudaNormBackward result = cuda_norm_backward(operands, grad_output, grad_sum, need_input, need_weight, need_bias,
-                                            cuda::layer_norm_backward);
+                                               cuda::layer_norm_backward);
   return {result.grad_input, result.grad_weight, result.grad_bias};
 }
 

@@ -99,7 +99,8 @@ Tensor masked_softmax_backward(Tensor grad_output, Tensor output, double scale) 
   return grad_input;
 }
 
-// Gradient of an additive mask of as many dimensions as output, size 1 where it was broadcast; float32, the caller rounds.
+// Gradient of an additive mask of as many dimensions as output, size 1 where it was broadcast; float32, the caller
+// rounds.
 Tensor masked_softmax_mask_backward(Tensor grad_output, Tensor output, Tensor mask) {
   masked_softmax::check_backward(grad_output, output, Backend::cuda);
   masked_softmax::check_mask_backward(output, mask);
@@ -128,7 +129,8 @@ Tensor masked_softmax_mask_backward(Tensor grad_output, Tensor output, Tensor ma
     (broadcast ? shift : base).add(output.size(d), strides[d]);
     (broadcast ? p.repeats : p.mask_rows) *= output.size(d);
   }
-  check(base.fits() && shift.fits(), op, ": mask is broadcast in more than ", cuda::max_outer_dims, " separate dimensions");
+  check(base.fits() && shift.fits(), op, ": mask is broadcast in more than ", cuda::max_outer_dims,
+        " separate dimensions");
   p.base_dims = base.write(p.base_sizes, p.base_strides);
   p.shift_dims = shift.write(p.shift_sizes, p.shift_strides);
   p.grad_output = means_of.grad_output;

@@ -8,8 +8,7 @@
 namespace transfuse {
 namespace {
 
-Tensor rms_norm_forward(const Tensor& input, const std::optional<Tensor>& weight, int64_t normalized_ndim,
-                        double eps) {
+Tensor rms_norm_forward(const Tensor& input, const std::optional<Tensor>& weight, int64_t normalized_ndim, double eps) {
   const NormOperands operands(Backend::cuda, "rms_norm", input, weight, std::nullopt, normalized_ndim, eps);
   return cuda_norm_forward(operands, std::nullopt, cuda::rms_norm_forward).output;
 }

@@ -52,8 +52,8 @@ Tensor rotary_forward(const Tensor input, const Tensor cos, const Tensor sin, bo
 }
 
 // Gradients of cos and sin. (That of the input is rotary_forward of grad_output, by the negative angle.)
-std::tuple<Tensor, Tensor> rotary_backward(const Tensor grad_output, const Tensor input, const Tensor cos, bool interleaved,
-                                           bool inverse) {
+std::tuple<Tensor, Tensor> rotary_backward(const Tensor grad_output, const Tensor input, const Tensor cos,
+                                           bool interleaved, bool inverse) {
   rotary::check_backward(grad_output, input, cos, Backend::cuda);
   const CudaCall call(op, input);
   const Tensor grad_cos = call.empty_like_dense(cos), grad_sin = call.empty_like_dense(cos);

@@ -34,8 +34,9 @@ struct GeluOperands {
   void check_bias(const Tensor& input, const Tensor& bias) {
     const ScalarType type = input.scalar_type();
     const bool narrow_input = type == ScalarType::BFloat16 || type == ScalarType::Half;
-    check(bias.scalar_type() == type || (narrow_input && bias.scalar_type() == ScalarType::Float), op, ": bias has dtype ",
-          name_of(bias.scalar_type()), ", expected ", name_of(type), " (input's)", narrow_input ? " or float32" : "");
+    check(bias.scalar_type() == type || (narrow_input && bias.scalar_type() == ScalarType::Float), op,
+          ": bias has dtype ", name_of(bias.scalar_type()), ", expected ", name_of(type), " (input's)",
+          narrow_input ? " or float32" : "");
     check(input.dim() >= 1, op, ": input has shape (), expected at least one dimension to add bias to");
     columns = input.size(input.dim() - 1);
     if (bias.dim() != 1 || bias.size(0) != columns)  // words cost a microsecond

@@ -25,8 +25,8 @@ template <class Kind>
 Kind mask_kind(const Tensor& mask, const Tensor& input) {
   if (mask.scalar_type() == ScalarType::Bool) return Kind::keep;
   if (mask.scalar_type() == input.scalar_type()) return Kind::additive;
-  check(mask.scalar_type() == ScalarType::Float, op, ": mask has dtype ", name_of(mask.scalar_type()), ", expected bool, ",
-        name_of(input.scalar_type()), " (input's) or float32");
+  check(mask.scalar_type() == ScalarType::Float, op, ": mask has dtype ", name_of(mask.scalar_type()),
+        ", expected bool, ", name_of(input.scalar_type()), " (input's) or float32");
   return Kind::additive_f32;
 }
 
@@ -53,7 +53,8 @@ inline void check_backward(const Tensor& grad_output, const Tensor& output, Back
 
 // mask has as many dimensions as output, size 1 where it was broadcast.
 inline void check_mask_backward(const Tensor& output, const Tensor& mask) {
-  check(mask.dim() == output.dim(), op, ": mask has ", mask.dim(), " dimensions, expected ", output.dim(), " (output's)");
+  check(mask.dim() == output.dim(), op, ": mask has ", mask.dim(), " dimensions, expected ", output.dim(),
+        " (output's)");
   for (int64_t d = 0; d < mask.dim(); ++d)
     check(mask.size(d) == output.size(d) || mask.size(d) == 1, op, ": mask has shape ", shape_of(mask),
           ", expected one that broadcasts to ", shape_of(output), " (output's)");

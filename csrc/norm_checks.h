@@ -35,7 +35,13 @@ struct NormOperands {
 
   NormOperands(Backend backend, const char* op, const Tensor& input, const std::optional<Tensor>& weight,
                const std::optional<Tensor>& bias, int64_t normalized_ndim, double eps)
-      : op(op), input(input), weight(weight), bias(bias), matrix(op, input, normalized_ndim), eps(eps), backend(backend) {
+      : op(op),
+        input(input),
+        weight(weight),
+        bias(bias),
+        matrix(op, input, normalized_ndim),
+        eps(eps),
+        backend(backend) {
     dtype = kernel_dtype(op, "input", input, backend);
     if (weight) check_parameter("weight", *weight);
     if (bias) check_parameter("bias", *bias);
@@ -73,8 +79,6 @@ struct NormOperands {
   }
 };
 
-inline const void* data_of(const std::optional<Tensor>& t) {
-  return t ? t->const_data_ptr() : nullptr;
-}
+inline const void* data_of(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
 
 }  // namespace transfuse

@@ -20,7 +20,8 @@ __device__ __forceinline__ float exp_nonpositive(float x, float residual) {
   constexpr float integer = 0x1.8p23f + 127.0f + 25.0f;
   x = fmaxf(x, lowest);
   const float shifted = fmaf(x, 0x1.715476p+0f, integer), n = shifted - integer;
-  const float r = fmaf(-n, 0x1.7f7d1cp-20f, fmaf(-n, 0x1.62e400p-1f, x)) + residual;  // ln 2 in two parts, the first exact
+  const float r =
+      fmaf(-n, 0x1.7f7d1cp-20f, fmaf(-n, 0x1.62e400p-1f, x)) + residual;  // ln 2 in two parts, the first exact
   float q = 0x1.6a243ap-10f;
   q = fmaf(q, r, 0x1.1239e2p-7f);
   q = fmaf(q, r, 0x1.5558f2p-5f);

@@ -9,8 +9,8 @@
 
 namespace transfuse::cuda {
 
-// Row i is the elements [i * columns, min((i + 1) * columns, size)) of every dense [size] array. With a bias, columns is
-// its length and divides size; without one, columns is gelu_columns.
+// Row i is the elements [i * columns, min((i + 1) * columns, size)) of every dense [size] array. With a bias, columns
+// is its length and divides size; without one, columns is gelu_columns.
 struct GeluParams {
   const void* input;
   const void* bias;         // [columns] or null
@@ -26,9 +26,7 @@ struct GeluParams {
 constexpr int64_t gelu_columns = 2048;
 
 // Chunks of rows, one to a block: their number depends on the rows' alone.
-constexpr int64_t gelu_chunks(int64_t rows) {
-  return rows < 4 * 1024 ? (rows + 3) / 4 : 1024;
-}
+constexpr int64_t gelu_chunks(int64_t rows) { return rows < 4 * 1024 ? (rows + 3) / 4 : 1024; }
 
 cudaError_t gelu_forward(const GeluParams& params, DType dtype, cudaStream_t stream);
 cudaError_t gelu_backward(const GeluParams& params, DType dtype, cudaStream_t stream);

@@ -7,8 +7,8 @@
 // Rows by their largest score m:  no valid key: 0.  m NaN or infinite: NaN at the valid keys.  |m| > 2^20: the second
 // float of the largest score decides too.
 //
-// Policy: the scores of a row stay in the registers of its threads, 16 keys to a thread; rows of more than 8192 keys are
-// read three times. Reductions have one tree per row length.
+// Policy: the scores of a row stay in the registers of its threads, 16 keys to a thread; rows of more than 8192 keys
+// are read three times. Reductions have one tree per row length.
 #include "cuda/masked_softmax.cuh"
 
 #include <type_traits>
@@ -72,7 +72,8 @@ struct Scores {
 
 // Bit i: the mask's byte of key begin + i is not 0.
 template <int n>
-__device__ __forceinline__ unsigned kept_keys(const uint8_t* mask, int64_t begin, int64_t end, int64_t stride, bool whole) {
+__device__ __forceinline__ unsigned kept_keys(const uint8_t* mask, int64_t begin, int64_t end, int64_t stride,
+                                              bool whole) {
   unsigned kept = 0;
   if (whole) {
 #pragma unroll
@@ -194,7 +195,8 @@ struct SoftmaxScale {
 
 // `each_score(f)` calls f(scores) for the vectors of a row that this thread holds.
 template <int threads, class EachScore>
-__device__ __forceinline__ Pair largest_of(EachScore each_score, SoftmaxExchange<threads>& exchange, SoftmaxScale& scale) {
+__device__ __forceinline__ Pair largest_of(EachScore each_score, SoftmaxExchange<threads>& exchange,
+                                           SoftmaxScale& scale) {
   constexpr float rest_counts = 0x1p20f;  // below, the largest score's residual is no more than another's
   Largest largest = {-infinity, 0};
   each_score([&](const auto& scores) { take_largest(scores, largest); });
@@ -240,7 +242,7 @@ __global__ void __launch_bounds__(Policy::block)
   const bool valid = row_number < p.rows;  // threads without a row stay for the shuffles
   const SoftmaxRow<T> row = softmax_row<T>(p, valid ? row_number : 0);
   HeldRow<Policy> x(p.keys, threadIdx.x % Policy::threads);
-  x.load(row.input, valid, p.whole_vectors);
+  x.load(row.input, valid);
   Scores<n> scores[vectors];
 #pragma unroll
   for (int v = 0; v < vectors; ++v) {
@@ -273,7 +275,7 @@ __global__ void __launch_bounds__(Policy::block)
   for (int v = 0; v < vectors; ++v) {
     if (!x.holds(v)) continue;
     finish(scale, scores[v].valid, scores[v].hi);
-    store_vector(output, x.begin(v), p.keys, p.whole_vectors, pack<T>(scores[v].hi));
+    store_vector(output, x.begin(v), p.keys, x.whole, pack<T>(scores[v].hi));
   }
 }
 
@@ -324,8 +326,9 @@ __device__ __forceinline__ float score_gradient(float weight, float grad, Pair m
 
 // `each_pair(f)` calls f(output, grad_output, begin) for the vectors of a row that this thread holds.
 template <class T, int threads, class EachPair>
-__device__ __forceinline__ void differentiate(const MaskedSoftmaxGradParams& p, int64_t row, bool valid, bool first_thread,
-                                              EachPair each_pair, Exchange<Pair, threads>& exchange) {
+__device__ __forceinline__ void differentiate(const MaskedSoftmaxGradParams& p, bool whole, int64_t row, bool valid,
+                                              bool first_thread, EachPair each_pair,
+                                              Exchange<Pair, threads>& exchange) {
   constexpr int n = width<T>;
   Pair mean = {0, 0};
   each_pair([&](float (&weight)[n], float (&grad)[n], int64_t) { mean = mean + sum_of_products(weight, grad); });
@@ -341,7 +344,7 @@ __device__ __forceinline__ void differentiate(const MaskedSoftmaxGradParams& p, 
   each_pair([&](float (&weight)[n], float (&grad)[n], int64_t begin) {
 #pragma unroll
     for (int i = 0; i < n; ++i) grad[i] = score_gradient(weight[i], grad[i], mean) * p.scale;
-    store_vector(grad_input, begin, p.keys, p.whole_vectors, pack<T>(grad));
+    store_vector(grad_input, begin, p.keys, whole, pack<T>(grad));
   });
 }
 
@@ -354,8 +357,8 @@ __global__ void __launch_bounds__(Policy::block)
   const int64_t row = static_cast<int64_t>(blockIdx.x) * Policy::rows_per_block + threadIdx.x / Policy::threads;
   const bool valid = row < p.rows;
   HeldRow<Policy> output(p.keys, threadIdx.x % Policy::threads), grad_output(p.keys, output.lane);
-  output.load(static_cast<const T*>(p.output) + row * p.keys, valid, p.whole_vectors);
-  grad_output.load(static_cast<const T*>(p.grad_output) + row * p.keys, valid, p.whole_vectors);
+  output.load(static_cast<const T*>(p.output) + row * p.keys, valid);
+  grad_output.load(static_cast<const T*>(p.grad_output) + row * p.keys, valid);
   const auto each_pair = [&](auto f) {
 #pragma unroll
     for (int v = 0; v < Policy::vectors; ++v) {
@@ -366,7 +369,7 @@ __global__ void __launch_bounds__(Policy::block)
       f(weight, grad, output.begin(v));
     }
   };
-  differentiate<T, Policy::threads>(p, row, valid, output.lane == 0, each_pair, exchange);
+  differentiate<T, Policy::threads>(p, output.whole, row, valid, output.lane == 0, each_pair, exchange);
 }
 
 template <class T>
@@ -375,7 +378,8 @@ __global__ void __launch_bounds__(wide_row_threads)
   constexpr int n = width<T>;
   __shared__ Exchange<Pair, wide_row_threads> exchange;
   const int64_t row = blockIdx.x;
-  const StreamedRow<T, wide_row_threads> output{static_cast<const T*>(p.output) + row * p.keys, p.keys, p.whole_vectors};
+  const StreamedRow<T, wide_row_threads> output{static_cast<const T*>(p.output) + row * p.keys, p.keys,
+                                                p.whole_vectors};
   const T* grad_output = static_cast<const T*>(p.grad_output) + row * p.keys;
   const auto each_pair = [&](auto f) {
     output.each([&](float (&weight)[n], int64_t begin, int) {
@@ -384,22 +388,31 @@ __global__ void __launch_bounds__(wide_row_threads)
       f(weight, grad, begin);
     });
   };
-  differentiate<T, wide_row_threads>(p, row, true, threadIdx.x == 0, each_pair, exchange);
+  differentiate<T, wide_row_threads>(p, output.whole, row, true, threadIdx.x == 0, each_pair, exchange);
 }
 
 // ---- launchers ----
 
 // Calls body(RowPolicy{}) for the policy of rows of so many keys, 16 to a thread at most; false where none holds them.
+// Rows without whole vectors make do with fewer policies: bits depend on the threads of a row alone.
 template <class T, class Body>
-bool with_softmax_policy(int64_t keys, Body body) {
+bool with_softmax_policy(int64_t keys, bool whole, Body body) {
   constexpr int few = 8 / width<T>, many = 16 / width<T>;
-  if (keys <= 64) return body(RowPolicy<T, 8, few>{}), true;
-  if (keys <= 256) return body(RowPolicy<T, 32, few>{}), true;
-  if (keys <= 512) return body(RowPolicy<T, 32, many>{}), true;
-  if (keys <= 1024) return body(RowPolicy<T, 128, few>{}), true;
-  if (keys <= 2048) return body(RowPolicy<T, 128, many>{}), true;
-  if (keys <= 4096) return body(RowPolicy<T, 256, many>{}), true;
-  if (keys <= 8192) return body(RowPolicy<T, 512, many>{}), true;
+  if (whole) {
+    if (keys <= 64) return body(RowPolicy<T, 8, few, true>{}), true;
+    if (keys <= 256) return body(RowPolicy<T, 32, few, true>{}), true;
+    if (keys <= 512) return body(RowPolicy<T, 32, many, true>{}), true;
+    if (keys <= 1024) return body(RowPolicy<T, 128, few, true>{}), true;
+    if (keys <= 2048) return body(RowPolicy<T, 128, many, true>{}), true;
+    if (keys <= 4096) return body(RowPolicy<T, 256, many, true>{}), true;
+    if (keys <= 8192) return body(RowPolicy<T, 512, many, true>{}), true;
+  } else {
+    if (keys <= 64) return body(RowPolicy<T, 8, few, false>{}), true;
+    if (keys <= 512) return body(RowPolicy<T, 32, many, false>{}), true;
+    if (keys <= 2048) return body(RowPolicy<T, 128, many, false>{}), true;
+    if (keys <= 4096) return body(RowPolicy<T, 256, many, false>{}), true;
+    if (keys <= 8192) return body(RowPolicy<T, 512, many, false>{}), true;
+  }
   return false;
 }
 
@@ -429,9 +442,10 @@ cudaError_t masked_softmax_forward(const MaskedSoftmaxParams& params, DType dtyp
     p.whole_vectors = whole_vectors<T>(p.input, p.keys, p.keys) && whole_vectors<T>(p.output, p.keys, p.keys);
     p.whole_mask = mask_is_whole<T>(p);
     cudaError_t error = cudaSuccess;
-    const bool held = with_softmax_policy<T>(p.keys, [&](auto policy) {
+    const bool held = with_softmax_policy<T>(p.keys, p.whole_vectors, [&](auto policy) {
       using Policy = decltype(policy);
-      error = launch(masked_softmax_forward_kernel<Policy>, blocks_of<Policy>(p.rows), dim3(Policy::block), 0, stream, p);
+      error =
+          launch(masked_softmax_forward_kernel<Policy>, blocks_of<Policy>(p.rows), dim3(Policy::block), 0, stream, p);
     });
     if (held) return error;
     return launch(masked_softmax_wide_forward_kernel<T>, dim3(static_cast<unsigned>(p.rows)), dim3(wide_row_threads), 0,
@@ -447,13 +461,14 @@ cudaError_t masked_softmax_backward(const MaskedSoftmaxGradParams& params, DType
     p.whole_vectors = whole_vectors<T>(p.output, p.keys, p.keys) && whole_vectors<T>(p.grad_output, p.keys, p.keys) &&
                       whole_vectors<T>(p.grad_input, p.keys, p.keys);
     cudaError_t error = cudaSuccess;
-    const bool held = with_softmax_policy<T>(p.keys, [&](auto policy) {
+    const bool held = with_softmax_policy<T>(p.keys, p.whole_vectors, [&](auto policy) {
       using Policy = decltype(policy);
-      error = launch(masked_softmax_backward_kernel<Policy>, blocks_of<Policy>(p.rows), dim3(Policy::block), 0, stream, p);
+      error =
+          launch(masked_softmax_backward_kernel<Policy>, blocks_of<Policy>(p.rows), dim3(Policy::block), 0, stream, p);
     });
     if (held) return error;
-    return launch(masked_softmax_wide_backward_kernel<T>, dim3(static_cast<unsigned>(p.rows)), dim3(wide_row_threads), 0,
-                  stream, p);
+    return launch(masked_softmax_wide_backward_kernel<T>, dim3(static_cast<unsigned>(p.rows)), dim3(wide_row_threads),
+                  0, stream, p);
   });
 }
 

@@ -21,12 +21,12 @@ struct MaskedSoftmaxParams {
   const void* mask;  // any strides, broadcast by stride 0
   void* output;
   int64_t rows, keys, queries;
-  int outer_dims;                            // dimensions before keys, neighbours merged where strides allow
-  int64_t outer_sizes[max_outer_dims];       // [outer_dims]
+  int outer_dims;                              // dimensions before keys, neighbours merged where strides allow
+  int64_t outer_sizes[max_outer_dims];         // [outer_dims]
   int64_t outer_mask_strides[max_outer_dims];  // [outer_dims], in elements
-  int64_t mask_stride;                       // of the keys
-  float scale, scale_rest;                   // the two floats that add up to the scale
-  int64_t causal_offset;                     // query i sees keys j <= i + causal_offset
+  int64_t mask_stride;                         // of the keys
+  float scale, scale_rest;                     // the two floats that add up to the scale
+  int64_t causal_offset;                       // query i sees keys j <= i + causal_offset
   bool causal;
   MaskKind mask_kind;
   bool whole_vectors, whole_mask;  // found by the launcher
@@ -43,8 +43,9 @@ struct MaskedSoftmaxGradParams {
   bool whole_vectors;  // found by the launcher
 };
 
-// The gradient of an additive mask [mask_rows, mask_keys], mask_keys = keys or 1: each element adds the score gradients of
-// the rows that used it. Row of repeat r of mask row m: base(m) + shift(r), each a sum over dimensions of index * stride.
+// The gradient of an additive mask [mask_rows, mask_keys], mask_keys = keys or 1: each element adds the score gradients
+// of the rows that used it. Row of repeat r of mask row m: base(m) + shift(r), each a sum over dimensions of index *
+// stride.
 struct MaskGradParams {
   const void* grad_output;
   const void* output;
@@ -59,9 +60,7 @@ struct MaskGradParams {
 };
 
 // Depends on the number of repeats alone.
-constexpr int64_t mask_grad_chunks(int64_t repeats) {
-  return repeats < 32 ? 1 : repeats < 16 * 64 ? repeats / 16 : 64;
-}
+constexpr int64_t mask_grad_chunks(int64_t repeats) { return repeats < 32 ? 1 : repeats < 16 * 64 ? repeats / 16 : 64; }
 
 cudaError_t masked_softmax_forward(const MaskedSoftmaxParams& params, DType dtype, cudaStream_t stream);
 cudaError_t masked_softmax_backward(const MaskedSoftmaxGradParams& params, DType dtype, cudaStream_t stream);

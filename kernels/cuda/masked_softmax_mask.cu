@@ -1,8 +1,8 @@
 // The gradient of an additive mask: each of its elements adds the score gradients of the rows that used it.
 //
 // Policy: a thread takes one key of one row of the mask and goes through a chunk of its repeats in ascending order; the
-// chunks' lines are added in one order (lines.cuh), and where the mask is broadcast over keys, its keys last. Every sum's
-// order depends on the shapes alone.
+// chunks' lines are added in one order (lines.cuh), and where the mask is broadcast over keys, its keys last. Every
+// sum's order depends on the shapes alone.
 #include "cuda/lines.cuh"
 #include "cuda/masked_softmax.cuh"
 
@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(mask_grad_threads) mask_grad_kernel(const __gr
   const int64_t base = row_offset(mask_row, p.base_dims, p.base_sizes, p.base_strides);
   float sum = 0;
   for (int64_t repeat = p.repeats * chunk / p.chunks; repeat < p.repeats * (chunk + 1) / p.chunks; ++repeat) {
-    const int64_t row = base + row_offset(repeat, p.shift_dims, p.shift_sizes, p.shift_strides), at = row * p.keys + key;
+    const int64_t row = base + row_offset(repeat, p.shift_dims, p.shift_sizes, p.shift_strides),
+                  at = row * p.keys + key;
     const float weight = to_float(static_cast<const T*>(p.output)[at]);
     const float grad = to_float(static_cast<const T*>(p.grad_output)[at]);
     if (weight != 0.0f) sum += weight * ((grad - p.means[2 * row]) - p.means[2 * row + 1]);

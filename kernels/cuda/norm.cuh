@@ -41,8 +41,9 @@ struct NormForwardParams {
   bool whole_vectors;     // found by the launcher
 };
 
-// The gradients of weight and bias are sums over rows. Rows are cut into chunks whose number depends on theirs alone, one
-// per block of a persistent grid; a block adds its rows in order to its own line, and a second kernel adds the lines.
+// The gradients of weight and bias are sums over rows. Rows are cut into chunks whose number depends on theirs alone,
+// one per block of a persistent grid; a block adds its rows in order to its own line, and a second kernel adds the
+// lines.
 struct NormBackwardParams {
   NormRows grad_output;  // [rows, cols] dtype
   NormRows grad_sum;     // the same; null: no gradient reaches the normalised x past the norm
@@ -63,13 +64,9 @@ constexpr int64_t norm_row_values = 4;
 
 // At least four rows to a chunk: each writes lines of partial sums. 512 chunks keep every GPU of today busy and cost
 // wide batches a few percent of traffic.
-constexpr int64_t norm_chunks(int64_t rows) {
-  return rows < 4 * 512 ? (rows + 3) / 4 : 512;
-}
+constexpr int64_t norm_chunks(int64_t rows) { return rows < 4 * 512 ? (rows + 3) / 4 : 512; }
 // Rows whose gradients no block holds in registers beside its parts of the sums over rows.
 constexpr int64_t norm_gradient_cols = 8192;
-constexpr bool norm_gradient_is_wide(int64_t cols) {
-  return cols > norm_gradient_cols;
-}
+constexpr bool norm_gradient_is_wide(int64_t cols) { return cols > norm_gradient_cols; }
 
 }  // namespace transfuse::cuda

@@ -1,12 +1,12 @@
 // Gradients of LayerNorm and RMSNorm on a GPU. With g = grad_output * weight and xhat the normalised row,
 //
-//   grad_input  = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_sum, without mean(g) where the norm is not centered
-//   grad_weight = sum over rows of grad_output * xhat,   grad_bias = sum over rows of grad_output
+//   grad_input  = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_sum, without mean(g) where the norm is not
+//   centered grad_weight = sum over rows of grad_output * xhat,   grad_bias = sum over rows of grad_output
 //
 // Policy: x and grad_output are read once, and the statistics taken anew from x: saved ones would be rounded. A block
-// owns a chunk of rows and keeps its part of the sums over rows in registers, one group of threads every rows_per_block-th
-// row; the groups' parts are added in order, then the chunks' (norm.cuh). No atomics: one order, the same on every GPU.
-// Wide rows do not fit and take a second pass over columns.
+// owns a chunk of rows and keeps its part of the sums over rows in registers, one group of threads every
+// rows_per_block-th row; the groups' parts are added in order, then the chunks' (norm.cuh). No atomics: one order, the
+// same on every GPU. Wide rows do not fit and take a second pass over columns.
 #pragma once
 
 #include "cuda/lines.cuh"
@@ -30,13 +30,13 @@ struct Projections {
 
 // `each_pair(f)` calls f(x, grad_output, begin) for the vectors of a row that this thread holds.
 template <class Norm, class T, int threads, class EachPair>
-__device__ __forceinline__ Projections project(const NormBackwardParams& p, const Normalization& by, EachPair each_pair,
-                                               Exchange<Both<Pair>, threads>& exchange) {
+__device__ __forceinline__ Projections project(const NormBackwardParams& p, bool whole, const Normalization& by,
+                                               EachPair each_pair, Exchange<Both<Pair>, threads>& exchange) {
   constexpr int n = width<T>;
   Both<Pair> sums = {{0, 0}, {0, 0}};
   each_pair([&](float (&x)[n], float (&grad)[n], int64_t begin) {
     float weight[n];
-    load_parameters<T>(p.weight, p.float_parameters, begin, p.cols, p.whole_vectors, 1.0f, weight);
+    load_parameters<T>(p.weight, p.float_parameters, begin, p.cols, whole, 1.0f, weight);
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       grad[i] *= weight[i];  // 0 past the end of the row, and so is what it multiplies
@@ -52,22 +52,21 @@ __device__ __forceinline__ Projections project(const NormBackwardParams& p, cons
 
 // The gradient of one vector of a row; grad_output is overwritten by it.
 template <class Norm, class T>
-__device__ __forceinline__ void write_grad_input(const NormBackwardParams& p, int64_t row, int64_t begin,
+__device__ __forceinline__ void write_grad_input(const NormBackwardParams& p, bool whole, int64_t row, int64_t begin,
                                                  const Normalization& by, const Projections& means,
                                                  const float (&xhat)[width<T>], float (&grad)[width<T>]) {
   constexpr int n = width<T>;
   float weight[n], past_norm[n];
-  load_parameters<T>(p.weight, p.float_parameters, begin, p.cols, p.whole_vectors, 1.0f, weight);
+  load_parameters<T>(p.weight, p.float_parameters, begin, p.cols, whole, 1.0f, weight);
   const bool has_past_norm = p.grad_sum.data != nullptr;
-  if (has_past_norm)
-    unpack<T>(load_vector(row_of<T>(p.grad_sum, row), begin, p.cols, p.whole_vectors), past_norm);
+  if (has_past_norm) unpack<T>(load_vector(row_of<T>(p.grad_sum, row), begin, p.cols, whole), past_norm);
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     const float g = Norm::centered ? fmaf(grad[i], weight[i], -means.g) : grad[i] * weight[i];
     const float projected = fmaf(-xhat[i], means.g_xhat, g) * by.rest;
     grad[i] = has_past_norm ? fmaf(projected, by.scale, past_norm[i]) : projected * by.scale;
   }
-  store_vector(static_cast<T*>(p.grad_input) + row * p.cols, begin, p.cols, p.whole_vectors, pack<T>(grad));
+  store_vector(static_cast<T*>(p.grad_input) + row * p.cols, begin, p.cols, whole, pack<T>(grad));
 }
 
 // The parts of a block's groups of threads, added in the order of the groups into the chunk's line.
@@ -102,8 +101,13 @@ __device__ __forceinline__ void write_line(float (&part)[Policy::vectors][width<
   if constexpr (groups > 1) __syncthreads();  // `shared` is used again for the next line
 }
 
+// Blocks that a multiprocessor is to hold: as many as the largest policy's registers allow. Without it the compiler
+// aims higher for small ones and spills.
+template <class Policy>
+constexpr int backward_blocks = Policy::block == 128 ? 3 : 1;
+
 template <class Norm, class Policy>
-__global__ void __launch_bounds__(Policy::block)
+__global__ void __launch_bounds__(Policy::block, backward_blocks<Policy>)
     norm_backward_kernel(const __grid_constant__ NormBackwardParams p) {
   using T = typename Policy::T;
   constexpr int n = width<T>, vectors = Policy::vectors;
@@ -117,8 +121,8 @@ __global__ void __launch_bounds__(Policy::block)
   for (int64_t first = rows.begin; first < rows.end; first += Policy::rows_per_block) {
     const int64_t row = first + threadIdx.x / Policy::threads;
     const bool valid = row < rows.end;  // threads without a row stay for the shuffles
-    x.load(row_of<T>(p.input, row), valid, p.whole_vectors);
-    grad_output.load(row_of<T>(p.grad_output, row), valid, p.whole_vectors);
+    x.load(row_of<T>(p.input, row), valid);
+    grad_output.load(row_of<T>(p.grad_output, row), valid);
     const Normalization by = normalization_of<Norm::centered, Policy::threads>(x, p.cols, p.eps, exchange);
     const auto each_pair = [&](auto f) {
 #pragma unroll
@@ -131,7 +135,7 @@ __global__ void __launch_bounds__(Policy::block)
       }
     };
     Projections means = {0, 0};
-    if (p.grad_input != nullptr) means = project<Norm, T, Policy::threads>(p, by, each_pair, projections);
+    if (p.grad_input != nullptr) means = project<Norm, T, Policy::threads>(p, x.whole, by, each_pair, projections);
     if (!valid) continue;
 #pragma unroll
     for (int v = 0; v < vectors; ++v) {
@@ -145,7 +149,7 @@ __global__ void __launch_bounds__(Policy::block)
         weight_part[v][i] = fmaf(grad[i], xhat[i], weight_part[v][i]);
         if (Norm::centered) bias_part[v][i] += grad[i];
       }
-      if (p.grad_input != nullptr) write_grad_input<Norm, T>(p, row, x.begin(v), by, means, xhat, grad);
+      if (p.grad_input != nullptr) write_grad_input<Norm, T>(p, x.whole, row, x.begin(v), by, means, xhat, grad);
     }
   }
   const int64_t line = static_cast<int64_t>(blockIdx.x) * p.cols;
@@ -181,11 +185,11 @@ __global__ void __launch_bounds__(wide_row_threads)
       f(values, grads, begin);
     });
   };
-  const Projections means = project<Norm, T, wide_row_threads>(p, by, each_pair, projections);
+  const Projections means = project<Norm, T, wide_row_threads>(p, x.whole, by, each_pair, projections);
   each_pair([&](float (&xhat)[n], float (&grad)[n], int64_t begin) {
 #pragma unroll
     for (int i = 0; i < n; ++i) xhat[i] = normalize<Norm::centered, false>(xhat[i], by);
-    write_grad_input<Norm, T>(p, row, begin, by, means, xhat, grad);
+    write_grad_input<Norm, T>(p, x.whole, row, begin, by, means, xhat, grad);
   });
 }
 
@@ -227,7 +231,8 @@ cudaError_t norm_wide_backward(const NormBackwardParams& p, cudaStream_t stream)
                                    dim3(wide_row_threads), 0, stream, p);
   if (error != cudaSuccess || (!p.weight_lines && !p.bias_lines)) return error;
   const int64_t vectors = (p.cols + width<T> - 1) / width<T>;
-  const dim3 grid(static_cast<unsigned>((vectors + columns_threads - 1) / columns_threads), static_cast<unsigned>(p.chunks));
+  const dim3 grid(static_cast<unsigned>((vectors + columns_threads - 1) / columns_threads),
+                  static_cast<unsigned>(p.chunks));
   return launch(norm_wide_lines_kernel<Norm, T>, grid, dim3(columns_threads), 0, stream, p);
 }
 

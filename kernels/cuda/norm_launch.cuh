@@ -29,7 +29,7 @@ cudaError_t norm_forward(NormForwardParams p, DType dtype, cudaStream_t stream) 
                       parameters_are_whole<T>(p.weight, p.cols, p.float_parameters) &&
                       parameters_are_whole<T>(p.bias, p.cols, p.float_parameters);
     cudaError_t error = cudaSuccess;
-    const bool held = with_row_policy<T>(p.cols, [&](auto policy) {
+    const bool held = with_row_policy<T>(p.cols, p.whole_vectors, [&](auto policy) {
       using Policy = decltype(policy);
       const int64_t blocks = (p.rows + Policy::rows_per_block - 1) / Policy::rows_per_block;
       error = launch(norm_forward_kernel<Norm, Policy>, dim3(static_cast<unsigned>(blocks)), dim3(Policy::block), 0,
@@ -55,7 +55,7 @@ cudaError_t norm_backward(NormBackwardParams p, DType dtype, cudaStream_t stream
       if (norm_gradient_is_wide(p.cols)) {
         error = norm_wide_backward<Norm, T>(p, stream);
       } else {
-        with_row_policy<T>(p.cols, [&](auto policy) {
+        with_row_policy<T>(p.cols, p.whole_vectors, [&](auto policy) {
           using Policy = decltype(policy);
           if constexpr (Policy::threads * Policy::vectors * width<T> <= norm_gradient_cols)
             error = launch(norm_backward_kernel<Norm, Policy>, chunks, dim3(Policy::block), 0, stream, p);

@@ -2,10 +2,11 @@
 //
 //   centered    whether it has a mean, and with it a bias
 //
-// Policy: a row stays in the registers of its threads from the one read to the one write. Its statistics are sums of two
-// floats over deviations from its rounded mean, which is far closer to the mean than a standard deviation even at mean/std
-// 1e6; a row for which that would not do (constant, beyond float's range, not finite) takes them in double. float32
-// results round twice: what x - mean loses is carried along. Rows wider than a block's registers are read three times.
+// Policy: a row stays in the registers of its threads from the one read to the one write. Its statistics are sums of
+// two floats over deviations from its rounded mean, which is far closer to the mean than a standard deviation even at
+// mean/std 1e6; a row for which that would not do (constant, beyond float's range, not finite) takes them in double.
+// float32 results round twice: what x - mean loses is carried along. Rows wider than a block's registers are read three
+// times.
 //
 // The sums over a row's threads have one tree per row length; nothing depends on the batch.
 #pragma once
@@ -144,14 +145,14 @@ __device__ __forceinline__ float normalize(float x, const Normalization& row) {
 // Weights or biases of the columns [begin, begin + n), `otherwise` where there are none.
 template <class T, int n>
 __device__ __forceinline__ void load_parameters(const void* data, bool in_float, int64_t begin, int64_t cols,
-                                                bool whole_vectors, float otherwise, float (&x)[n]) {
+                                                bool whole, float otherwise, float (&x)[n]) {
   if (data == nullptr) {
 #pragma unroll
     for (int i = 0; i < n; ++i) x[i] = otherwise;
   } else if (!std::is_same_v<T, float> && in_float) {
-    load_floats(static_cast<const float*>(data), begin, cols, whole_vectors, x);
+    load_floats(static_cast<const float*>(data), begin, cols, whole, x);
   } else {
-    load_floats(static_cast<const T*>(data), begin, cols, whole_vectors, x);
+    load_floats(static_cast<const T*>(data), begin, cols, whole, x);
   }
 }
 
@@ -161,14 +162,14 @@ __device__ __forceinline__ void write_row(const NormForwardParams& p, const Row&
   constexpr int n = Row::n;
   row.each([&](auto& x, int64_t begin, int) {
     float weight[n], bias[n];
-    load_parameters<T>(p.weight, p.float_parameters, begin, p.cols, p.whole_vectors, 1.0f, weight);
-    if (Norm::centered) load_parameters<T>(p.bias, p.float_parameters, begin, p.cols, p.whole_vectors, 0.0f, bias);
+    load_parameters<T>(p.weight, p.float_parameters, begin, p.cols, row.whole, 1.0f, weight);
+    if (Norm::centered) load_parameters<T>(p.bias, p.float_parameters, begin, p.cols, row.whole, 0.0f, bias);
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       const float xhat = normalize<Norm::centered, std::is_same_v<T, float>>(x[i], by);
       x[i] = Norm::centered ? fmaf(xhat, weight[i], bias[i]) : xhat * weight[i];
     }
-    store_vector(output, begin, p.cols, p.whole_vectors, pack<T>(x));
+    store_vector(output, begin, p.cols, row.whole, pack<T>(x));
   });
 }
 
@@ -189,22 +190,21 @@ __device__ __forceinline__ const T* row_of(const NormRows& rows, int64_t row) {
 }
 
 template <class Norm, class Policy>
-__global__ void __launch_bounds__(Policy::block)
-    norm_forward_kernel(const __grid_constant__ NormForwardParams p) {
+__global__ void __launch_bounds__(Policy::block) norm_forward_kernel(const __grid_constant__ NormForwardParams p) {
   using T = typename Policy::T;
   __shared__ NormExchange<Policy::threads> exchange;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * Policy::rows_per_block + threadIdx.x / Policy::threads;
   const bool valid = row < p.rows;  // threads without a row stay for the shuffles
   HeldRow<Policy> x(p.cols, threadIdx.x % Policy::threads);
-  x.load(row_of<T>(p.input, row), valid, p.whole_vectors);
+  x.load(row_of<T>(p.input, row), valid);
   if (p.residual.data != nullptr) {
     HeldRow<Policy> y(p.cols, x.lane);
-    y.load(row_of<T>(p.residual, row), valid, p.whole_vectors);
+    y.load(row_of<T>(p.residual, row), valid);
     T* sum = static_cast<T*>(p.sum) + row * p.cols;
 #pragma unroll
     for (int v = 0; v < Policy::vectors; ++v) {
       x.held[v] = sum_of<T>(x.held[v], y.held[v]);
-      if (valid && x.holds(v)) store_vector(sum, x.begin(v), p.cols, p.whole_vectors, x.held[v]);
+      if (valid && x.holds(v)) store_vector(sum, x.begin(v), p.cols, x.whole, x.held[v]);
     }
   }
   const Normalization by = normalization_of<Norm::centered, Policy::threads>(x, p.cols, p.eps, exchange);

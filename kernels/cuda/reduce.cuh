@@ -16,8 +16,12 @@ namespace transfuse::cuda {
 constexpr int warp_size = 32;
 constexpr unsigned whole_warp = 0xFFFFFFFFu;
 
-__device__ __forceinline__ float shuffle_xor(float x, int lane_mask) { return __shfl_xor_sync(whole_warp, x, lane_mask); }
-__device__ __forceinline__ double shuffle_xor(double x, int lane_mask) { return __shfl_xor_sync(whole_warp, x, lane_mask); }
+__device__ __forceinline__ float shuffle_xor(float x, int lane_mask) {
+  return __shfl_xor_sync(whole_warp, x, lane_mask);
+}
+__device__ __forceinline__ double shuffle_xor(double x, int lane_mask) {
+  return __shfl_xor_sync(whole_warp, x, lane_mask);
+}
 __device__ __forceinline__ Pair shuffle_xor(Pair x, int lane_mask) {
   return {shuffle_xor(x.hi, lane_mask), shuffle_xor(x.lo, lane_mask)};
 }
@@ -47,7 +51,9 @@ struct MaxOrNaN {
   __device__ __forceinline__ float operator()(float a, float b) const {
     return a != a || b != b ? __int_as_float(0x7FC00000) : fmaxf(a, b);
   }
-  __device__ __forceinline__ double operator()(double a, double b) const { return a != a || b != b ? a + b : fmax(a, b); }
+  __device__ __forceinline__ double operator()(double a, double b) const {
+    return a != a || b != b ? a + b : fmax(a, b);
+  }
 };
 
 // Over groups of `threads` neighbouring lanes, a power of two up to a warp.

@@ -55,10 +55,11 @@ __device__ __forceinline__ Rotated rotate(double a, double b, double cosine, dou
   return {fma(a, cosine, -(b * sine)), fma(b, cosine, a * sine)};
 }
 
-// n neighbouring pairs from pair i on, every operand in whole vectors. n is width<T>, or half of it for interleaved pairs.
+// n neighbouring pairs from pair i on, every operand in whole vectors. n is width<T>, or half of it for interleaved
+// pairs.
 template <class T, class U, bool interleaved>
-__device__ __forceinline__ void rotate_vectors(const RotaryParams& p, const T* x, const U* cosines, const U* sines, T* out,
-                                               int64_t i) {
+__device__ __forceinline__ void rotate_vectors(const RotaryParams& p, const T* x, const U* cosines, const U* sines,
+                                               T* out, int64_t i) {
   constexpr int w = width<T>, n = interleaved ? w / 2 : w;
   float cosine[n], sine[n], a[w], b[w];
   load_floats(cosines, i, i + n, true, cosine);
@@ -80,7 +81,8 @@ __device__ __forceinline__ void rotate_vectors(const RotaryParams& p, const T* x
     for (int word = 0; word < 4; ++word) {
       packed.word[word] = 0;
 #pragma unroll
-      for (int j = 0; j < per_word; ++j) packed.word[word] |= bits_of(result[word * per_word + j]) << (32 / per_word * j);
+      for (int j = 0; j < per_word; ++j)
+        packed.word[word] |= bits_of(result[word * per_word + j]) << (32 / per_word * j);
     }
   };
   pack_bits(result_a);
@@ -100,7 +102,8 @@ __global__ void __launch_bounds__(rotary_threads) rotary_forward_kernel(const __
   const RowIndex at = rows <= 0xFFFFFFFFll ? row_index(p, static_cast<uint32_t>(row)) : row_index(p, row);
   const T* x = row_of<T>(p.input, at);
   const U *cosines = row_of<U>(p.cos, at), *sines = row_of<U>(p.sin, at);
-  T* out = static_cast<T*>(p.output.data) + at.batch * p.output.batch + at.head * p.output.head + at.token * p.output.token;
+  T* out =
+      static_cast<T*>(p.output.data) + at.batch * p.output.batch + at.head * p.output.head + at.token * p.output.token;
   int64_t done = 0;  // pairs
   if (p.whole_vectors) {
     const int n = p.interleaved ? width<T> / 2 : width<T>;
@@ -116,16 +119,16 @@ __global__ void __launch_bounds__(rotary_threads) rotary_forward_kernel(const __
   for (int64_t i = done + threadIdx.x; i < p.pairs; i += blockDim.x) {
     const int64_t first = i * step, second = first + distance;
     const double cosine = to_float(cosines[i * p.cos.col]), sine = to_float(sines[i * p.sin.col]);
-    const Rotated rotated = rotate(to_float(x[first * p.input.col]), to_float(x[second * p.input.col]), cosine,
-                                   p.inverse ? -sine : sine);
+    const Rotated rotated =
+        rotate(to_float(x[first * p.input.col]), to_float(x[second * p.input.col]), cosine, p.inverse ? -sine : sine);
     out[first] = from_double<T>(rotated.first);
     out[second] = from_double<T>(rotated.second);
   }
   for (int64_t c = 2 * p.pairs + threadIdx.x; c < p.head_dim; c += blockDim.x) out[c] = x[c * p.input.col];
 }
 
-// A thread takes one pair of one row of the tables: the sum over heads, and over the batch where it shares the tables, in
-// that order.
+// A thread takes one pair of one row of the tables: the sum over heads, and over the batch where it shares the tables,
+// in that order.
 template <class T, class U>
 __global__ void __launch_bounds__(rotary_threads) rotary_tables_kernel(const __grid_constant__ RotaryTablesParams p) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * rotary_threads + threadIdx.x;
@@ -182,7 +185,8 @@ cudaError_t rotary_forward(const RotaryParams& params, DType dtype, cudaStream_t
     unsigned along = 4;
     while (along < 32 && along < work) along *= 2;
     const dim3 block(along, rotary_threads / along);
-    return launch(rotary_forward_kernel<T, U>, dim3(static_cast<unsigned>((rows + block.y - 1) / block.y)), block, 0, stream, p);
+    return launch(rotary_forward_kernel<T, U>, dim3(static_cast<unsigned>((rows + block.y - 1) / block.y)), block, 0,
+                  stream, p);
   });
 }
 

@@ -20,14 +20,14 @@ struct RotaryOutput {
 };
 
 struct RotaryParams {
-  RotaryTensor input, cos, sin;  // [B, H, L, D] and [B, H, L, R/2]
-  RotaryOutput output;           // [B, H, L, D] of input's dtype
+  RotaryTensor input, cos, sin;                       // [B, H, L, D] and [B, H, L, R/2]
+  RotaryOutput output;                                // [B, H, L, D] of input's dtype
   int64_t batch, num_heads, length, head_dim, pairs;  // B, H, L, D, R/2
-  bool float_tables;             // beside a 16-bit input
-  bool interleaved;              // pairs are columns (2i, 2i + 1), else (i, i + R/2)
-  bool inverse;                  // rotates by the negative angle
-  bool heads_inner;              // rows are visited heads of a token first, as they lie in memory
-  bool whole_vectors;            // found by the launcher
+  bool float_tables;                                  // beside a 16-bit input
+  bool interleaved;                                   // pairs are columns (2i, 2i + 1), else (i, i + R/2)
+  bool inverse;                                       // rotates by the negative angle
+  bool heads_inner;                                   // rows are visited heads of a token first, as they lie in memory
+  bool whole_vectors;                                 // found by the launcher
 };
 
 struct RotaryTablesParams {

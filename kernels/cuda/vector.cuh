@@ -156,7 +156,8 @@ __device__ __forceinline__ void store_vector(T* row, int64_t begin, int64_t end,
 // n floats, or n 16-bit values widened, of the elements from `begin` on; those from `end` on are 0. For operands whose
 // type is not the row's: weights in float beside 16-bit rows.
 template <class T, int n>
-__device__ __forceinline__ void load_floats(const T* row, int64_t begin, int64_t end, bool whole_vectors, float (&x)[n]) {
+__device__ __forceinline__ void load_floats(const T* row, int64_t begin, int64_t end, bool whole_vectors,
+                                            float (&x)[n]) {
   static_assert(n % width<T> == 0 || width<T> % n == 0, "whole vectors");
   if constexpr (n >= width<T>) {
 #pragma unroll
@@ -172,7 +173,8 @@ __device__ __forceinline__ void load_floats(const T* row, int64_t begin, int64_t
   }
 }
 
-// Whether rows of `cols` elements, `stride` elements apart from `data` on, consist of whole vectors on their boundaries.
+// Whether rows of `cols` elements, `stride` elements apart from `data` on, consist of whole vectors on their
+// boundaries.
 template <class T>
 bool whole_vectors(const void* data, int64_t cols, int64_t stride) {
   return reinterpret_cast<uintptr_t>(data) % vector_bytes == 0 && cols % width<T> == 0 && stride % width<T> == 0;

@@ -18,8 +18,8 @@ import torch
 
 import transfuse
 from transfuse.bench import gpu_peers, gpu_rows
-from transfuse.dispatch import dtype_name
-from transfuse.promises import agreement, check
+from transfuse.dispatch import dtype_name, use_backend
+from transfuse.promises import agreement, check, every
 from transfuse.promises.cases import DIRECTIONS
 
 BUDGET_SECONDS = 490
@@ -36,14 +36,29 @@ SECTIONS = (
 )
 
 
+# Ops that kernels/cuda has: their promises on numerics, determinism and layout are checked too, with the hard families.
+CUDA_OPS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "gelu", "masked_softmax", "rotary")
+HARD_SECTIONS = (2, 3, 4)
+PAST_INT32 = (1 << 32) + 8  # elements: beyond every 32-bit offset
+
+
+def promises_of(backend):
+    """What a backend is held to: agreement with the float64 reference, and every promise of the ops it has kernels for."""
+    found = list(agreement.PROMISES)
+    if backend == "cuda":
+        hard = (promise for promise in every() if promise.op in CUDA_OPS and promise.section in HARD_SECTIONS)
+        found += [promise for promise in hard if not promise.slow and promise not in found]
+    return found
+
+
 def check_backends(run):
-    """Our own GPU backends against the float64 reference; a backend that is not there is a row with its reason."""
+    """Our own GPU backends against the contract; a backend that is not there is a row with its reason."""
     available = transfuse.backends()
     for backend in GPU_BACKENDS:
         if available[backend] is not True:
             run.add(op="all", peer=f"transfuse {backend}", status="skipped", reason=available[backend])
             continue
-        for promise in agreement.PROMISES:
+        for promise in promises_of(backend):
             outcome = check(promise, backend, run.device)
             run.add(
                 op=promise.op,
@@ -56,6 +71,27 @@ def check_backends(run):
                 rms_error=outcome.figure and outcome.figure.worst,
                 reason=outcome.reason or (outcome.figure.detail if outcome.status == "failed" else ""),
             )
+    if available["cuda"] is True:
+        for op in ("gelu", "layer_norm", "masked_softmax"):
+            check_past_int32(run, op)
+
+
+def check_past_int32(run, op):
+    """An op on more than 2^32 elements: its last rows have the bits that they have alone."""
+    columns = 1024
+    rows = PAST_INT32 // columns + 1
+    facts = {"op": op, "peer": "transfuse cuda", "variant": "numel beyond 2^32", "shape": {"rows": rows, "columns": columns}}
+    call = {
+        "gelu": transfuse.gelu,
+        "layer_norm": lambda x: transfuse.layer_norm(x, (columns,)),
+        "masked_softmax": transfuse.masked_softmax,
+    }[op]
+    with run.guarded(**facts), use_backend("cuda"):
+        x = torch.zeros(rows, columns, dtype=torch.bfloat16, device=run.device)
+        last = x[-3:].normal_()
+        same = torch.equal(call(x)[-3:], call(last.clone()))
+        run.add(**facts, status="ok" if same else "failed", reason="" if same else "the last rows differ from the same rows alone")
+    torch.cuda.empty_cache()
 
 
 def table(rows):
@@ -91,7 +127,7 @@ def run_all(run):
         "backends: "
         + ", ".join(f"{name}: {'yes' if state is True else state}" for name, state in transfuse.backends().items())
     )
-    with run.within("parity", 60):
+    with run.within("parity", 150):
         check_backends(run)
     for section, seconds in SECTIONS:
         with run.within(section, seconds):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import transfuse
 from transfuse.bench.harness import compiled
 from transfuse.promises.cases import gradients_of
 
@@ -264,9 +265,25 @@ ROW_OPS = {
 }
 
 
+# The same calls in transfuse.
+OWN_ROW_OPS = {
+    "layer_norm": lambda x, w, b: transfuse.layer_norm(x, x.shape[-1:], w, b),
+    "rms_norm": lambda x, w: transfuse.rms_norm(x, x.shape[-1:], w),
+    "softmax": lambda x: transfuse.masked_softmax(x),
+    "gelu": lambda x: transfuse.gelu(x),
+    "add_layer_norm": lambda x, y, w, b: transfuse.add_layer_norm(x, y, x.shape[-1:], w, b)[0],
+    "bias_gelu": lambda x, b: transfuse.gelu(x, bias=b),
+    "gelu_tanh": lambda x: transfuse.gelu(x, approximate="tanh"),
+}
+OWN = "transfuse cuda"
+
+
 def row_kernels(run):
-    """torch's own kernels, then torch.compile's (seconds of compiling each, so a deadline cuts those)."""
-    for peer in ("torch eager", "torch.compile"):
+    """Ours, torch's own kernels, then torch.compile's (seconds of compiling each, so a deadline cuts those)."""
+    state = True if run.dry else transfuse.backends()["cuda"]
+    if state is not True:
+        run.add(op="all", peer=OWN, status="skipped", reason=state)
+    for peer in (*((OWN,) if state is True else ()), "torch eager", "torch.compile"):
         for columns in COLUMNS:
             for op in ROW_OPS:
                 _row_rows(run, op, peer, *((8, columns // 64) if run.dry else (ROWS, columns)))
@@ -274,6 +291,7 @@ def row_kernels(run):
 
 def _row_rows(run, op, peer, rows, columns):
     function, row_inputs, weights, *moves = ROW_OPS[op]
+    function = OWN_ROW_OPS[op] if peer == OWN else function
     tensors = [_random(run, rows, columns) for _ in range(row_inputs)] + [_random(run, columns) for _ in range(weights)]
     if peer == "torch.compile":
         torch._dynamo.reset()
