@@ -62,7 +62,8 @@ gpu:
 	@$(PYTHON) -c "import torch" 2>/dev/null || { echo "make gpu: $(PYTHON) has no torch; name one that has: make gpu PYTHON=... OUT=dir"; exit 2; }
 	TORCH_CUDA_ARCH_LIST=$(GPU_ARCH) TRANSFUSE_ISA_LEVELS=$${TRANSFUSE_ISA_LEVELS-avx2} $(PYTHON) setup.py -q build_ext --inplace \
 	  || echo "make gpu: transfuse's own kernels cannot be built with $(PYTHON); only peers are measured"
-	PYTHONPATH=python $(PYTHON) -m transfuse.bench.gpu --out $(OUT)
+	status=0; $(PYTHON) tests/emulation/ptx_cases.py --device || status=$$?; \
+	PYTHONPATH=python $(PYTHON) -m transfuse.bench.gpu --out $(OUT) || status=$$?; exit $$status
 
 lint: $(VENV)/ready
 	$(PY) -m ruff check python kernels tests bench setup.py

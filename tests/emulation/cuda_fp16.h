@@ -16,11 +16,13 @@ struct alignas(2) __half {
   __half() = default;  // trivial, so that it may stand in shared memory
   constexpr __half(__half_raw raw) : __x(raw.x) {}
   __half(float value) : __x(rounded(value)) {}
+  __half(double value) : __x(rounded(value)) {}
   operator float() const { return static_cast<float>(std::bit_cast<_Float16>(__x)); }
   operator __half_raw() const { return {__x}; }
 
  private:
-  static unsigned short rounded(float value) {
+  template <typename T>
+  static unsigned short rounded(T value) {
     return std::isnan(value) ? 0x7fff : std::bit_cast<unsigned short>(static_cast<_Float16>(value));
   }
 };
@@ -37,6 +39,7 @@ using half2 = __half2;
 inline float __half2float(__half value) { return static_cast<float>(value); }
 inline __half __float2half(float value) { return __half(value); }
 inline __half __float2half_rn(float value) { return __half(value); }
+inline __half __double2half(double value) { return __half(value); }
 inline float __low2float(__half2 pair) { return __half2float(pair.x); }
 inline float __high2float(__half2 pair) { return __half2float(pair.y); }
 inline float2 __half22float2(__half2 pair) { return {__half2float(pair.x), __half2float(pair.y)}; }

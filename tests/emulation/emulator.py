@@ -204,9 +204,10 @@ class Library:
             yield
         except RuntimeError as error:  # the host code's words for a launch that failed
             failed = error
+        finally:
+            emulator.emulation_forget_made()
         report = emulator.emulation_report().decode()
         emulator.emulation_clear_report()
-        emulator.emulation_forget_made()
         if report:
             raise KernelError(self._explained(report)) from failed
         if failed:

@@ -19,6 +19,7 @@ Thread* current = nullptr;
 namespace {
 
 constexpr unsigned max_grid_x = 0x7fffffff, max_grid_yz = 65535;
+constexpr size_t page_bytes = 4096;
 constexpr size_t max_shared_bytes = 227 * 1024;  // of sm_90; the gates of the build hold kernels to their own
 constexpr int success = 0, invalid_configuration = 9, launch_failure = 719;
 
@@ -92,6 +93,7 @@ Thread& thread_of(unsigned slot) {
     thread = std::make_unique<Thread>();
     thread->slot = slot;
     thread->stack = machine.stacks + slot * stack_bytes;
+    mprotect(thread->stack, page_bytes, PROT_NONE);  // a frame too large is a crash here and not a neighbour's riddle
   }
   return *thread;
 }

@@ -406,7 +406,14 @@ void emulation_forget(uintptr_t begin);
 
 // A tensor that the host code of an op has made (host.h); registered again, its contents change.
 void emulation_register_made(uintptr_t begin, size_t bytes, int contents) {
-  emulation_forget(begin);
+  // A tensor that was freed since may have left its memory to this one.
+  const auto replaced = [&](uintptr_t other) {
+    const Region* region = region_of(other);
+    return other == begin || (region && other < begin + bytes && begin < region->end);
+  };
+  for (const uintptr_t other : made)
+    if (replaced(other)) emulation_forget(other);
+  made.erase(std::remove_if(made.begin(), made.end(), [](uintptr_t other) { return !region_of(other); }), made.end());
   if (bytes == 0) return;
   const std::string name = "tensor " + std::to_string(made.size()) + " of the host code";
   emulation_register(begin, bytes, contents, name.c_str(), nullptr);

@@ -8,8 +8,10 @@ two together. Source: https://docs.nvidia.com/cuda/parallel-thread-execution/, s
 """
 
 import ctypes
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -357,17 +359,17 @@ def main():
         print("run on a device:", ", ".join(sorted(RUN_ON_A_DEVICE)) or "none")
         print("emulated only:  ", ", ".join(EMULATED_ONLY))
         return 0
-    import tempfile
-
-    failed = 0
+    if shutil.which("nvcc") is None:
+        print("PTX cases: skipped, there is no nvcc")
+        return 0
+    passed = failed = 0
     with tempfile.TemporaryDirectory() as folder:
         for case, wrong in run_on_device(folder):
-            print(
-                "ok    " if not len(wrong) else "FAILED",
-                case.name,
-                "" if not len(wrong) else f"words {wrong[:8].tolist()}",
-            )
+            if len(wrong):
+                print(f"PTX case FAILED: {case.name}, words {wrong[:8].tolist()}")
             failed += bool(len(wrong))
+            passed += not len(wrong)
+    print(f"PTX cases: {passed} passed, {failed} failed; functions: {', '.join(FUNCTIONS)}")
     return 1 if failed else 0
 
 

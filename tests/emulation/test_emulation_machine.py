@@ -3,6 +3,7 @@
 import ctypes
 
 import emulator
+import numpy as np
 import pytest
 import torch
 
@@ -123,6 +124,19 @@ def test_conversions_of_the_16_bit_types(cases):
     for shift, dtype in ((0, torch.float16), (16, torch.bfloat16)):
         expected = value.to(dtype).view(torch.int16).int() & 0xFFFF
         assert torch.equal(found >> shift & 0xFFFF, torch.where(value.isnan(), 0x7FFF, expected)), dtype
+
+    # The doubles next to these floats, on either side: to half as numpy rounds them; to bfloat16 as the next float goes,
+    # which lies on the same side of every tie, unless it is one.
+    beside = floats[value.isfinite() & (value != 0)][: 1 << 18]
+    found = torch.tensor(run(cases, "roundings_of_doubles", beside, 1 << 19, 1 << 18, (1 << 8, 1, 1), (1024, 1, 1)))
+    bits = beside.view(torch.float32).double().view(torch.int64)
+    doubles = torch.stack([bits + 1, bits - 1], 1).flatten().view(torch.float64).numpy()
+    with np.errstate(over="ignore"):
+        assert (doubles.astype(np.float16).view(np.uint16) == (found & 0xFFFF).numpy()).all()
+    nexts = torch.stack([beside + 1, beside - 1], 1).flatten()
+    expected = nexts.view(torch.float32).bfloat16().view(torch.int16).int() & 0xFFFF
+    is_tie = nexts & 0xFFFF == 0x8000
+    assert ((found >> 16 & 0xFFFF == expected) | is_tie | nexts.view(torch.float32).isnan()).all()
 
 
 MISTAKES = (

@@ -149,6 +149,18 @@ __global__ void roundings(const __grid_constant__ Params p) {
   p.out[at] = static_cast<int>(low | high << 16);
 }
 
+// The same of the float's neighbours in double, above and below, one after the other.
+__global__ void roundings_of_doubles(const __grid_constant__ Params p) {
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (at >= p.n) return;
+  const long long bits = __double_as_longlong(static_cast<double>(__int_as_float(p.in[at])));
+  for (int i = 0; i < 2; ++i) {
+    const double value = __longlong_as_double(bits + 1 - 2 * i);
+    const unsigned low = __half_as_ushort(__double2half(value)), high = __bfloat16_as_ushort(__double2bfloat16(value));
+    p.out[2 * at + i] = static_cast<int>(low | high << 16);
+  }
+}
+
 // Of each 16-bit word: as half, then as bfloat16, as floats.
 __global__ void widenings(const __grid_constant__ Params p) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -354,6 +366,7 @@ extern "C" int run_case(const char* name, const int* in, int* out, int64_t n, co
   CASE(votes_of_a_block);
   CASE(clusters);
   CASE(roundings);
+  CASE(roundings_of_doubles);
   CASE(widenings);
   CASE(race_in_shared);
   CASE(race_after_read);
