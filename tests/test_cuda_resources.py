@@ -22,6 +22,12 @@ def resources():
     return cuda_resources.resources(cuda_resources.module_path())
 
 
+@pytest.fixture(scope="module")
+def accesses(resources):
+    """Of the newest architecture that is built."""
+    return cuda_resources.accesses(cuda_resources.module_path(), sorted({arch for arch, _ in resources})[-1])
+
+
 def test_no_kernel_spills(resources):
     spilling = [f"{kernel} on {arch}: {figures}" for (arch, kernel), figures in resources.items() if figures["stack_bytes"]]
     assert not spilling, "registers spilled to memory:\n" + "\n".join(spilling)
@@ -40,11 +46,9 @@ def test_every_row_kernel_exists_for_every_type(resources):
             assert found, f"{name} has no kernel for {element}"
 
 
-def test_rows_move_in_128_bit_accesses(resources):
-    architecture = sorted({arch for arch, _ in resources})[-1]
-    found = cuda_resources.accesses(cuda_resources.module_path(), architecture)
+def test_rows_move_in_128_bit_accesses(accesses):
     judged = 0
-    for kernel, counts in found.items():
+    for kernel, counts in accesses.items():
         assert counts["local"] == 0, f"{kernel}: {counts}"
         if cuda_resources.moves_vectors(kernel):
             judged += 1
@@ -52,10 +56,9 @@ def test_rows_move_in_128_bit_accesses(resources):
     assert judged >= 3 * len(cuda_resources.VECTOR_KERNELS)
 
 
-def test_held_rows_are_loaded_in_whole_vectors_alone(resources):
+def test_held_rows_are_loaded_in_whole_vectors_alone(accesses):
     """A held row's kernel for whole vectors reads it in as many 128-bit loads as a thread has vectors, at least."""
-    architecture = sorted({arch for arch, _ in resources})[-1]
-    for kernel, counts in cuda_resources.accesses(cuda_resources.module_path(), architecture).items():
+    for kernel, counts in accesses.items():
         policy = re.search(r"RowPolicy<\w+, (\d+), (\d+), true>", kernel)
         if policy:
             assert counts["LDG.128"] >= int(policy[2]), f"{kernel}: {counts}"
