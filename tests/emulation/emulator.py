@@ -32,7 +32,7 @@ COMPILER = os.environ.get("CXX", "g++")
 CORE_SOURCES = ("machine.cpp", "synchronization.cpp", "memory.cpp", "tensor_core.cpp")
 CORE_FLAGS = "-std=c++20 -O2 -g1 -fPIC -Wall -Wextra -ffp-contract=off".split()
 KERNEL_FLAGS = (
-    *"-std=c++20 -O1 -g -fPIC -Wall -Wno-unknown-pragmas -Wno-attributes".split(),
+    *"-std=c++20 -O1 -g1 -fPIC -Wall -Wno-unknown-pragmas -Wno-attributes".split(),
     "-ffp-contract=off",  # as nvcc --fmad=false: an FMA is written
     "-fno-strict-aliasing",  # as nvcc: kernels read vectors through pointers to elements
     "-ftrivial-auto-var-init=pattern",  # what a register holds before it is written is no zero

@@ -125,7 +125,7 @@ def test_conversions_of_the_16_bit_types(cases):
         expected = value.to(dtype).view(torch.int16).int() & 0xFFFF
         assert torch.equal(found >> shift & 0xFFFF, torch.where(value.isnan(), 0x7FFF, expected)), dtype
 
-    # The doubles next to these floats, on either side: to half as numpy rounds them; to bfloat16 as the next float goes,
+    # The doubles next to these floats, on either side: to half as numpy rounds; to bfloat16 as the next float goes,
     # which lies on the same side of every tie, unless it is one.
     beside = floats[value.isfinite() & (value != 0)][: 1 << 18]
     found = torch.tensor(run(cases, "roundings_of_doubles", beside, 1 << 19, 1 << 18, (1 << 8, 1, 1), (1024, 1, 1)))
