@@ -591,7 +591,7 @@ PATCHES = (
 
 def copy_sources():
     """Brings TREE's sources to ROOT's, touching only what differs, so that Ninja compiles only that."""
-    for name in ("CMakeLists.txt", "setup.py", "csrc", "kernels", "python"):
+    for name in ("CMakeLists.txt", "setup.py", "cmake", "csrc", "kernels", "python"):
         files = {}
         for root in (ROOT, TREE):
             found = [root / name] if (root / name).is_file() else (root / name).rglob("*")
@@ -616,7 +616,7 @@ def build():
     """Compiles TREE for one ISA level, the widest of this machine."""
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=TREE, capture_output=True, text=True,
-        env=environment(TRANSFUSE_ISA_LEVELS=_C.cpu_isa_levels()[-1]),
+        env=environment(TRANSFUSE_ISA_LEVELS=_C.cpu_isa_levels()[-1], TRANSFUSE_CUDA="0"),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
