@@ -101,21 +101,17 @@ TRANSFUSE_INLINE Pair<double> scaled_rstd(double square, double eps, double scal
 
 // ---- statistics of the other types: in float where that is exact enough, which is nearly always ----
 
-// Mean and rstd of a row whose vectors are value(i, n), in one pass over its deviations from a shift: the mean of its
-// first vector. False where float is not enough: the shift is farther from the mean than a standard deviation, or the
+// Mean and rstd of a row whose vectors are value(i, n), each asked for once, in one pass over its deviations from a shift:
+// the mean of its first vector, `first`. False where float is not enough: the shift is farther from the mean than a standard deviation, or the
 // squares leave float's range, or the row is constant or not finite.
 //
 // Deviations are exact wherever the mean is large against them. Their sums run in four chains of at most ten terms, and
 // in double over blocks, so that the variance is good to 2^-23.
 template <bool centered, class Value>
-TRANSFUSE_INLINE bool quick_statistics(int64_t cols, double eps, Value value, Statistics& row) {
+TRANSFUSE_INLINE bool quick_statistics(int64_t cols, double eps, f32 first, Value value, Statistics& row) {
   constexpr int64_t chains = 4;
   constexpr double smallest = 0x1p-80, largest = 0x1p100;
-  float shift = 0;
-  if (centered) {
-    const int64_t n = cols < lanes ? cols : lanes;
-    shift = reduce_add(value(0, n)) / static_cast<float>(n);
-  }
+  const float shift = centered ? reduce_add(first) / static_cast<float>(cols < lanes ? cols : lanes) : 0;
   wide sum = set1w(0), squares = set1w(0);
   for (int64_t block = 0; block < cols; block += sum_block) {
     const int64_t end = cols - block < sum_block ? cols : block + sum_block;
@@ -141,15 +137,12 @@ TRANSFUSE_INLINE bool quick_statistics(int64_t cols, double eps, Value value, St
   return true;
 }
 
-// `x` holds what value(i, n) gave once that was called for all of the row.
-template <class Norm, class T, class Value>
-TRANSFUSE_INLINE Statistics statistics_of(const T* x, int64_t cols, double eps, Value value) {
-  Statistics row;
-  return quick_statistics<Norm::centered>(cols, eps, value, row) ? row : Norm::statistics(x, cols, eps);
-}
 template <class Norm, class T>
 TRANSFUSE_INLINE Statistics statistics_of(const T* x, int64_t cols, double eps) {
-  return statistics_of<Norm>(x, cols, eps, [&](int64_t i, int64_t n) __attribute__((always_inline)) { return load_n(x + i, n); });
+  const auto value = [&](int64_t i, int64_t n) __attribute__((always_inline)) { return load_n(x + i, n); };
+  Statistics row;
+  const bool quick = quick_statistics<Norm::centered>(cols, eps, value(0, cols < lanes ? cols : lanes), value, row);
+  return quick ? row : Norm::statistics(x, cols, eps);
 }
 template <class Norm>
 TRANSFUSE_INLINE Statistics statistics_of(const double* x, int64_t cols, double eps) {
@@ -295,14 +288,21 @@ TRANSFUSE_INLINE void normalize_group(const T* x, const Statistics* statistics, 
   }
 }
 
-// Statistics of one row, and, where there is a residual, the row itself: the sum, whose place is x.
+// Statistics of one row where there is a residual, and the row itself: the sum, whose place is x. It may be the place of
+// either addend.
 template <class Norm, class T>
 TRANSFUSE_INLINE Statistics begin_row(const T* input, const T* residual, T* x, int64_t cols, double eps) {
-  return statistics_of<Norm>(x, cols, eps, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    const f32 sum = rounded(load_n(input + i, n) + load_n(residual + i, n), T{});
-    store_n(x + i, sum, n);
-    return sum;
-  });
+  const auto sum = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    return rounded(load_n(input + i, n) + load_n(residual + i, n), T{});
+  };
+  const auto stored_sum = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    const f32 value = sum(i, n);
+    store_n(x + i, value, n);
+    return value;
+  };
+  Statistics row;
+  const bool quick = quick_statistics<Norm::centered>(cols, eps, sum(0, cols < lanes ? cols : lanes), stored_sum, row);
+  return quick ? row : Norm::statistics(x, cols, eps);
 }
 template <class Norm>
 TRANSFUSE_INLINE Statistics begin_row(const double* input, const double* residual, double* x, int64_t cols, double eps) {
