@@ -9,7 +9,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from transfuse.models.packed_linear import has_packed_products, multiply, pack
+from transfuse.models.packed_linear import HAS_PACKED_PRODUCTS, multiply, pack
 
 ROWS = 1024  # of one product: enough that the rate has levelled off, few enough that operands stay in cache
 COLUMNS = ((384, 1536), (1536, 384), (768, 3072), (3072, 768))  # (input, output) channels: MiniLM's and BERT-base's FFN
@@ -18,7 +18,7 @@ REPEATS = 9
 
 def product(weight, bias):
     """x -> x @ weight.T + bias with the weight packed once, or F.linear where torch cannot pack."""
-    if not has_packed_products():
+    if not HAS_PACKED_PRODUCTS:
         return lambda x: F.linear(x, weight, bias)
     packed = pack(weight)
     return lambda x: multiply(x, packed, bias)

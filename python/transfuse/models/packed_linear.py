@@ -13,7 +13,6 @@ oneDNN gives a row the same bits whatever the number of rows beside it, but for 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +81,7 @@ def may_pack(layer: nn.Module) -> bool:
 def inference_on_cpu(input: Tensor) -> bool:
     """Whether a call with this input may use packed weights at all: no gradient, no tracing, no autocast."""
     return (
-        has_packed_products()
+        HAS_PACKED_PRODUCTS
         and input.device.type == "cpu"
         and input.dtype in _DTYPES
         and not torch.is_grad_enabled()
@@ -107,8 +106,7 @@ def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
-@cache
-def has_packed_products() -> bool:
+def _has_packed_products() -> bool:
     """Both operators are private to torch: they are used where they are there and compute what F.linear computes."""
     if not torch.backends.mkldnn.is_available():
         return False
@@ -118,3 +116,5 @@ def has_packed_products() -> bool:
     except (AttributeError, RuntimeError, TypeError):
         return False
 
+
+HAS_PACKED_PRODUCTS = _has_packed_products()
