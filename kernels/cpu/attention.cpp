@@ -117,8 +117,8 @@ void add_values(const ScorePanel& t, const Scratch& s, int64_t r, bool first, bo
   for (int64_t c = 0; c < panels(t.p.value_head_dim); ++c) {
     real* output = s.output + (c * t.p.query_block + r) * panel;
     if (in_pairs) {
-      add_value_pairs(weights, values + c * (key_block / 2) * panel, t.keys, reinterpret_cast<float*>(output), t.rows,
-                      !first);
+      pair_product(weights, 1, panel, values + c * (key_block / 2) * panel, pairs(t.keys),
+                   reinterpret_cast<float*>(output), t.rows, !first);
       if (ordinary) continue;
     }
     const real* panel_values = (in_pairs ? s.value_rest : s.values) + c * key_block * panel;
