@@ -22,6 +22,7 @@ namespace transfuse::cpu::TRANSFUSE_ISA {
 namespace {
 
 constexpr int64_t tile = 32;  // queries; as many as `chain`, so that dK and dV are read and written once per chain
+constexpr int64_t keys_per_step = 4;  // of prefetching
 constexpr real lse_rounding = in_double ? 0x1p-49 : 0x1p-20f;  // a few ulp
 
 struct Scratch {
@@ -70,6 +71,7 @@ struct Tile {
   int64_t head, query, rows;  // rows of [query, query + tile) that exist
   int64_t first_key, keys;    // [first_key, first_key + keys) holds every key that some row sees, from a block's start
   bool finite_keys, finite_queries, finite_grads;
+  Prefetch& prefetch;
   bool careful_queries, float_queries;  // of pairs: whether there are; whether queries and grads are packed
 
   // Panels of the rows from r on, at the tile's first key.
@@ -175,6 +177,7 @@ vec weigh_panel(const Tile& t, int64_t r, vec maximum) {
     const real* keep = t.keep(r) + key * panel;
     const bool plain = t.takes_all(r, key, n);
     for (int64_t j = 0; j < n; ++j) {
+      if (j % keys_per_step == 0) t.prefetch.step();
       vec w = weight(load_row(weights + j * panel) - shift);
       if (!plain) w = select(load_row(keep + j * panel) > fill(0), w, fill(0));
       sums[j % 4] = sums[j % 4] + w;
@@ -284,6 +287,7 @@ void differentiate_panel(Tile& t, int64_t r, Maximum maximum, vec sum) {
     find_grad_weights(t, r, key, n, grad_weights);
     const bool plain = t.takes_all(r, key, n);
     for (int64_t j = 0; j < n; ++j) {
+      if (j % keys_per_step == 0) t.prefetch.step();
       vec w = load_row(weights + j * panel) * normaliser;
       vec g = load_row(grad_weights + j * panel);
       if (!plain) {  // V at an excluded key may be anything; the normaliser of a NaN row is NaN
@@ -512,7 +516,7 @@ void pack_pair_queries(Tile& t) {
 void pack_pair_keys(const AttentionParams& p, const AttentionSequence& sequence, int64_t kv_head, Scratch& s) {
   const int64_t batch = sequence.batch, row = sequence.key_row, dv = p.value_head_dim;
   for (int64_t j = 0; j < s.length; j += panel) store_row(s.pairs.careful_keys + j, fill(0));
-  pack_score_keys(p, batch, kv_head, row, s.length, s.score_keys, 0, 0);
+  pack_score_keys(p, batch, kv_head, row, s.length, s.score_keys, 0);
   pack_row_pairs(p.value, batch, kv_head, row, s.length, dv, s.pairs.values);
   s.careful_keys = mark_exceptional(s.pairs.values, s.length, dv, s.pairs.careful_keys);
   s.careful_keys |= pack_neighbours(p.key, batch, kv_head, row, s.length, p.head_dim, s.pairs.keys,
@@ -528,7 +532,7 @@ void differentiate_tile(Tile t) {
   else
     pack_float_queries(t);
   for (int64_t r = 0; r < t.rows; r += panel)
-    pack_score_queries(p, batch, t.head, row + r, t.panel_rows(r), s.queries_across + r * p.head_dim, 0);
+    pack_score_queries(p, batch, t.head, row + r, t.panel_rows(r), s.queries_across + r * p.head_dim);
   for (int64_t r = 0; r < t.rows; r += panel) {
     const Maximum maximum = score_panel(t, r);
     const vec sum = weigh_panel(t, r, maximum.value);
@@ -546,6 +550,34 @@ void differentiate_tile(Tile t) {
   }
   write_grad(t.params.grad_query, t.sequence, t.head, row, s.grad_queries, tile, t.rows, p.head_dim,
              static_cast<real>(p.scale));
+}
+
+// What the tile at (head, query) writes, and what the next one reads that it does not.
+void prefetch_next(const AttentionBackwardParams& params, int64_t sequence_index, int64_t head, int64_t query,
+                   Prefetch& prefetch) {
+  const AttentionParams& p = params.problem;
+  const AttentionSequence *now = p.sequences + sequence_index, *after = now;
+  const int64_t group = p.num_heads / p.num_kv_heads, kv_head = head / group;
+  const int64_t rows = smaller(tile, now->seqlen_q - query);
+  prefetch.add(params.grad_query, now->batch, head, now->query_row + query, rows, p.head_dim);
+  query += tile;
+  if (query >= now->seqlen_q) {
+    query = 0;
+    if (++head == p.num_heads) {
+      head = 0;
+      if (sequence_index + 1 < p.num_sequences) ++after;
+    }
+  }
+  const int64_t next_rows = smaller(tile, after->seqlen_q - query), next_kv_head = head / group;
+  prefetch.add(p.query, after->batch, head, after->query_row + query, next_rows, p.head_dim);
+  prefetch.add(params.grad_output, after->batch, head, after->query_row + query, next_rows, p.value_head_dim);
+  if (now != after || kv_head != next_kv_head) {
+    prefetch.add(params.grad_key, now->batch, kv_head, now->key_row, now->seqlen_k, p.head_dim);
+    prefetch.add(params.grad_value, now->batch, kv_head, now->key_row, now->seqlen_k, p.value_head_dim);
+    prefetch.add(p.key, after->batch, next_kv_head, after->key_row, after->seqlen_k, p.head_dim);
+    prefetch.add(p.value, after->batch, next_kv_head, after->key_row, after->seqlen_k, p.value_head_dim);
+  }
+  prefetch.spread(2 * panels(rows) * (now->seqlen_k / keys_per_step));
 }
 
 }  // namespace
@@ -573,8 +605,10 @@ void TRANSFUSE_ATTENTION_NAME(attention_backward)(const AttentionBackwardParams&
     for (int64_t query = 0; query < sequence.seqlen_q; query += tile) {
       const int64_t rows = smaller(tile, sequence.seqlen_q - query), first_key = first_block(p, sequence, query);
       const int64_t stop = padding_start(p, sequence, head, key_end(p, sequence, query + rows - 1));
+      Prefetch prefetch;
+      prefetch_next(params, sequence_index, head, query, prefetch);
       differentiate_tile({params, p, sequence, s, head, query, rows, first_key, larger(0, stop - first_key),
-                          finite_keys, true, true, false, false});
+                          finite_keys, true, true, prefetch, false, false});
     }
   write_grad(params.grad_key, sequence, kv_head, sequence.key_row, s.grad_keys, s.length, length, p.head_dim,
              static_cast<real>(p.scale));

@@ -62,7 +62,7 @@ bool mark_exceptional(const int32_t* rows_of_pairs, int64_t rows, int64_t cols, 
 // Ordinary rows as pairs of neighbours, [cols / 16][panel_pairs][16]. The others are marked and become zeros. Says whether
 // there are.
 bool pack_neighbours(const AttentionTensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t cols,
-                     int32_t* out, int64_t panel_pairs, real* careful, int64_t ahead = 0) {
+                     int32_t* out, int64_t panel_pairs, real* careful) {
   const bf16* source = at<bf16>(t, batch, head, row, 0);
   const auto load_element = [&](int64_t r, int64_t c) {
     return r < rows ? load_columns(source + r * t.row + c * t.col, t.col, smaller(panel, cols - c)) : zero();
@@ -70,8 +70,6 @@ bool pack_neighbours(const AttentionTensor& t, int64_t batch, int64_t head, int6
   bool found = false;
   for (int64_t r = 0; r < rows; r += 2) {
     mask of_even = first_n(0), of_odd = first_n(0);
-    if (ahead)
-      for (int64_t k = r; k < r + 2; ++k) prefetch_row(source + k * t.row + ahead, t.col, cols);
     for (int64_t c = 0; c < cols; c += panel) {
       const f32 even = load_element(r, c), odd = load_element(r + 1, c);
       of_even = of_even | exceptional(even);

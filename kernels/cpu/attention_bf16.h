@@ -54,11 +54,9 @@ TRANSFUSE_INLINE void store_pairs(int32_t* out, i32 x) { store(reinterpret_cast<
 
 // Up to 16 rows as one transposed panel, [cols / 2][16], absent rows 0, negated where `sign` is negative.
 void pack_across_pairs(const AttentionTensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t cols,
-                       real sign, int32_t* out, int64_t ahead = 0) {
+                       real sign, int32_t* out) {
   const i32 flip = set1i(sign < 0 ? INT32_MIN | 0x8000 : 0);
   const bf16* source = at<bf16>(t, batch, head, row, 0);
-  if (ahead)
-    for (int64_t r = 0; r < rows; ++r) prefetch_row(source + r * t.row + ahead, t.col, cols);
   for (int64_t c = 0; c < cols; c += 2 * panel) {
     const int64_t n = smaller(2 * panel, cols - c);
     f32 x[panel];
@@ -70,10 +68,9 @@ void pack_across_pairs(const AttentionTensor& t, int64_t batch, int64_t head, in
 
 // Rows as they come, row_pairs(cols) apart.
 void pack_row_pairs(const AttentionTensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t cols,
-                    int32_t* out, int64_t ahead = 0) {
+                    int32_t* out) {
   const bf16* source = at<bf16>(t, batch, head, row, 0);
   for (int64_t r = 0; r < rows; ++r, source += t.row) {
-    if (ahead) prefetch_row(source + ahead, t.col, cols);
     for (int64_t c = 0; c < cols; c += 2 * panel)
       store_pairs(out + r * row_pairs(cols) + c / 2,
                   load_pairs(source + c * t.col, t.col, smaller(2 * panel, cols - c)));
@@ -87,7 +84,7 @@ TRANSFUSE_INLINE mask exceptional(f32 x) {
 // Ordinary values into pairs, [Dv / 16][key_block / 2][16]. If there are others they go to `rest`, [Dv / 16][key_block]
 // [16], with zeros between them. Says whether there are.
 TRANSFUSE_INLINE bool pack_value_pairs(const AttentionParams& p, int64_t batch, int64_t kv_head, int64_t row,
-                                       int64_t keys, int32_t* out, float* rest, int64_t ahead) {
+                                       int64_t keys, int32_t* out, float* rest) {
   const AttentionTensor& t = p.value;
   const bf16* source = at<bf16>(t, batch, kv_head, row, 0);
   const auto load_value = [&](int64_t j, int64_t c) {
@@ -95,8 +92,6 @@ TRANSFUSE_INLINE bool pack_value_pairs(const AttentionParams& p, int64_t batch, 
   };
   mask found = first_n(0);
   for (int64_t j = 0; j < keys; j += 2) {
-    if (ahead)
-      for (int64_t k = j; k < j + 2; ++k) prefetch_row(source + k * t.row + ahead, t.col, p.value_head_dim);
     for (int64_t c = 0; c < p.value_head_dim; c += panel) {
       const f32 even = load_value(j, c), odd = load_value(j + 1, c);
       const mask of_even = exceptional(even), of_odd = exceptional(odd);
@@ -189,20 +184,20 @@ struct ScoreOperands {
   }
 };
 
-void pack_score_queries(const AttentionParams& p, int64_t batch, int64_t head, int64_t row, int64_t rows, real* out,
-                        int64_t ahead) {
+void pack_score_queries(const AttentionParams& p, int64_t batch, int64_t head, int64_t row, int64_t rows,
+                        real* out) {
   if (multiplies_pairs(p))
-    pack_across_pairs(p.query, batch, head, row, rows, p.head_dim, query_sign(p), reinterpret_cast<int32_t*>(out), ahead);
+    pack_across_pairs(p.query, batch, head, row, rows, p.head_dim, query_sign(p), reinterpret_cast<int32_t*>(out));
   else
-    pack_tensor_transposed(p.query, batch, head, row, rows, p.head_dim, query_sign(p), out, ahead);
+    pack_tensor_transposed(p.query, batch, head, row, rows, p.head_dim, query_sign(p), out);
 }
 
 void pack_score_keys(const AttentionParams& p, int64_t batch, int64_t kv_head, int64_t row, int64_t keys, real* out,
-                     int64_t key_rows, int64_t ahead) {
+                     int64_t key_rows) {
   if (multiplies_pairs(p))
-    pack_row_pairs(p.key, batch, kv_head, row, keys, p.head_dim, reinterpret_cast<int32_t*>(out), ahead);
+    pack_row_pairs(p.key, batch, kv_head, row, keys, p.head_dim, reinterpret_cast<int32_t*>(out));
   else
-    pack_tensor_rows(p.key, batch, kv_head, row, keys, p.head_dim, out, key_rows, ahead);
+    pack_tensor_rows(p.key, batch, kv_head, row, keys, p.head_dim, out, key_rows);
 }
 
 }  // namespace
