@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstring>
+#include <new>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -25,6 +26,20 @@ inline bool nan_filled_empty = false;
   text.precision(0);
   text << op << ": could not allocate " << std::fixed << bytes << " bytes" << what;
   throw std::runtime_error(text.str());
+}
+
+// rows * columns elements, all 0 or false.
+template <class T>
+std::vector<T> zero_vector(const char* op, int64_t rows, int64_t columns = 1) {
+  int64_t count;
+  if (!__builtin_mul_overflow(rows, columns, &count)) {
+    try {
+      return std::vector<T>(count);
+    } catch (const std::bad_alloc&) {
+    } catch (const std::length_error&) {
+    }
+  }
+  could_not_allocate(op, static_cast<double>(rows) * columns * sizeof(T));
 }
 
 inline torch::stable::Tensor empty_cpu(const char* op, const int64_t* sizes, int64_t dim,
