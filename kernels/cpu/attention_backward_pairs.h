@@ -1,8 +1,8 @@
-// The backward's products in pairs of bfloat16 (attention_bf16.h): scores and dP from the tensors as they come, dV, dK and
-// dQ from P and dS rounded to bfloat16. Statistics, delta and sums stay float.
+// The backward's products in pairs of bfloat16 (attention_bf16.h): scores and dP from the tensors as they come, dV, dK
+// and dQ from P and dS rounded to bfloat16. Statistics, delta and sums stay float.
 //
-// Policy: a pair of query and key is ordinary, and goes through the pairs, unless one of the two is careful: a key with an
-// exceptional element in K or V, a query with one in Q or dO or whose dS are all tiny. Careful rows hold zeros in the
+// Policy: a pair of query and key is ordinary, and goes through the pairs, unless one of the two is careful: a key with
+// an exceptional element in K or V, a query with one in Q or dO or whose dS are all tiny. Careful rows hold zeros in the
 // pairs, and their products are added in float. Which of the two ways a product goes depends on its own query and key
 // alone, so what an excluded key holds changes no bit.
 #pragma once
@@ -59,8 +59,8 @@ bool mark_exceptional(const int32_t* rows_of_pairs, int64_t rows, int64_t cols, 
   return found;
 }
 
-// Ordinary rows as pairs of neighbours, [cols / 16][panel_pairs][16]. The others are marked and become zeros. Says whether
-// there are.
+// Ordinary rows as pairs of neighbours, [cols / 16][panel_pairs][16]. The others are marked and become zeros. Says
+// whether there are.
 bool pack_neighbours(const AttentionTensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t cols,
                      int32_t* out, int64_t panel_pairs, real* careful) {
   const bf16* source = at<bf16>(t, batch, head, row, 0);
@@ -87,10 +87,10 @@ bool pack_neighbours(const AttentionTensor& t, int64_t batch, int64_t head, int6
   return found;
 }
 
-// One tile's P and dS, [key][16] in two panels `panel_step` apart, rounded into s; zeros for lanes outside `kept` and, unless
-// null, for careful keys. largest[h] is the largest |dS| of each lane.
-void round_tile(const float* weights, const float* grad_scores, int64_t panel_step, int64_t keys, const float* careful_keys,
-                const mask (&kept)[2], const PairScratch& s, f32 (&largest)[2]) {
+// One tile's P and dS, [key][16] in two panels `panel_step` apart, rounded into s; zeros for lanes outside `kept` and,
+// unless null, for careful keys. largest[h] is the largest |dS| of each lane.
+void round_tile(const float* weights, const float* grad_scores, int64_t panel_step, int64_t keys,
+                const float* careful_keys, const mask (&kept)[2], const PairScratch& s, f32 (&largest)[2]) {
   largest[0] = largest[1] = zero();
   for (int64_t j = 0; j < keys; j += 2) {
     f32 grad[2][2];
