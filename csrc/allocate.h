@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -41,6 +42,20 @@ inline void prefer_huge_pages(const torch::stable::Tensor& t) {
   const uintptr_t begin = (data + huge_page - 1) & ~(huge_page - 1), end = (data + bytes) & ~(huge_page - 1);
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
+}
+
+// rows * columns elements, all 0 or false.
+template <class T>
+std::vector<T> zero_vector(const char* op, int64_t rows, int64_t columns = 1) {
+  int64_t count;
+  if (!__builtin_mul_overflow(rows, columns, &count)) {
+    try {
+      return std::vector<T>(count);
+    } catch (const std::bad_alloc&) {
+    } catch (const std::length_error&) {
+    }
+  }
+  could_not_allocate(op, static_cast<double>(rows) * columns * sizeof(T));
 }
 
 inline torch::stable::Tensor empty_cpu(const char* op, const int64_t* sizes, int64_t dim,

@@ -50,8 +50,8 @@ TRANSFUSE_INLINE i32 iota() { return load(lane_numbers); }
 // ---- pairs of bfloat16 ----
 //
 // An i32 of sixteen pairs, the even element in the low half of a lane. dot(sum, a, b) is fma(even, even, fma(odd, odd,
-// sum)), and round_to_pairs rounds to nearest even; where has_bf16_dot, both are single instructions that take and
-// give 0 for every subnormal number.
+// sum)). round_to_pairs and round_neighbours round to nearest even, the latter lanes (2i, 2i + 1) of low, then of high, to
+// one pair. Where has_bf16_dot, all are single instructions that take and give 0 for every subnormal number.
 
 TRANSFUSE_INLINE f32 even_of(i32 pairs) { return from_bits(shift_left<16>(pairs)); }
 TRANSFUSE_INLINE f32 odd_of(i32 pairs) { return from_bits(pairs & set1i(INT32_MIN >> 15)); }
@@ -69,6 +69,14 @@ TRANSFUSE_INLINE i32 round_to_pairs(f32 even, f32 odd) {
     return select(isnan(x), from_bits(bits(x) | set1i(0x400000)), from_bits(up));
   };
   return pair_up(from_bits(bits(rounded(even)) & set1i(INT32_MIN >> 15)), odd_of(bits(rounded(odd))));
+}
+TRANSFUSE_INLINE i32 round_neighbours(f32 low, f32 high) {
+  alignas(64) bf16 x[2 * lanes];
+  store(x, low);
+  store(x + lanes, high);
+  int32_t words[lanes];
+  __builtin_memcpy(words, x, sizeof words);
+  return load(words);
 }
 #endif
 

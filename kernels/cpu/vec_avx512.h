@@ -190,6 +190,9 @@ constexpr bool has_bf16_dot = true;
 TRANSFUSE_INLINE f32 dot(f32 sum, i32 a, i32 b) {
   return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
 }
+TRANSFUSE_INLINE i32 round_neighbours(f32 low, f32 high) {
+  return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v))};
+}
 TRANSFUSE_INLINE i32 round_to_pairs(f32 even, f32 odd) {
   const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
                                                6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
