@@ -472,7 +472,6 @@ TRANSFUSE_INLINE void differentiate_rows(const NormBackwardParams& p, int64_t ro
   const T* grad_sum = p.grad_sum ? static_cast<const T*>(p.grad_sum) + row * cols : nullptr;
   T* grad_input = p.grad_input ? static_cast<T*>(p.grad_input) + row * cols : nullptr;
   const W* weight = static_cast<const W*>(p.weight);
-  const bool far = 3 * p.rows * cols * int64_t{sizeof(T)} >= far_bytes;
   for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     const V scale = weight ? load_as<V>(weight + i, n) : splat<V>(1);
     V weight_sum = splat<V>(0), bias_sum = splat<V>(0);
@@ -483,9 +482,9 @@ TRANSFUSE_INLINE void differentiate_rows(const NormBackwardParams& p, int64_t ro
       const V grad = load_as<V>(grad_output + at, n);
       weight_sum = fma(grad, xhat, weight_sum);
       bias_sum = bias_sum + grad;
-      if (far) {
-        __builtin_prefetch(x + count * cols + at);
-        __builtin_prefetch(grad_output + count * cols + at);
+      if (count == 1) {
+        __builtin_prefetch(x + cols + i);
+        __builtin_prefetch(grad_output + cols + i);
       }
       if (!grad_input) continue;
       const V g = Norm::centered ? grad * scale - splat<V>(rows[r].mean_g) : grad * scale;
@@ -501,6 +500,7 @@ TRANSFUSE_INLINE void differentiate_rows(const NormBackwardParams& p, int64_t ro
 template <class Norm, class T, class W>
 [[gnu::noinline]] void backward_chunks(const NormBackwardParams& p, int64_t begin, int64_t end) {
   const int64_t cols = p.cols, padded = norm_padded_cols(cols);
+  const bool far = 3 * p.rows * cols * int64_t{sizeof(T)} >= far_bytes;  // of all rows: every thread adds alike
   const T* input = static_cast<const T*>(p.input);
   const T* grad_output = static_cast<const T*>(p.grad_output);
   const W* weight = static_cast<const W*>(p.weight);
@@ -512,8 +512,8 @@ template <class Norm, class T, class W>
       if (weight_sums) weight_sums[i] = 0;
       if (bias_sums) bias_sums[i] = 0;
     }
-    for (int64_t row = row_begin; row < row_end; row += backward_group_rows) {
-      const int64_t count = row_end - row < backward_group_rows ? row_end - row : backward_group_rows;
+    for (int64_t row = row_begin, count; row < row_end; row += count) {
+      count = far ? 1 : smaller(row_end - row, backward_group_rows);
       Projections<RowOf<T, Norm::centered>> rows[backward_group_rows];
       for (int64_t r = 0; r < count; ++r) {
         const int64_t at = (row + r) * cols;
