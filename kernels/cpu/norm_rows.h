@@ -7,7 +7,8 @@
 // float32 forward rounds about once; where four roundings in float do no harm, in the forward of the 16-bit types and in
 // the backward, a row is normalised in float against a mean of two floats; a float64 row in double against a mean and an
 // rstd of two doubles. Rows go in groups that share the loads of the weights where that pays, and a group is still in L1
-// when its last pass starts; no row's bits depend on its group. No residual is taken from an FMA: the baseline level has none.
+// when its last pass starts; no row's bits depend on its group. No residual is taken from an FMA: the baseline level has
+// none.
 #pragma once
 
 #include <type_traits>
@@ -21,7 +22,8 @@ namespace transfuse::cpu::TRANSFUSE_ISA {
 namespace {
 
 // Rows that go through the last pass together, so that a vector of weights is loaded and widened once for all of them. In
-// the backward the terms of the weights' gradients, too, are added in float over a group and then once in double.
+// the backward the terms of the weights' gradients, too, are added in float over a group and then once in double; the
+// groups follow from the number of rows and columns, and with them the order of these sums.
 constexpr int64_t group_rows = 2;
 constexpr int64_t backward_group_rows = 4;
 static_assert(group_rows == 2, "the last group is a pair or a single row");
@@ -111,7 +113,8 @@ TRANSFUSE_INLINE float shift_of(f32 first, int64_t cols) {
   return centered ? reduce_add(first) / static_cast<float>(cols < lanes ? cols : lanes) : 0;
 }
 
-// Sums of the deviations of a row, in `chains` chains of at most ten terms within a block, and in double over blocks.
+// Sums of the deviations of a row, in `chains` chains within a block (four have ten terms at most) and in double over
+// blocks.
 template <bool centered, int64_t chains>
 struct DeviationSums {
   f32 sums[chains], squares[chains];
