@@ -83,10 +83,11 @@ struct NormForwardResult {
   Tensor output, sum;  // sum where there is a residual
 };
 
-// Where `into` is given, it is the output and nothing else is allocated: the sum of a row lies in the output's row until
-// it is normalised there.
+// Where `into` is given, it is the output and nothing else is allocated: the sum of a row lies in the output's row
+// until it is normalised there.
 inline NormForwardResult norm_forward(const NormOperands& operands, const std::optional<Tensor>& residual,
-                                      const cpu::NormKernels& kernels, const std::optional<Tensor>& into = std::nullopt) {
+                                      const cpu::NormKernels& kernels,
+                                      const std::optional<Tensor>& into = std::nullopt) {
   const char* op = operands.op;
   const NormMatrix& matrix = operands.matrix;
   operands.check_like_input("residual", residual);

@@ -99,6 +99,13 @@ TRANSFUSE_INLINE f32 slope_core(f32 x) {
   return select(x < zero(), h, set1(1.0f) - h);
 }
 
+// gelu(x) for storage as T. A 16-bit x from segments_end on is its own gelu: the tail is below half its last place.
+template <class Form, class T>
+TRANSFUSE_INLINE f32 gelu_core_for(f32 x) {
+  const f32 core = gelu_core<Form>(x);
+  return std::is_same_v<T, float> ? core : select(x >= set1(segments_end), x, core);
+}
+
 // Lanes whose result y = f(x), found by a core, may not be the right one for storage as T.
 TRANSFUSE_INLINE mask uncertain(f32 x, f32, float) { return abs(x) >= set1(segments_end); }
 TRANSFUSE_INLINE mask uncertain(f32 x, f32, bf16) { return abs(x) >= set1(segments_end); }
@@ -177,8 +184,9 @@ template <class Form, class T, class B>
   T* output = static_cast<T*>(p.output);
   WaitingLanes<Form, T> waiting{output};
   for_each_sum<T, B>(p, begin, end, [&](int64_t at, int64_t, int64_t n, f32 x) __attribute__((always_inline)) {
-    const f32 core = gelu_core<Form>(x);
-    const mask left = uncertain(x, core, T{});
+    const f32 core = gelu_core_for<Form, T>(x);
+    mask left = uncertain(x, core, T{});
+    if constexpr (!std::is_same_v<T, float>) left = left & (x < set1(segments_end));
     store_n(output + at, core, n);
     if (__builtin_expect(!any(left), 1)) return;
     alignas(64) float values[lanes];

@@ -41,6 +41,10 @@ int main() {
     mix(select(m, a, b));
     digest = digest * 31 + any(m) * 2 + all(m);
   }
+  float table[lookup_size];
+  for (int i = 0; i < lookup_size; ++i) table[i] = i * 0.37f - 5;
+  mix(lookup(table, bits(a)));  // by the low bits of an index of any size
+  mix(lookup(table, iota() + set1i(lookup_size - 3)));
   unsigned char bytes[16];
   for (int i = 0; i < 16; ++i) bytes[i] = i % 3;
   mix(select(nonzero(bytes), a, b));

@@ -102,7 +102,7 @@ def add_layer_norm_into(
 ) -> None:
     """``out[...] = add_layer_norm(input, residual, ...)[0]``, bit for bit, for inference within transfuse.
 
-    Nothing is allocated and the sum is not kept: two thirds of the memory traffic of add_layer_norm, which must return it.
+    Nothing is allocated and the sum is not kept: two thirds of the memory traffic of add_layer_norm, which returns it.
 
     Args:
         input, residual: [..., H] on the CPU, of one dtype; neither is checked for gradients.
