@@ -202,6 +202,7 @@ def run_workload(run, workload, model, workers, missing, load_s, tokenizer):
         contender = CONTENDERS[name]
         fill = batches.fill_of(groups[order_of(name)], lengths)
         facts = {
+            "title": workload.title,
             "label": contender.label,
             "dtype": contender.dtype,
             "batch_size": workload.batch_size,

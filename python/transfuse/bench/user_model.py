@@ -127,7 +127,7 @@ def measure(model, tokenizer, texts, *, names, batch_size=32, rounds=6, timer=ti
     rows = []
     for name in names:
         dtype = "bfloat16" if name == "ours_bf16" else "float32"
-        which = {"label": LABELS[name], "dtype": dtype, **work}
+        which = {"title": WORKLOAD, "label": LABELS[name], "dtype": dtype, **work}
         if name in lost:
             rows.append(model_rows.row(WORKLOAD, name, "not available", lost[name], **which))
             continue
