@@ -1,6 +1,6 @@
-// GELU of floats beyond its segments, 63/16 <= t = |x| (gelu.cpp), for the erf and the tanh form: an exponential times a
-// smooth factor. The exponential's argument is as large as 100 and carried with what its rounding took; its power of two
-// is applied last, so that a subnormal result is rounded once.
+// GELU of floats beyond its segments, 63/16 <= t = |x| (gelu.cpp), for the erf and the tanh form: an exponential times
+// a smooth factor. The exponential's argument is as large as 100 and carried with what its rounding took; its power of
+// two is applied last, so that a subnormal result is rounded once.
 //   erf:   t Phi(-t) = exp(-t^2/2) G(1/t^2),   Phi(-t) - t phi(t) = -exp(-t^2/2) t H(1/t^2),
 //          G and H minimax polynomials in relative error, 2^-27;
 //   tanh:  with E = exp(-z), z = t (c0 + c1 t^2) <= 2^-15:  Phi(-t) = E / (1 + E) = E (1 - E) to 2^-30, and
