@@ -3,8 +3,8 @@
 // Both forms are written with t = |x| as  gelu(x) = max(x, 0) - t * tail(t),  where tail(t) = Phi(-t) falls to 0:
 //   erf:   Phi(-t) = exp(-t^2/2) * R(t), R the Mills ratio over sqrt(2 pi);
 //   tanh:  Phi(-t) = E / (1 + E), E = exp(-t (c0 + c1 t^2)).
-// Nothing cancels for x < 0, where the result is -t * tail(t) alone, so the tail keeps its relative accuracy down to the
-// last subnormal. Likewise gelu'(x) = h(t) for x < 0 and 1 - h(t) for x >= 0 with h(t) = tail(t) - t * density(t).
+// Nothing cancels for x < 0, where the result is -t * tail(t) alone, so the tail keeps its relative accuracy down to
+// the last subnormal. Likewise gelu'(x) = h(t) for x < 0 and 1 - h(t) for x >= 0 with h(t) = tail(t) - t * density(t).
 //
 // Most inputs lie in |x| < 63/16, where both tails are polynomials in float (gelu_segments.h). The lanes beyond, one in
 // twenty where x has standard deviation 2, are gathered and evaluated sixteen at a time, in float too (gelu_far.h). A
