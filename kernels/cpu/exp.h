@@ -29,29 +29,53 @@ constexpr float exp_lowest = -0x1.a56ef8p+6f;  // -152 ln 2: rounds to 0, and so
 constexpr float exp_highest = 89.0f;           // e^89 overflows, and so does everything above
 constexpr float exp_integer = 0x1.8p23f;       // adding it rounds to an integer, found in the low bits of the sum
 
-// e^r for |r| <= ln 2 / 2.
-TRANSFUSE_INLINE f32 exp_polynomial(f32 r) {
+// (e^r - 1) / r for |r| <= ln 2 / 2.
+TRANSFUSE_INLINE f32 exp_quotient(f32 r) {
   f32 q = set1(0x1.6a243ap-10f);
   q = fma(q, r, set1(0x1.1239e2p-7f));
   q = fma(q, r, set1(0x1.5558f2p-5f));
   q = fma(q, r, set1(0x1.555492p-3f));
   q = fma(q, r, set1(0x1.fffffcp-2f));
-  return fma(fma(q, r, set1(1.0f)), r, set1(1.0f));
+  return fma(q, r, set1(1.0f));
 }
 
-// e^r for the r that is left of x + residual after taking n ln 2 out.
+// e^r for |r| <= ln 2 / 2.
+TRANSFUSE_INLINE f32 exp_polynomial(f32 r) { return fma(exp_quotient(r), r, set1(1.0f)); }
+
+// What is left of x + residual after taking n ln 2 out.
+TRANSFUSE_INLINE f32 exp_reduced(f32 x, f32 n, f32 residual) {
+  return fnma(n, set1(exp_ln2_lo), fnma(n, set1(exp_ln2_hi), x)) + residual;
+}
+
+// e^r for that r.
 TRANSFUSE_INLINE f32 exp_fraction(f32 x, f32 n, f32 residual) {
-  return exp_polynomial(fnma(n, set1(exp_ln2_lo), fnma(n, set1(exp_ln2_hi), x)) + residual);
+  return exp_polynomial(exp_reduced(x, n, residual));
+}
+
+// a * (1 + excess) * 2^power for any a: one FMA, where a rounded e^r would be rounded once more.
+struct FloatExponential {
+  f32 excess;
+  i32 power;
+};
+
+// e^(x + residual), |x| <= 170.
+TRANSFUSE_INLINE FloatExponential exp_parts(f32 x, f32 residual) {
+  const f32 shifted = fma(x, set1(exp_log2e), set1(exp_integer));
+  const f32 r = exp_reduced(x, shifted - set1(exp_integer), residual);
+  return {exp_quotient(r) * r, bits(shifted) - bits(set1(exp_integer))};
+}
+
+// a * 2^n, |n| <= 252: more than one float holds, so two factors. The first is exact where a is near 1.
+TRANSFUSE_INLINE f32 scale_by_power(f32 a, i32 n) {
+  const i32 half = shift_right_signed<1>(n), bias = set1i(127);
+  return (a * from_bits(shift_left<23>(half + bias))) * from_bits(shift_left<23>(n - half + bias));
 }
 
 TRANSFUSE_INLINE f32 exp(f32 x, f32 residual) {
   x = min(set1(exp_highest), max(set1(exp_lowest), x));  // in this order a NaN is kept
   const f32 shifted = fma(x, set1(exp_log2e), set1(exp_integer));
   const f32 fraction = exp_fraction(x, shifted - set1(exp_integer), residual);
-  // 2^n reaches from 2^-151 to 2^128, more than a float holds: two factors, the first of them exact.
-  const i32 n = bits(shifted) - bits(set1(exp_integer));
-  const i32 half = shift_right_signed<1>(n), bias = set1i(127);
-  return (fraction * from_bits(shift_left<23>(half + bias))) * from_bits(shift_left<23>(n - half + bias));
+  return scale_by_power(fraction, bits(shifted) - bits(set1(exp_integer)));
 }
 
 TRANSFUSE_INLINE f32 exp_nonpositive(f32 x, f32 residual) {

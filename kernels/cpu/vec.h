@@ -47,6 +47,17 @@ TRANSFUSE_INLINE f64 max_nan(f64 a, f64 b) { return select(isnan(a), a, max(a, b
 constexpr int32_t lane_numbers[lanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 TRANSFUSE_INLINE i32 iota() { return load(lane_numbers); }
 
+#ifndef __AVX512F__
+// The lanes of x where m, side by side from p on. Sixteen lanes may be written.
+template <class T, class V>
+TRANSFUSE_INLINE void store_compressed(T* p, V x, mask m) {
+  T values[lanes];
+  static_assert(sizeof values == sizeof x);
+  __builtin_memcpy(values, &x, sizeof values);
+  for (uint32_t left = to_bits(m); left != 0; left &= left - 1) *p++ = values[__builtin_ctz(left)];
+}
+#endif
+
 // ---- pairs of bfloat16 ----
 //
 // An i32 of sixteen pairs, the even element in the low half of a lane. dot(sum, a, b) is fma(even, even, fma(odd, odd,

@@ -81,6 +81,13 @@ TRANSFUSE_INLINE i32 load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 TRANSFUSE_INLINE f32 lookup(const float (&table)[lookup_size], i32 index) {
   return {_mm512_permutex2var_ps(_mm512_loadu_ps(table), index.v, _mm512_loadu_ps(table + lanes))};
 }
+// The lanes of a where m, side by side from p on. All sixteen lanes are written.
+TRANSFUSE_INLINE void store_compressed(float* p, f32 a, mask m) {
+  _mm512_storeu_ps(p, _mm512_maskz_compress_ps(m.v, a.v));
+}
+TRANSFUSE_INLINE void store_compressed(int32_t* p, i32 a, mask m) {
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(m.v, a.v));
+}
 template <int n>
 TRANSFUSE_INLINE i32 shift_left(i32 a) { return {_mm512_slli_epi32(a.v, n)}; }
 template <int n>
