@@ -195,8 +195,55 @@ TRANSFUSE_INLINE void fill_nan(const Row<T, M>& row, T* output) {
   });
 }
 
+// ---- rows of 16-bit scores that no bias can cancel ----
+//
+// Half a unit of a 16-bit result is 2^-12 of it at least: s - m, rounded once, needs no residual (2^-17 of a weight that
+// counts), and weights are summed in float over a block. What that cannot do goes the way of every other row.
+template <class T, class M>
+constexpr bool is_light = sizeof(T) == 2 && !is_additive<M>;
+constexpr int64_t light_block = 8 * lanes;
+
+// False, with nothing written, for a row without a valid key, with a NaN, or with a large or infinite score.
+template <class T, class M>
+[[gnu::noinline]] bool light_softmax_row(const Row<T, M>& row, float scale, T* output, float* weights) {
+  const f32 factor = set1(scale);
+  f32 largest_lanes = set1(-infinity);
+  for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    const Keys<T> keys = load_keys(row, i, n);
+    largest_lanes = max(select(keys.valid, keys.x * factor, set1(-infinity)), largest_lanes);  // a NaN is left out
+  });
+  const float largest = reduce_max(largest_lanes);
+  if (!(__builtin_fabsf(largest) <= wide_score)) return false;
+
+  wide sum = set1w(0.0);
+  for (int64_t block = 0; block < row.length; block += light_block) {
+    f32 block_sum = zero();
+    const int64_t rest = row.length - block;
+    for_each_vec(rest < light_block ? rest : light_block, [&](int64_t at, int64_t n) __attribute__((always_inline)) {
+      const int64_t i = block + at;
+      const Keys<T> keys = load_keys(row, i, n);
+      const f32 weight = select(keys.valid, exp_times_2_25(fms(keys.x, factor, set1(largest))), zero());
+      store_n(weights + i, weight, n);
+      block_sum = block_sum + weight;
+    });
+    sum = sum + widen(block_sum);
+  }
+  const double total = reduce_add(sum);
+  if (total != total) return false;
+  const f32 inverse = set1(static_cast<float>(1.0 / total));
+  for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    store_n(output + i, load_n(weights + i, n) * inverse, n);
+  });
+  return true;
+}
+
+// ---- rows of floats ----
+
 template <class T, class M>
 TRANSFUSE_INLINE void softmax_row(const Row<T, M>& row, double scale, T* output, float* weights) {
+  if constexpr (is_light<T, M>) {
+    if (light_softmax_row(row, static_cast<float>(scale), output, weights)) return;
+  }
   const Split<float> split(scale);
   bool any_valid = false;
   const float largest = largest_score(row, split, any_valid);
@@ -384,7 +431,8 @@ TRANSFUSE_INLINE VecOf<T> product(const GradRow<T>& row, int64_t i) {
   return select(weight == splat<V>(0.0), splat<V>(0.0), weight * incoming);
 }
 
-// Four products of sixteen keys are added as they are, those sums in double; by key number alone, whatever the row's length.
+// Four products of sixteen keys are added as they are, those sums in double; by key number alone, whatever the row's
+// length.
 template <bool skip_zero, class T>
 TRANSFUSE_INLINE double sum_of_products(const GradRow<T>& row) {
   wide sum = set1w(0.0);
@@ -396,9 +444,43 @@ TRANSFUSE_INLINE double sum_of_products(const GradRow<T>& row) {
   return reduce_add(sum);
 }
 
+// The same of bfloat16, whose products with neighbours go in pairs: in float over four pairs of sixteen.
+TRANSFUSE_INLINE f32 pair_products(f32 sum, const bf16* y, const bf16* dy) {
+  const auto pairs = [](const bf16* p) { return bits(load(reinterpret_cast<const float*>(p))); };
+  const i32 weights = pairs(y), incoming = pairs(dy);
+  return fma(even_of(weights), even_of(incoming), fma(odd_of(weights), odd_of(incoming), sum));
+}
+TRANSFUSE_INLINE double sum_of_pair_products(const GradRow<bf16>& row) {
+  constexpr int64_t step = 2 * lanes, block = 4 * step;
+  wide sum = set1w(0.0);
+  int64_t i = 0;
+  for (; i + block <= row.keys; i += block) {
+    f32 part = zero();
+    for (int64_t j = i; j < i + block; j += step) part = pair_products(part, row.y + j, row.dy + j);
+    sum = sum + widen(part);
+  }
+  if (i < row.keys) {
+    f32 part = zero();
+    for (; i + step <= row.keys; i += step) part = pair_products(part, row.y + i, row.dy + i);
+    if (i < row.keys) {
+      bf16 y[step] = {}, dy[step] = {};
+      __builtin_memcpy(y, row.y + i, (row.keys - i) * sizeof *y);
+      __builtin_memcpy(dy, row.dy + i, (row.keys - i) * sizeof *dy);
+      part = pair_products(part, y, dy);
+    }
+    sum = sum + widen(part);
+  }
+  return reduce_add(sum);
+}
+
 template <class T>
 TRANSFUSE_INLINE double mean_gradient(const GradRow<T>& row) {
-  const double sum = sum_of_products<false>(row);
+  double sum;
+  if constexpr (std::is_same_v<T, bf16>) {
+    sum = sum_of_pair_products(row);
+  } else {
+    sum = sum_of_products<false>(row);
+  }
   return __builtin_fabs(sum) < __builtin_inf() ? sum : sum_of_products<true>(row);
 }
 
@@ -406,7 +488,8 @@ template <class T>
 TRANSFUSE_INLINE VecOf<T> score_gradient(const GradRow<T>& row, int64_t i, int64_t n, const Split<RealOf<T>>& mean) {
   using V = VecOf<T>;
   const V weight = load_as<V>(row.y + i, n);
-  const V centred = (load_as<V>(row.dy + i, n) - mean.hi) - mean.lo;
+  V centred = load_as<V>(row.dy + i, n) - mean.hi;
+  if constexpr (sizeof(T) > 2) centred = centred - mean.lo;
   return select(weight == splat<V>(0.0), splat<V>(0.0), weight * centred);
 }
 
