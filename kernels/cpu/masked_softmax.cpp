@@ -490,11 +490,10 @@ TRANSFUSE_INLINE double sum_of_products(const GradRow<T>& row) {
 
 // The same of bfloat16, whose products with neighbours go in pairs: in float over four pairs of sixteen.
 TRANSFUSE_INLINE f32 pair_products(f32 sum, const bf16* y, const bf16* dy) {
-  const auto pairs = [](const bf16* p) { return bits(load(reinterpret_cast<const float*>(p))); };
-  const i32 weights = pairs(y), incoming = pairs(dy);
+  const i32 weights = load_pairs(y), incoming = load_pairs(dy);
   return fma(even_of(weights), even_of(incoming), fma(odd_of(weights), odd_of(incoming), sum));
 }
-TRANSFUSE_INLINE double sum_of_pair_products(const GradRow<bf16>& row) {
+TRANSFUSE_INLINE double sum_of_all_products(const GradRow<bf16>& row) {
   constexpr int64_t step = 2 * lanes, block = 4 * step;
   wide sum = set1w(0.0);
   int64_t i = 0;
@@ -518,28 +517,51 @@ TRANSFUSE_INLINE double sum_of_pair_products(const GradRow<bf16>& row) {
 }
 
 template <class T>
-[[gnu::noinline]] double sum_of_nonzero_products(const GradRow<T>& row) {
-  return sum_of_products<true>(row);
+TRANSFUSE_INLINE double sum_of_all_products(const GradRow<T>& row) {
+  return sum_of_products<false>(row);
 }
 
-template <class T>
-TRANSFUSE_INLINE double mean_gradient(const GradRow<T>& row) {
-  double sum;
-  if constexpr (std::is_same_v<T, bf16>) {
-    sum = sum_of_pair_products(row);
-  } else {
-    sum = sum_of_products<false>(row);
-  }
-  return __builtin_fabs(sum) < __builtin_inf() ? sum : sum_of_nonzero_products(row);
-}
+// Where the sum of all products is no larger than this, every product is finite and so is every dy - mean: a weight of 0
+// gives 0 by itself.
+constexpr double usual_mean = 0x1p100;
+TRANSFUSE_INLINE bool is_usual(double sum) { return __builtin_fabs(sum) <= usual_mean; }
 
 template <class T>
+[[gnu::noinline]] double finite_mean(const GradRow<T>& row, double sum) {
+  return __builtin_fabs(sum) < __builtin_inf() ? sum : sum_of_products<true>(row);
+}
+
+template <bool skip_zero, class T>
 TRANSFUSE_INLINE VecOf<T> score_gradient(const GradRow<T>& row, int64_t i, int64_t n, const Split<RealOf<T>>& mean) {
   using V = VecOf<T>;
   const V weight = load_as<V>(row.y + i, n);
   V centred = load_as<V>(row.dy + i, n) - mean.hi;
   if constexpr (sizeof(T) > 2) centred = centred - mean.lo;
+  if constexpr (!skip_zero) return weight * centred;
   return select(weight == splat<V>(0.0), splat<V>(0.0), weight * centred);
+}
+
+template <bool skip_zero, class T>
+TRANSFUSE_INLINE void store_gradient(const GradRow<T>& row, double row_mean, double scale, T* grad_input) {
+  const Split<RealOf<T>> mean(row_mean);
+  const VecOf<T> factor = splat<VecOf<T>>(scale);
+  int64_t begin = 0;
+  if constexpr (std::is_same_v<T, bf16> && !skip_zero) {
+    for (; begin + 2 * lanes <= row.keys; begin += 2 * lanes) {
+      const i32 weight = load_pairs(row.y + begin), incoming = load_pairs(row.dy + begin);
+      const f32 even = (even_of(weight) * (even_of(incoming) - mean.hi)) * factor;
+      const f32 odd = (odd_of(weight) * (odd_of(incoming) - mean.hi)) * factor;
+      store_pairs(grad_input + begin, round_to_exact_pairs(even, odd));
+    }
+  }
+  for_each_vec(row.keys - begin, [&](int64_t at, int64_t n) __attribute__((always_inline)) {
+    store_as(grad_input + begin + at, score_gradient<skip_zero>(row, begin + at, n, mean) * factor, n);
+  });
+}
+
+template <class T>
+[[gnu::noinline]] void store_unusual_gradient(const GradRow<T>& row, double sum, double scale, T* grad_input) {
+  store_gradient<true>(row, finite_mean(row, sum), scale, grad_input);
 }
 
 template <class T>
@@ -549,18 +571,17 @@ GradRow<T> grad_row(const MaskedSoftmaxGradParams& p, int64_t row) {
 
 template <class T>
 void backward_rows(const MaskedSoftmaxGradParams& p, int64_t begin, int64_t end) {
-  const VecOf<T> scale = splat<VecOf<T>>(p.scale);
   for (int64_t i = begin, count; i < end; i += count) {
     count = rows_at_once(p.keys, end - i);
-    double means[group_rows];
-    for (int64_t r = 0; r < count; ++r) means[r] = mean_gradient(grad_row<T>(p, i + r));
+    double sums[group_rows];
+    for (int64_t r = 0; r < count; ++r) sums[r] = sum_of_all_products(grad_row<T>(p, i + r));
     for (int64_t r = 0; r < count; ++r) {
       const GradRow<T> row = grad_row<T>(p, i + r);
-      const Split<RealOf<T>> mean(means[r]);
       T* grad_input = static_cast<T*>(p.grad_input) + (i + r) * p.keys;
-      for_each_vec(p.keys, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-        store_as(grad_input + j, score_gradient(row, j, n, mean) * scale, n);
-      });
+      if (is_usual(sums[r]))
+        store_gradient<false>(row, sums[r], p.scale, grad_input);
+      else
+        store_unusual_gradient(row, sums[r], p.scale, grad_input);
     }
   }
 }
@@ -568,10 +589,10 @@ void backward_rows(const MaskedSoftmaxGradParams& p, int64_t begin, int64_t end)
 template <class T>
 void add_row_gradient(const MaskedSoftmaxGradParams& p, int64_t r, double* sums) {
   const GradRow<T> row = grad_row<T>(p, r);
-  const Split<RealOf<T>> mean(mean_gradient(row));
+  const Split<RealOf<T>> mean(finite_mean(row, sum_of_all_products(row)));
   for_each_vec(p.keys, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     alignas(64) double gained[lanes];
-    store_wide(gained, in_double(score_gradient(row, i, n, mean)));
+    store_wide(gained, in_double(score_gradient<true>(row, i, n, mean)));
     for (int64_t j = 0; j < n; ++j) sums[i + j] += gained[j];
   });
 }
