@@ -24,9 +24,11 @@ namespace {
 // Rows that go through the last pass together, so that a vector of weights is loaded and widened once for all of them. In
 // the backward the terms of the weights' gradients, too, are added in float over a group and then once in double; the
 // groups follow from the number of rows and columns, and with them the order of these sums.
-constexpr int64_t group_rows = 2;
+constexpr int64_t pair_rows = 2;
 constexpr int64_t backward_group_rows = 4;
-static_assert(group_rows == 2, "the last group is a pair or a single row");
+// Rows whose statistics are taken one after the other before the first is normalised: sums of the next row fill the time
+// in which the last one's mean and rstd are worked out. They stay in L1.
+constexpr int64_t group_rows = 4, group_bytes = 16 << 10;
 static_assert(norm_block == lanes, "reduce works in whole vectors");
 // From here on what a call reads and writes is far from the core, and order of access counts for more than instructions.
 constexpr int64_t far_bytes = int64_t{16} << 20;
@@ -301,8 +303,8 @@ template <class Norm, class Row, int64_t count, class T, class W>
 TRANSFUSE_INLINE void normalize_rows(const T* x, const Statistics* statistics, const W* weight, const W* bias,
                                      T* output, int64_t cols) {
   using V = typename Row::V;
-  static_assert(count <= group_rows);
-  const Row rows[group_rows] = {Row(statistics[0]), Row(statistics[count - 1])};
+  static_assert(count <= pair_rows);
+  const Row rows[pair_rows] = {Row(statistics[0]), Row(statistics[count - 1])};
   for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     const V scale = weight ? load_as<V>(weight + i, n) : splat<V>(1);
     const V offset = bias ? load_as<V>(bias + i, n) : splat<V>(0);
@@ -360,8 +362,9 @@ template <class Norm, class T, class W>
   // Two rows at a time load weights once and make twice as many streams through memory.
   const bool far = p.residual || 2 * (end - begin) * cols * int64_t{sizeof(T)} >= far_bytes;
   const bool singly = far && cols * int64_t{sizeof(W)} <= near_weight_bytes;
+  const int64_t at_once = singly ? 1 : (group_rows * cols * int64_t{sizeof(T)} <= group_bytes ? group_rows : pair_rows);
   for (int64_t row = begin, count; row < end; row += count) {
-    count = singly ? 1 : smaller(end - row, group_rows);
+    count = smaller(end - row, at_once);
     const T* input = static_cast<const T*>(p.input) + row * cols;
     const T* residual = p.residual ? static_cast<const T*>(p.residual) + row * cols : nullptr;
     T* sum = static_cast<T*>(p.sum) + row * cols;
@@ -373,10 +376,10 @@ template <class Norm, class T, class W>
     }
     const T* x = residual ? sum : input;
     T* output = static_cast<T*>(p.output) + row * cols;
-    if (count == group_rows)
-      normalize_group<Norm, group_rows>(x, rows, weight, bias, output, cols);
-    else
-      normalize_group<Norm, 1>(x, rows, weight, bias, output, cols);
+    int64_t r = 0;
+    for (; r + pair_rows <= count; r += pair_rows)
+      normalize_group<Norm, pair_rows>(x + r * cols, rows + r, weight, bias, output + r * cols, cols);
+    if (r < count) normalize_group<Norm, 1>(x + r * cols, rows + r, weight, bias, output + r * cols, cols);
   }
 }
 
