@@ -32,6 +32,7 @@ constexpr int64_t group_rows = 4, group_bytes = 16 << 10;
 static_assert(norm_block == lanes, "reduce works in whole vectors");
 // From here on what a call reads and writes is far from the core, and order of access counts for more than instructions.
 constexpr int64_t far_bytes = int64_t{16} << 20;
+constexpr int64_t near_row_bytes = 24 << 10;    // rows of up to this size stay in L1 beside the weights
 constexpr int64_t near_weight_bytes = 8 << 10;  // weights of up to this size are in L1 for every row
 // Columns whose terms are added in lanes before the lanes are added to the row's sum, in double: rounding errors grow
 // with the lengths of both sums instead of their product.
@@ -258,6 +259,8 @@ struct FloatRow {
   TRANSFUSE_INLINE f32 normalize(f32 x) const {
     return centered ? fma(deviation(x), set1(rest), set1(remainder)) : deviation(x) * set1(rest);
   }
+  // a * rstd + b, where rstd is within float's range.
+  TRANSFUSE_INLINE f32 times_rstd(f32 a, f32 b) const { return fma(a, set1(rest * scale), b); }
   // The mean of g * xhat, given those of g * deviation and of g.
   TRANSFUSE_INLINE double from_deviation(double g_deviation, double g) const {
     return centered ? g_deviation * rest + g * remainder : g_deviation * rest;
@@ -287,6 +290,7 @@ struct DoubleRow {
     const wide d = deviation(x), tail = d * set1w(rest_tail);
     return fma(d, set1w(rest), centered ? tail - set1w(remainder) : tail);
   }
+  TRANSFUSE_INLINE wide times_rstd(wide a, wide b) const { return fma(a * set1w(rest), set1w(scale), b); }
   TRANSFUSE_INLINE double from_deviation(double g_deviation, double g) const {
     return g_deviation * rest + (g_deviation * rest_tail - (centered ? g * remainder : 0));
   }
@@ -493,10 +497,10 @@ TRANSFUSE_INLINE void differentiate_rows(const NormBackwardParams& p, int64_t ro
         __builtin_prefetch(grad_output + cols + i);
       }
       if (!grad_input) continue;
-      const V g = Norm::centered ? grad * scale - splat<V>(rows[r].mean_g) : grad * scale;
+      const V g = Norm::centered ? fms(grad, scale, splat<V>(rows[r].mean_g)) : grad * scale;
       const V projected = fnma(xhat, splat<V>(rows[r].mean_g_xhat), g);
       const V past_norm = grad_sum ? load_as<V>(grad_sum + at, n) : splat<V>(0);
-      store_as(grad_input + at, fma(projected * splat<V>(rows[r].row.rest), splat<V>(rows[r].row.scale), past_norm), n);
+      store_as(grad_input + at, rows[r].row.times_rstd(projected, past_norm), n);
     }
     if (weight_sums) store_wide(weight_sums + i, load_wide(weight_sums + i) + widen(weight_sum));
     if (bias_sums) store_wide(bias_sums + i, load_wide(bias_sums + i) + widen(bias_sum));
@@ -507,6 +511,9 @@ template <class Norm, class T, class W>
 [[gnu::noinline]] void backward_chunks(const NormBackwardParams& p, int64_t begin, int64_t end) {
   const int64_t cols = p.cols, padded = norm_padded_cols(cols);
   const bool far = 3 * p.rows * cols * int64_t{sizeof(T)} >= far_bytes;  // of all rows: every thread adds alike
+  const int64_t pair_bytes = 2 * pair_rows * cols * int64_t{sizeof(T)};
+  const bool in_pairs = 2 * pair_bytes > near_row_bytes && pair_bytes <= near_row_bytes;
+  const int64_t at_once = far ? 1 : (in_pairs ? pair_rows : backward_group_rows);
   const T* input = static_cast<const T*>(p.input);
   const T* grad_output = static_cast<const T*>(p.grad_output);
   const W* weight = static_cast<const W*>(p.weight);
@@ -519,7 +526,7 @@ template <class Norm, class T, class W>
       if (bias_sums) bias_sums[i] = 0;
     }
     for (int64_t row = row_begin, count; row < row_end; row += count) {
-      count = far ? 1 : smaller(row_end - row, backward_group_rows);
+      count = smaller(row_end - row, at_once);
       Projections<RowOf<T, Norm::centered>> rows[backward_group_rows];
       for (int64_t r = 0; r < count; ++r) {
         const int64_t at = (row + r) * cols;
@@ -527,6 +534,10 @@ template <class Norm, class T, class W>
       }
       if (count == backward_group_rows) {
         differentiate_rows<Norm, backward_group_rows, T, W>(p, row, rows, weight_sums, bias_sums);
+        continue;
+      }
+      if (in_pairs && count == pair_rows) {
+        differentiate_rows<Norm, pair_rows, T, W>(p, row, rows, weight_sums, bias_sums);
         continue;
       }
       for (int64_t r = 0; r < count; ++r)
