@@ -5,6 +5,7 @@
 // | exp(x)                         | (-inf, 88.72]  | <= 1 ULP | exp(0) = 1, exp(-inf) = 0, above inf, NaN stays |
 // | exp(x, residual)               | (-inf, 88.72]  | <= 1 ULP | |residual| <= 1e-4 and finite                   |
 // | exp_nonpositive(x[, residual]) | (-inf, 70]     | <= 1 ULP | the bits of exp, fewer instructions             |
+// | exp_times_2_25(x)              | (-inf, 60]     | 2^-18    | for results rounded to 16 bits; NaN stays       |
 // | exp(f64 x)                     | [-690, 690]    | 2^-40    | for results rounded to float later; NaN stays   |
 // | exp_full(f64 x[, residual])    | (-inf, 709.78] | <= 1 ULP | of double; as exp(x); |residual| <= 2^-10       |
 //
@@ -86,6 +87,21 @@ TRANSFUSE_INLINE f32 exp_nonpositive(f32 x, f32 residual) {
   const f32 shifted = fma(x, set1(exp_log2e), integer);
   const f32 fraction = exp_fraction(x, shifted - integer, residual);
   return (fraction * from_bits(shift_left<23>(bits(shifted)))) * set1(0x1p-25f);
+}
+
+// e^x * 2^25, never subnormal: for a caller whose next factor takes the power of two along. As exp_nonpositive, with a
+// polynomial of two terms less.
+TRANSFUSE_INLINE f32 exp_times_2_25(f32 x) {
+  const f32 integer = set1(exp_integer + 127.0f + 25.0f);
+  x = max(set1(exp_lowest), x);
+  const f32 shifted = fma(x, set1(exp_log2e), integer);
+  const f32 r = fnma(shifted - integer, set1(0x1.62e430p-1f), x);
+  f32 p = set1(0x1.541482p-5f);
+  p = fma(p, r, set1(0x1.57cf54p-3f));
+  p = fma(p, r, set1(0x1.0003f6p-1f));
+  p = fma(p, r, set1(0x1.fffba6p-1f));
+  p = fma(p, r, set1(1.0f));
+  return p * from_bits(shift_left<23>(bits(shifted)));
 }
 
 TRANSFUSE_INLINE f32 exp(f32 x) { return exp(x, zero()); }

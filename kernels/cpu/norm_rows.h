@@ -24,12 +24,15 @@ namespace {
 // Rows that go through the last pass together, so that a vector of weights is loaded and widened once for all of them. In
 // the backward the terms of the weights' gradients, too, are added in float over a group and then once in double; the
 // groups follow from the number of rows and columns, and with them the order of these sums.
-constexpr int64_t group_rows = 2;
+constexpr int64_t pair_rows = 2;
 constexpr int64_t backward_group_rows = 4;
-static_assert(group_rows == 2, "the last group is a pair or a single row");
+// Rows whose statistics are taken one after the other before the first is normalised: sums of the next row fill the time
+// in which the last one's mean and rstd are worked out. They stay in L1.
+constexpr int64_t group_rows = 4, group_bytes = 16 << 10;
 static_assert(norm_block == lanes, "reduce works in whole vectors");
 // From here on what a call reads and writes is far from the core, and order of access counts for more than instructions.
 constexpr int64_t far_bytes = int64_t{16} << 20;
+constexpr int64_t near_row_bytes = 24 << 10;    // rows of up to this size stay in L1 beside the weights
 constexpr int64_t near_weight_bytes = 8 << 10;  // weights of up to this size are in L1 for every row
 // Columns whose terms are added in lanes before the lanes are added to the row's sum, in double: rounding errors grow
 // with the lengths of both sums instead of their product.
@@ -256,6 +259,8 @@ struct FloatRow {
   TRANSFUSE_INLINE f32 normalize(f32 x) const {
     return centered ? fma(deviation(x), set1(rest), set1(remainder)) : deviation(x) * set1(rest);
   }
+  // a * rstd + b, where rstd is within float's range.
+  TRANSFUSE_INLINE f32 times_rstd(f32 a, f32 b) const { return fma(a, set1(rest * scale), b); }
   // The mean of g * xhat, given those of g * deviation and of g.
   TRANSFUSE_INLINE double from_deviation(double g_deviation, double g) const {
     return centered ? g_deviation * rest + g * remainder : g_deviation * rest;
@@ -285,6 +290,7 @@ struct DoubleRow {
     const wide d = deviation(x), tail = d * set1w(rest_tail);
     return fma(d, set1w(rest), centered ? tail - set1w(remainder) : tail);
   }
+  TRANSFUSE_INLINE wide times_rstd(wide a, wide b) const { return fma(a * set1w(rest), set1w(scale), b); }
   TRANSFUSE_INLINE double from_deviation(double g_deviation, double g) const {
     return g_deviation * rest + (g_deviation * rest_tail - (centered ? g * remainder : 0));
   }
@@ -301,8 +307,8 @@ template <class Norm, class Row, int64_t count, class T, class W>
 TRANSFUSE_INLINE void normalize_rows(const T* x, const Statistics* statistics, const W* weight, const W* bias,
                                      T* output, int64_t cols) {
   using V = typename Row::V;
-  static_assert(count <= group_rows);
-  const Row rows[group_rows] = {Row(statistics[0]), Row(statistics[count - 1])};
+  static_assert(count <= pair_rows);
+  const Row rows[pair_rows] = {Row(statistics[0]), Row(statistics[count - 1])};
   for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     const V scale = weight ? load_as<V>(weight + i, n) : splat<V>(1);
     const V offset = bias ? load_as<V>(bias + i, n) : splat<V>(0);
@@ -360,8 +366,9 @@ template <class Norm, class T, class W>
   // Two rows at a time load weights once and make twice as many streams through memory.
   const bool far = p.residual || 2 * (end - begin) * cols * int64_t{sizeof(T)} >= far_bytes;
   const bool singly = far && cols * int64_t{sizeof(W)} <= near_weight_bytes;
+  const int64_t at_once = singly ? 1 : (group_rows * cols * int64_t{sizeof(T)} <= group_bytes ? group_rows : pair_rows);
   for (int64_t row = begin, count; row < end; row += count) {
-    count = singly ? 1 : smaller(end - row, group_rows);
+    count = smaller(end - row, at_once);
     const T* input = static_cast<const T*>(p.input) + row * cols;
     const T* residual = p.residual ? static_cast<const T*>(p.residual) + row * cols : nullptr;
     T* sum = static_cast<T*>(p.sum) + row * cols;
@@ -373,10 +380,10 @@ template <class Norm, class T, class W>
     }
     const T* x = residual ? sum : input;
     T* output = static_cast<T*>(p.output) + row * cols;
-    if (count == group_rows)
-      normalize_group<Norm, group_rows>(x, rows, weight, bias, output, cols);
-    else
-      normalize_group<Norm, 1>(x, rows, weight, bias, output, cols);
+    int64_t r = 0;
+    for (; r + pair_rows <= count; r += pair_rows)
+      normalize_group<Norm, pair_rows>(x + r * cols, rows + r, weight, bias, output + r * cols, cols);
+    if (r < count) normalize_group<Norm, 1>(x + r * cols, rows + r, weight, bias, output + r * cols, cols);
   }
 }
 
@@ -490,10 +497,10 @@ TRANSFUSE_INLINE void differentiate_rows(const NormBackwardParams& p, int64_t ro
         __builtin_prefetch(grad_output + cols + i);
       }
       if (!grad_input) continue;
-      const V g = Norm::centered ? grad * scale - splat<V>(rows[r].mean_g) : grad * scale;
+      const V g = Norm::centered ? fms(grad, scale, splat<V>(rows[r].mean_g)) : grad * scale;
       const V projected = fnma(xhat, splat<V>(rows[r].mean_g_xhat), g);
       const V past_norm = grad_sum ? load_as<V>(grad_sum + at, n) : splat<V>(0);
-      store_as(grad_input + at, fma(projected * splat<V>(rows[r].row.rest), splat<V>(rows[r].row.scale), past_norm), n);
+      store_as(grad_input + at, rows[r].row.times_rstd(projected, past_norm), n);
     }
     if (weight_sums) store_wide(weight_sums + i, load_wide(weight_sums + i) + widen(weight_sum));
     if (bias_sums) store_wide(bias_sums + i, load_wide(bias_sums + i) + widen(bias_sum));
@@ -504,6 +511,9 @@ template <class Norm, class T, class W>
 [[gnu::noinline]] void backward_chunks(const NormBackwardParams& p, int64_t begin, int64_t end) {
   const int64_t cols = p.cols, padded = norm_padded_cols(cols);
   const bool far = 3 * p.rows * cols * int64_t{sizeof(T)} >= far_bytes;  // of all rows: every thread adds alike
+  const int64_t pair_bytes = 2 * pair_rows * cols * int64_t{sizeof(T)};
+  const bool in_pairs = 2 * pair_bytes > near_row_bytes && pair_bytes <= near_row_bytes;
+  const int64_t at_once = far ? 1 : (in_pairs ? pair_rows : backward_group_rows);
   const T* input = static_cast<const T*>(p.input);
   const T* grad_output = static_cast<const T*>(p.grad_output);
   const W* weight = static_cast<const W*>(p.weight);
@@ -516,7 +526,7 @@ template <class Norm, class T, class W>
       if (bias_sums) bias_sums[i] = 0;
     }
     for (int64_t row = row_begin, count; row < row_end; row += count) {
-      count = far ? 1 : smaller(row_end - row, backward_group_rows);
+      count = smaller(row_end - row, at_once);
       Projections<RowOf<T, Norm::centered>> rows[backward_group_rows];
       for (int64_t r = 0; r < count; ++r) {
         const int64_t at = (row + r) * cols;
@@ -524,6 +534,10 @@ template <class Norm, class T, class W>
       }
       if (count == backward_group_rows) {
         differentiate_rows<Norm, backward_group_rows, T, W>(p, row, rows, weight_sums, bias_sums);
+        continue;
+      }
+      if (in_pairs && count == pair_rows) {
+        differentiate_rows<Norm, pair_rows, T, W>(p, row, rows, weight_sums, bias_sums);
         continue;
       }
       for (int64_t r = 0; r < count; ++r)

@@ -69,18 +69,26 @@ TRANSFUSE_INLINE f32 odd_of(i32 pairs) { return from_bits(pairs & set1i(INT32_MI
 // Of floats that are bfloat16 already.
 TRANSFUSE_INLINE i32 pair_up(f32 even, f32 odd) { return bits(odd) | shift_right<16>(bits(even)); }
 
+// round_to_pairs that keeps subnormal numbers on every level.
+TRANSFUSE_INLINE i32 round_to_exact_pairs(f32 even, f32 odd) {
+  const auto rounded = [](f32 x) {
+    const i32 up = bits(x) + (shift_right<16>(bits(x)) & set1i(1)) + set1i(0x7FFF);
+    return select(isnan(x), from_bits(bits(x) | set1i(0x400000)), from_bits(up));
+  };
+#ifdef __AVX512BF16__
+  if (__builtin_expect(!any(is_subnormal(even) | is_subnormal(odd)), 1)) return round_to_pairs(even, odd);
+#endif
+  return pair_up(from_bits(bits(rounded(even)) & set1i(INT32_MIN >> 15)), odd_of(bits(rounded(odd))));
+}
+TRANSFUSE_INLINE i32 load_pairs(const bf16* p) { return bits(load(reinterpret_cast<const float*>(p))); }
+TRANSFUSE_INLINE void store_pairs(bf16* p, i32 pairs) { store(reinterpret_cast<float*>(p), from_bits(pairs)); }
+
 #ifndef __AVX512BF16__
 constexpr bool has_bf16_dot = false;
 TRANSFUSE_INLINE f32 dot(f32 sum, i32 a, i32 b) {
   return fma(even_of(a), even_of(b), fma(odd_of(a), odd_of(b), sum));
 }
-TRANSFUSE_INLINE i32 round_to_pairs(f32 even, f32 odd) {
-  const auto rounded = [](f32 x) {
-    const i32 up = bits(x) + (shift_right<16>(bits(x)) & set1i(1)) + set1i(0x7FFF);
-    return select(isnan(x), from_bits(bits(x) | set1i(0x400000)), from_bits(up));
-  };
-  return pair_up(from_bits(bits(rounded(even)) & set1i(INT32_MIN >> 15)), odd_of(bits(rounded(odd))));
-}
+TRANSFUSE_INLINE i32 round_to_pairs(f32 even, f32 odd) { return round_to_exact_pairs(even, odd); }
 TRANSFUSE_INLINE i32 round_neighbours(f32 low, f32 high) {
   alignas(64) bf16 x[2 * lanes];
   store(x, low);

@@ -194,6 +194,7 @@ TRANSFUSE_INLINE f32 abs(f32 a) { return {_mm512_abs_ps(a.v)}; }
 
 #ifdef __AVX512BF16__
 constexpr bool has_bf16_dot = true;
+TRANSFUSE_INLINE mask is_subnormal(f32 a) { return {_mm512_fpclass_ps_mask(a.v, 0x20)}; }
 TRANSFUSE_INLINE f32 dot(f32 sum, i32 a, i32 b) {
   return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
 }
