@@ -260,8 +260,8 @@ TRANSFUSE_INLINE int64_t rows_at_once(int64_t keys, int64_t rows_left) {
 }
 
 template <class T, class M>
-TRANSFUSE_INLINE void softmax_rows(const Row<T, M>* rows, int64_t count, double scale, T* const* outputs, float* scratch,
-                                   int64_t keys) {
+TRANSFUSE_INLINE void softmax_rows(const Row<T, M>* rows, int64_t count, double scale, T* const* outputs,
+                                   float* scratch, int64_t keys) {
   const Split<float> split(scale);
   float largest[group_rows];
   double sums[group_rows];
@@ -460,7 +460,8 @@ struct GradRow {
   int64_t keys;
 };
 
-// dy * y of the keys [i, i + 16) below end; a weight of 0 is skipped where asked, so that an infinite dy beside it does no harm.
+// dy * y of the keys [i, i + 16) below end; a weight of 0 is skipped where asked, so that an infinite dy beside it
+// does no harm.
 template <bool skip_zero, class T>
 TRANSFUSE_INLINE VecOf<T> product(const GradRow<T>& row, int64_t i, int64_t end) {
   using V = VecOf<T>;

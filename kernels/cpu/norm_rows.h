@@ -259,8 +259,6 @@ struct FloatRow {
   TRANSFUSE_INLINE f32 normalize(f32 x) const {
     return centered ? fma(deviation(x), set1(rest), set1(remainder)) : deviation(x) * set1(rest);
   }
-  // a * rstd + b, where rstd is within float's range.
-  TRANSFUSE_INLINE f32 times_rstd(f32 a, f32 b) const { return fma(a, set1(rest * scale), b); }
   // The mean of g * xhat, given those of g * deviation and of g.
   TRANSFUSE_INLINE double from_deviation(double g_deviation, double g) const {
     return centered ? g_deviation * rest + g * remainder : g_deviation * rest;
@@ -290,7 +288,6 @@ struct DoubleRow {
     const wide d = deviation(x), tail = d * set1w(rest_tail);
     return fma(d, set1w(rest), centered ? tail - set1w(remainder) : tail);
   }
-  TRANSFUSE_INLINE wide times_rstd(wide a, wide b) const { return fma(a * set1w(rest), set1w(scale), b); }
   TRANSFUSE_INLINE double from_deviation(double g_deviation, double g) const {
     return g_deviation * rest + (g_deviation * rest_tail - (centered ? g * remainder : 0));
   }
@@ -500,7 +497,7 @@ TRANSFUSE_INLINE void differentiate_rows(const NormBackwardParams& p, int64_t ro
       const V g = Norm::centered ? fms(grad, scale, splat<V>(rows[r].mean_g)) : grad * scale;
       const V projected = fnma(xhat, splat<V>(rows[r].mean_g_xhat), g);
       const V past_norm = grad_sum ? load_as<V>(grad_sum + at, n) : splat<V>(0);
-      store_as(grad_input + at, rows[r].row.times_rstd(projected, past_norm), n);
+      store_as(grad_input + at, fma(projected * splat<V>(rows[r].row.rest), splat<V>(rows[r].row.scale), past_norm), n);
     }
     if (weight_sums) store_wide(weight_sums + i, load_wide(weight_sums + i) + widen(weight_sum));
     if (bias_sums) store_wide(bias_sums + i, load_wide(bias_sums + i) + widen(bias_sum));
