@@ -494,7 +494,8 @@ TRANSFUSE_INLINE void differentiate_rows(const NormBackwardParams& p, int64_t ro
         __builtin_prefetch(grad_output + cols + i);
       }
       if (!grad_input) continue;
-      const V g = Norm::centered ? fms(grad, scale, splat<V>(rows[r].mean_g)) : grad * scale;
+      const V product = grad * scale;  // rounded as in the mean, so that a row of one element has the gradient 0
+      const V g = Norm::centered ? product - splat<V>(rows[r].mean_g) : product;
       const V projected = fnma(xhat, splat<V>(rows[r].mean_g_xhat), g);
       const V past_norm = grad_sum ? load_as<V>(grad_sum + at, n) : splat<V>(0);
       store_as(grad_input + at, fma(projected * splat<V>(rows[r].row.rest), splat<V>(rows[r].row.scale), past_norm), n);
