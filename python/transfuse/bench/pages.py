@@ -83,6 +83,8 @@ def _models_summary(results):
     yield "| workload | fill | float32 / stock | / fastest float32 peer | bfloat16 / stock | / fastest 16- or 8-bit peer |"
     yield "|---|---|---|---|---|---|"
     for title, by_name in _workloads(results.models):
+        if "stock" not in by_name:  # ours against ours
+            continue
         ours, half = by_name.get("ours"), by_name.get("ours_bf16")
         cells = [title, f"{ours['fill']:.2f}" if ours else ""]
         for row, exact in ((ours, True), (half, False)):
