@@ -131,7 +131,8 @@ def speed_page(results):
             for line in acceptance.lines(results.models, results.ops)
         ]
     if results.models:
-        lines += ["", "## Whole models", "", _where(results.models["environment"]) + ".", *_workload_tables(results.models)]
+        lines += ["", "## Whole models", "", _where(results.models["environment"]) + "."]
+        lines += _workload_tables(results.models)
         lines += _stream_table(results.models.get("stream"))
     if results.ops:
         lines += ["", "## Ops", "", _where(results.ops["environment"]) + ".", "", *_ops_table(results.ops["rows"])]
@@ -173,7 +174,8 @@ def _ops_table(rows):
     yield "|" + "---|" * (4 + len(columns))
     cases = {}
     for row in rows:
-        key = (row["op"], f"{row['case']}{'' if row['output'] == 'reused' else ', fresh memory'}", row["shape"], row["dtype"])
+        memory = "" if row["output"] == "reused" else ", fresh memory"
+        key = (row["op"], row["case"] + memory, row["shape"], row["dtype"])
         figure = f"{row['speedup']:.2f}x ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
         cases.setdefault(key, {})[row["direction"], row["peer"]] = figure
     for key, found in cases.items():
@@ -215,7 +217,7 @@ def main(argv=None):
     parser.add_argument("--results", type=Path, default=Path("bench/results"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--speed", type=Path, default=Path("docs/speed.md"))
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a page is not the generated one")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page is another")
     options = parser.parse_args(argv)
     results = Results(json.loads(path.read_text()) for path in sorted(options.results.rglob("*.json")))
     wanted = {
