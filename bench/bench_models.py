@@ -32,6 +32,7 @@ from transfuse.bench.harness import write_json
 from transfuse.bench.machine import environment, installed
 from transfuse.bench.turns import ContenderLost, take_turns
 from transfuse.cli.output import table
+from transfuse.models.packed_linear import HAS_PACKED_PRODUCTS
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu" / "models.json"
 SETTLE_SECONDS = 0.02  # before each turn: the last contender's threads have gone to sleep
@@ -162,7 +163,8 @@ def run_workload(run, workload, model, workers, missing, load_s, tokenizer):
     for name in workload.contenders:
         if name not in lost:
             try:
-                found[name], figures[name] = first_pass(run, workers[name], groups[order_of(name)], paths[order_of(name)])
+                order = order_of(name)
+                found[name], figures[name] = first_pass(run, workers[name], groups[order], paths[order])
             except ContenderLost as reason:
                 lost[name] = ("not available", str(reason))
     for name in figures:
@@ -200,6 +202,7 @@ def run_workload(run, workload, model, workers, missing, load_s, tokenizer):
         contender = CONTENDERS[name]
         fill = batches.fill_of(groups[order_of(name)], lengths)
         facts = {
+            "title": workload.title,
             "label": contender.label,
             "dtype": contender.dtype,
             "batch_size": workload.batch_size,
@@ -283,7 +286,7 @@ def stream(run, worker, tokenizer, marks):
 
 
 def invariance(results):
-    """{contender: (texts compared, texts that differ)}: each text's bits in every other MiniLM workload against batch 32."""
+    """{contender: (texts compared, texts that differ)}: a text's bits in each other MiniLM workload against batch 32."""
     found = {}
     for name in ("ours", "ours_bf16"):
         base = results.get("minilm_32", {}).get(name)
@@ -315,7 +318,7 @@ def run_all(run):
     wanted = [workload for workload in workloads.WORKLOADS if not run.options.only or workload.name in run.options.only]
     if run.options.quick:
         wanted = [workload for workload in wanted if workload.quick_passages is not None]
-    run.facts["product_packed"] = product_peak.packed_available()
+    run.facts["product_packed"] = HAS_PACKED_PRODUCTS
     models = workloads.model_folders(dict.fromkeys(workload.model for workload in wanted), run.folder)
     from transformers import AutoTokenizer
 
@@ -366,12 +369,13 @@ def print_tables(rows, facts):
 
 def parse(argv):
     parser = argparse.ArgumentParser(prog="bench_models.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a part of the text and of the workloads: about two minutes")
-    parser.add_argument("--only", metavar="NAMES", help="comma-separated: " + ", ".join(w.name for w in workloads.WORKLOADS))
+    names = ", ".join(workload.name for workload in workloads.WORKLOADS)
+    parser.add_argument("--quick", action="store_true", help="part of the text and of the workloads: about two minutes")
+    parser.add_argument("--only", metavar="NAMES", help=f"comma-separated: {names}")
     parser.add_argument("--passages", type=int, default=workloads.PASSAGES, help="only the first ones of the fixed text")
     parser.add_argument("--rounds", type=int, help="interleaved rounds of every workload (default: each one's own)")
     parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument("--peers-python", default=sys.executable, help="the interpreter that has the bench extra's runtimes")
+    parser.add_argument("--peers-python", default=sys.executable, help="the interpreter that has the peers")
     parser.add_argument("--json", type=Path, default=RESULTS, help=f"default {os.path.relpath(RESULTS)}")
     parser.add_argument("--picture", type=Path, help="draw one there")
     options = parser.parse_args(argv)

@@ -29,7 +29,7 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    """A front names its ops in OPS; their cases run in every dtype and direction they have. Ids of quick cases end in -quick."""
+    """A front names its ops in OPS: their cases run in every dtype and direction. Ids of quick cases end in -quick."""
     if "case" not in metafunc.fixturenames:
         return
     parameters = [

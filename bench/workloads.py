@@ -132,7 +132,8 @@ def texts_of(workload, passages, quick=False):
 def tokenised(workload, tokenizer, texts):
     """One (ids, types) pair of lists per text, cut to the model's length."""
     if workload.kind == "full":
-        stream = [number for ids in tokenizer(texts * FULL_ROWS, add_special_tokens=False)["input_ids"] for number in ids]
+        every = tokenizer(texts * FULL_ROWS, add_special_tokens=False)["input_ids"]
+        stream = [number for ids in every for number in ids]
         inner = FULL_LENGTH - 2
         rows = [stream[row * inner : (row + 1) * inner] for row in range(FULL_ROWS)]
         rows = [[tokenizer.cls_token_id, *row, tokenizer.sep_token_id] for row in rows]

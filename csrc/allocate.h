@@ -2,11 +2,14 @@
 // its arguments on each call (1 to 2 us), this is 0.3 us, and an op on a single row has three results to allocate.
 #pragma once
 
+#include <sys/mman.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdint>
 #include <cstring>
+#include <new>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -25,6 +28,34 @@ inline bool nan_filled_empty = false;
   text.precision(0);
   text << op << ": could not allocate " << std::fixed << bytes << " bytes" << what;
   throw std::runtime_error(text.str());
+}
+
+// A large result lies in pages that the system clears when they are first written, 4 KiB at a time at 2 to 5 GB/s: twice
+// what the op itself takes. In huge pages that is four times as fast. Advice, which a system may refuse; only whole huge
+// pages within the tensor are named, so that no memory is taken beyond it.
+inline void prefer_huge_pages(const torch::stable::Tensor& t) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t huge_page = uintptr_t{2} << 20, least = 2 * huge_page;
+  const uintptr_t bytes = t.numel() * t.element_size();
+  if (bytes < least) return;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  const uintptr_t begin = (data + huge_page - 1) & ~(huge_page - 1), end = (data + bytes) & ~(huge_page - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// rows * columns elements, all 0 or false.
+template <class T>
+std::vector<T> zero_vector(const char* op, int64_t rows, int64_t columns = 1) {
+  int64_t count;
+  if (!__builtin_mul_overflow(rows, columns, &count)) {
+    try {
+      return std::vector<T>(count);
+    } catch (const std::bad_alloc&) {
+    } catch (const std::length_error&) {
+    }
+  }
+  could_not_allocate(op, static_cast<double>(rows) * columns * sizeof(T));
 }
 
 // On the device of that type (aoti_torch_device_type_*) and index. `failed` ends the words of a failed allocation.
@@ -54,6 +85,7 @@ inline torch::stable::Tensor allocate(const char* op, const int64_t* sizes, int6
 inline torch::stable::Tensor empty_cpu(const char* op, const int64_t* sizes, int64_t dim,
                                        torch::headeronly::ScalarType type) {
   torch::stable::Tensor result = allocate(op, sizes, dim, type, aoti_torch_device_type_cpu(), 0);
+  prefer_huge_pages(result);
   if (nan_filled_empty && result.numel())
     std::memset(result.mutable_data_ptr(), 0xFF, result.numel() * result.element_size());
   return result;

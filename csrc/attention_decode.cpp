@@ -79,7 +79,7 @@ Cache make_cache(const Tensor& key, const Tensor& value, const Tensor& seqlens,
           " (cache_seqlens's)");
   }
   c.capacity = c.max_blocks * c.block_size;
-  c.lengths.resize(c.batch);
+  c.lengths = zero_vector<int64_t>(op, c.batch);
   for (int64_t b = 0; b < c.batch; ++b) {
     const int64_t before = integer_at(seqlens, b * seqlens.stride(0));
     check(before >= 0 && before <= c.capacity - num_new, op, ": cache_seqlens[", b, "] is ", before, ", expected 0 to ",
@@ -88,7 +88,7 @@ Cache make_cache(const Tensor& key, const Tensor& value, const Tensor& seqlens,
     c.lengths[b] = before + num_new;
   }
   if (!c.paged) return c;
-  c.table.resize(c.batch * c.max_blocks);
+  c.table = zero_vector<int64_t>(op, c.batch, c.max_blocks);
   for (int64_t b = 0; b < c.batch; ++b)
     for (int64_t page = 0; page * c.block_size < c.lengths[b]; ++page) {
       const int64_t block = integer_at(*block_table, b * block_table->stride(0) + page * block_table->stride(1));
@@ -211,8 +211,10 @@ const double* per_head(const char* argument, const std::optional<Tensor>& t, con
 
 // One task per tile; chunks that the window hides from all rows of a tile are left out.
 std::vector<DecodeTask> make_tasks(const DecodeParams& p, const Cache& c) {
-  std::vector<DecodeTask> tasks;
   const int64_t rows = p.num_heads / p.num_kv_heads * p.seqlen_q;
+  const int64_t tiles = (rows + cpu::decode_tile_rows - 1) / cpu::decode_tile_rows;
+  std::vector<DecodeTask> tasks = zero_vector<DecodeTask>(op, c.batch * p.num_kv_heads, tiles);
+  auto task = tasks.begin();
   for (int64_t b = 0; b < c.batch; ++b) {
     const int64_t first_query = c.lengths[b] - p.seqlen_q;
     const int64_t hidden = p.window_left < 0 ? 0 : std::max<int64_t>(0, first_query - p.window_left);
@@ -220,7 +222,7 @@ std::vector<DecodeTask> make_tasks(const DecodeParams& p, const Cache& c) {
     const int64_t first_chunk = hidden / cpu::decode_chunk_keys;
     for (int64_t head = 0; head < p.num_kv_heads; ++head)
       for (int64_t row = 0; row < rows; row += cpu::decode_tile_rows)
-        tasks.push_back({b, head, row, std::min(cpu::decode_tile_rows, rows - row), first_chunk, chunks});
+        *task++ = {b, head, row, std::min(cpu::decode_tile_rows, rows - row), first_chunk, chunks};
   }
   return tasks;
 }
@@ -250,15 +252,15 @@ void run_forward(const DecodeParams& p, const Cache& c) {
       kernels.attend(p, tasks[task], memory + worker * scratch_doubles);
     });
 
-  std::vector<DecodeTask> pieces;
-  std::vector<int64_t> first_partial;  // of each task
-  pieces.reserve(chunks);
-  for (const DecodeTask& t : tasks) {
-    first_partial.push_back(static_cast<int64_t>(pieces.size()));
-    for (int64_t chunk = t.first_chunk; chunk < t.last_chunk; ++chunk) {
-      pieces.push_back(t);
-      pieces.back().first_chunk = chunk;
-      pieces.back().last_chunk = chunk + 1;
+  std::vector<DecodeTask> pieces = zero_vector<DecodeTask>(op, chunks);
+  std::vector<int64_t> first_partial = zero_vector<int64_t>(op, num_tasks);  // of each task
+  int64_t piece_count = 0;
+  for (int64_t task = 0; task < num_tasks; ++task) {
+    first_partial[task] = piece_count;
+    for (int64_t chunk = tasks[task].first_chunk; chunk < tasks[task].last_chunk; ++chunk) {
+      DecodeTask& piece = pieces[piece_count++] = tasks[task];
+      piece.first_chunk = chunk;
+      piece.last_chunk = chunk + 1;
     }
   }
   run_tasks(chunks, threads, [&](int64_t worker, int64_t piece) {

@@ -49,7 +49,7 @@ Tensor masked_softmax_forward(Tensor input, std::optional<Tensor> mask, double s
   p.causal_offset = bottom_right ? p.keys - p.queries : 0;
   const auto& kernels = cpu::pick_masked_softmax_kernels();
   parallel_for(0, input.numel() / p.keys, rows_per_task(p.keys), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(p.dtype == cpu::DType::f64 ? 0 : p.keys);
+    std::vector<float> scratch(cpu::masked_softmax_scratch(p));
     kernels.forward(p, begin, end, scratch.data());
   });
   return output;

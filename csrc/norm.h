@@ -21,19 +21,24 @@ struct NormForwardResult {
   Tensor output, sum;  // sum where there is a residual
 };
 
+// Where `into` is given, it is the output and nothing else is allocated: the sum of a row lies in the output's row
+// until it is normalised there.
 inline NormForwardResult norm_forward(const NormOperands& operands, const std::optional<Tensor>& residual,
-                                      const cpu::NormKernels& kernels) {
+                                      const cpu::NormKernels& kernels,
+                                      const std::optional<Tensor>& into = std::nullopt) {
   const char* op = operands.op;
   const NormMatrix& matrix = operands.matrix;
   operands.check_like_input("residual", residual);
+  operands.check_like_input("out", into);
+  check(!into || into->is_contiguous(), op, ": out is not contiguous, expected a contiguous tensor");
   const Tensor x = contiguous(op, operands.input);
   const std::optional<Tensor> y = contiguous(op, residual);
   const std::optional<Tensor> w = contiguous(op, operands.weight), b = contiguous(op, operands.bias);
   NormForwardResult result;
   cpu::NormForwardParams params{};
-  result.output = empty_like_dense(op, operands.input);
+  result.output = into ? *into : empty_like_dense(op, operands.input);
   if (residual) {
-    result.sum = empty_like_dense(op, operands.input);
+    result.sum = into ? *into : empty_like_dense(op, operands.input);
     params.sum = result.sum.mutable_data_ptr();
   }
   params.input = x.const_data_ptr();

@@ -1,10 +1,11 @@
-// The coefficients of GELU's tail and of the tail of its derivative on [0, 63/16), in float, for the erf and the tanh
-// form, and of the functions that hold beyond: one home for the CPU and the GPU, which so give the same bits.
+// The coefficients of GELU's tail and of the tail of its derivative in float, for the erf and the tanh form: segments
+// on [0, 63/16), and the factors beside an exponential that hold beyond. One home for the CPU and the GPU, which so give
+// the same bits.
 //
-// A segment of width 1/8 has a polynomial of degree 5 in u = t - centre, |u| <= 1/16, whose coefficients are looked up by
-// the segment's number: minimax in relative error, 2^-27 at worst, with the constant term rounded to float first. The
-// subtraction that gives u is exact. Centres are k / 8 for `tail` and k / 8 + shift for `slope`, where the shift moves one
-// of them onto the root of gelu' (to 2^-20), so that the derivative keeps its relative accuracy down to its own zero.
+// A segment of width 1/8 has a polynomial of degree 5 in u = t - centre, |u| <= 1/16, whose coefficients are looked up
+// by the segment's number: minimax in relative error, 2^-27 at worst, with the constant term rounded to float first. The
+// subtraction that gives u is exact. Centres are k / 8 for `tail` and k / 8 + shift for `slope`, where the shift moves
+// one of them onto the root of gelu' (to 2^-20), so that the derivative keeps its relative accuracy down to its zero.
 #pragma once
 
 namespace transfuse {
@@ -18,19 +19,6 @@ constexpr int num_segments = 32, num_coefficients = 6;
 struct Segments {
   float coefficients[num_coefficients][num_segments];  // coefficient i of segment k: [i][k]
 };
-
-// R(t) = Phi(-t) exp(t^2/2) = P(t) / Q(t) on [0, 16], relative error 2^-39.
-struct MillsRatio {
-  double p[7], q[8];
-};
-constexpr MillsRatio mills_ratio = {{
-    0x1.00000000014d9p-1, 0x1.25072584c3476p-1, 0x1.4988d461fe849p-2, 0x1.be1acc2038532p-4,
-    0x1.7b786ab4ec994p-6, 0x1.8182bbd553799p-9, 0x1.73d7f2412f026p-13},
-    {0x1.0000000000000p+0, 0x1.f1494f2405f07p+0, 0x1.b18b5af48110bp+0, 0x1.ba3fb22d2cdabp-1,
-    0x1.1f1baeee1a755p-2, 0x1.df3c2e2f4dcd5p-5, 0x1.e32a91e3f0ef9p-8, 0x1.d20965981f27fp-12}};
-constexpr double inverse_sqrt_2pi = 0x1.9884533d43651p-2;
-// tanh's argument, doubled: 2 sqrt(2/pi) (t + 0.044715 t^3).
-constexpr double tanh_c0 = 0x1.9884533d43651p+0, tanh_c1 = 0x1.2444f2a4d8b4bp-4;
 
 struct ErfSegments {
   // Phi(-t)
@@ -174,6 +162,30 @@ struct TanhSegments {
      -0x1.3d484ep-7f, -0x1.5d702ep-7f, -0x1.3dc32p-7f, -0x1.161fd4p-7f, -0x1.c2f2e8p-8f, -0x1.524138p-8f,
      -0x1.ca7426p-9f, -0x1.116e0ap-9f, -0x1.e0ab22p-11f, -0x1.15d01cp-15f, 0x1.33c698p-11f, 0x1.f05d36p-11f,
      0x1.1df5acp-10f}}};
+};
+
+// Beyond: kernels/cpu/gelu_far.h has the formulas. Where t is above `cut` it is cut there: every result has long been 0.
+struct FarFactors {
+  float tail[7], slope[7];
+};
+
+struct ErfFarTable {
+  static constexpr float cut = 18.0f;
+  static constexpr FarFactors factors = {
+    {0x1.988452p-2f, -0x1.9881bep-2f, 0x1.31ef26p+0f, -0x1.756668p+2f, 0x1.17965p+5f, -0x1.6d9bf2p+7f,
+     0x1.02efc2p+9f},
+    {0x1.988454p-2f, -0x1.98858p-2f, 0x1.990c86p-2f, -0x1.38681p+0f, 0x1.955562p+2f, -0x1.265daap+5f,
+     0x1.f6810ep+6f}};
+};
+
+struct TanhFarTable {
+  static constexpr float cut = 12.5f;
+  // The coefficients of z = t (c0 + c1 t^2), 2 sqrt(2/pi) and 0.044715 times that, each in two floats.
+  static constexpr double c0 = 0x1.9884533d43651p+0, c1 = 0x1.2444f2a4d8b4bp-4;
+  static constexpr float c0_hi = static_cast<float>(c0), c0_lo = static_cast<float>(c0 - c0_hi);
+  static constexpr float c1_hi = static_cast<float>(c1), c1_lo = static_cast<float>(c1 - c1_hi);
+  // Those of z' = c0 + 3 c1 t^2.
+  static constexpr float rate_hi = static_cast<float>(3 * c1), rate_lo = static_cast<float>(3 * c1 - rate_hi);
 };
 
 }  // namespace

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import transfuse
-from transfuse.bench import gpu, gpu_rows, harness, machine, readme, text
+from transfuse.bench import gpu, gpu_rows, harness, machine, pages, text
 from transfuse.bench.harness import compare, measure, median_ranks, ratio_interval
 from transfuse.dispatch import setting
 from transfuse.promises import cases
@@ -346,7 +346,7 @@ def test_gpu_wrong_rows_are_refused(tmp_path):
         run.add(op="copy", peer="torch", median_us=1.0, speed=2)
 
 
-# README table
+# Generated pages
 
 DEMO_ROW = {
     "model": "MiniLM",
@@ -366,13 +366,13 @@ DEMO_ROW = {
 
 
 def test_readme_table_comes_from_results(tmp_path):
-    page, results = tmp_path / "README.md", tmp_path / "results"
+    page, speed, results = tmp_path / "README.md", tmp_path / "speed.md", tmp_path / "results"
     results.mkdir()
-    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    page.write_text(f"before\n{pages.BEGIN}\nold\n{pages.END}\nafter\n")
     (results / "demo.json").write_text(json.dumps({"schema": 1, "command": "demo", "rows": [DEMO_ROW]}))
-    options = ["--results", str(results), "--readme", str(page)]
-    assert readme.main([*options, "--check"]) == 1
-    assert readme.main(options) == 0 and readme.main([*options, "--check"]) == 0
+    options = ["--results", str(results), "--readme", str(page), "--speed", str(speed)]
+    assert pages.main([*options, "--check"]) == 1 and not speed.exists()
+    assert pages.main(options) == 0 and pages.main([*options, "--check"]) == 0
     lines = page.read_text().splitlines()
     assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
     assert (
@@ -380,10 +380,13 @@ def test_readme_table_comes_from_results(tmp_path):
         "| CPU, 2 threads, avx2, 2026-01-01 |" in lines
     )
     assert "| any model on a GPU (CUDA, Triton) | | | not measured | | | |" in lines
+    assert "Whole models against other runtimes: not measured." in lines
+    speed.write_text(speed.read_text() + "typed by hand\n")
+    assert pages.main([*options, "--check"]) == 1
 
 
 def test_readme_without_markers_or_with_strange_results_is_refused():
-    with pytest.raises(ValueError, match="^readme: README has no block between"):
-        readme.rewritten("nothing", "block")
-    with pytest.raises(ValueError, match="^readme: schema is None, expected 1, with a command$"):
-        readme.tables([{}])
+    with pytest.raises(ValueError, match="^pages: README has no block between"):
+        pages.rewritten("nothing", "block")
+    with pytest.raises(ValueError, match="^pages: schema is None, expected 1, with a command$"):
+        pages.Results([{}])

@@ -210,6 +210,14 @@ def test_raw_ops_check_again(op, args, text):
     assert str(error.value) == f"decode_attention: {text}"
 
 
+def test_a_block_table_that_does_not_fit_names_op_and_bytes():
+    table = torch.zeros(1, 1, dtype=torch.int64).expand(1, 2**45)  # one number in memory; its copy would be 2^48 bytes
+    page = torch.zeros(1, 1, 1, 8)
+    with use_backend("cpu"), pytest.raises(RuntimeError) as error:
+        decode_attention(torch.zeros(1, 1, 1, 8), page, page, lengths(1), block_table=table)
+    assert str(error.value) == "decode_attention: could not allocate 281474976710656 bytes"
+
+
 def test_what_is_written_is_not_what_is_read():
     cache, other = torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16)
     new, query, lengths = torch.ones(1, 2, 1, 16), torch.ones(1, 2, 1, 16), torch.tensor([3])

@@ -19,7 +19,6 @@ from transfuse.bench.text import passages
 from transfuse.dispatch import TransfuseWarning, use_backend
 from transfuse.models import swap
 from transfuse.models.fused_layers import PART_TOKENS, packed_bytes
-from transfuse.models.packed_linear import PackedLinears
 from transfuse.ops.packing import pack
 from transfuse.testing import model_tolerance
 
@@ -220,14 +219,10 @@ def test_repack_is_for_edits_that_the_sample_misses():
     batch = batch_of(mask_of("ones"))
     before = ours(**batch).last_hidden_state
     for model in (stock, ours):
-        model.encoder.layer[0].output.dense.weight.data[1:4, 1:4] += 5.0
-    missed = PackedLinears([(stock.encoder.layer[0].output.dense,)], torch.float32)
-    stock.encoder.layer[0].output.dense.weight.data[1, 1] += 5.0
-    ours.encoder.layer[0].output.dense.weight.data[1, 1] += 5.0
-    assert missed.fits(), "the sample has seen element [1, 1]: choose another"
+        model.encoder.layer[0].output.dense.weight.data[1, 1] += 5.0
+    assert torch.equal(before, ours(**batch).last_hidden_state), "the sample has seen element [1, 1]: choose another"
     transfuse.repack(ours)
     assert_same(stock(**batch).last_hidden_state, ours(**batch).last_hidden_state)
-    assert not torch.equal(before, ours(**batch).last_hidden_state)
 
 
 @pytest.mark.parametrize("where", ["encoder.layer.0", "encoder.layer.1.attention.self.query", "encoder.layer.0.output.LayerNorm",

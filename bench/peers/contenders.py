@@ -38,7 +38,9 @@ CONTENDERS = {
     "ours": Contender("ours", "torch_models", (("how", "ours"),)),
     "ours_bf16": Contender("ours bf16", "torch_models", (("how", "bfloat16"),), "bfloat16"),
     "ours_1_thread": Contender("ours, 1 thread", "torch_models", (("how", "ours"),), threads=1),
-    "ours_bf16_1_thread": Contender("ours bf16, 1 thread", "torch_models", (("how", "bfloat16"),), "bfloat16", threads=1),
+    "ours_bf16_1_thread": Contender(
+        "ours bf16, 1 thread", "torch_models", (("how", "bfloat16"),), "bfloat16", threads=1
+    ),
     "compile": Contender("torch.compile, frozen", "torch_models", (("how", "compile"),)),
     "onnxruntime": Contender("ONNX Runtime", "runtimes", (("how", "onnxruntime"),), needs="onnx_fused"),
     "openvino": Contender("OpenVINO f32", "runtimes", (("how", "openvino"), ("precision", "f32")), needs="onnx"),

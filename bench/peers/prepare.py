@@ -6,7 +6,7 @@ STEPS = ("onnx", "onnx_fused", "ctranslate2")
 
 
 def prepare(step, model, out):
-    """Does one of STEPS for `model` (a dict with folder and kind) under the folder `out`; returns new entries for it."""
+    """Does one of STEPS for `model` (a dict with folder and kind) under the folder `out`; returns new entries."""
     return {"onnx": _onnx, "onnx_fused": _onnx_fused, "ctranslate2": _ctranslate2}[step](model, Path(out))
 
 
@@ -41,7 +41,7 @@ def _inputs(path):
 
 
 def _onnx_fused(model, out):
-    """ONNX Runtime's own optimizer for BERT: attention, skip + LayerNorm, bias + GELU and embeddings as single nodes."""
+    """ONNX Runtime's own optimizer for BERT: attention, skip + LayerNorm, bias + GELU, embeddings as single nodes."""
     import onnx
     from onnxruntime.transformers import optimizer
     from transformers import AutoConfig

@@ -17,6 +17,8 @@ void TRANSFUSE_ATTENTION_NAME(attention_backward)(const AttentionBackwardParams&
 
 namespace {
 
+constexpr int64_t keys_per_step = 4;  // of prefetching
+
 struct Scratch {
   real* queries;                 // [query_block / 16][D][16], transposed
   real *keys, *values;           // [D / 16][key_block][16], [Dv / 16][key_block][16]; pairs in the same places
@@ -51,7 +53,7 @@ int64_t forward_scratch_bytes(const AttentionForwardParams& params) {
 // Turns the scores of the panel at row r of the task into weights exp(logit - maximum), and brings the sum and output
 // of its rows to the new maximum.
 void softmax_panel(const ScorePanel& t, const ScoreOperands& operands, const Scratch& s, int64_t r, bool first,
-                   bool excludes) {
+                   bool excludes, Prefetch& prefetch) {
   const AttentionParams& p = t.p;
   const real scale = logit_scale(p);
   const ScaledExp weight(scale);
@@ -79,8 +81,10 @@ void softmax_panel(const ScorePanel& t, const ScoreOperands& operands, const Scr
     store_row(scores + j * panel, w);
   };
   int64_t j = 0;
-  for (; j + 4 <= t.keys; j += 4)
-    for (int64_t u = 0; u < 4; ++u) emit(j + u, sums[u]);
+  for (; j + keys_per_step <= t.keys; j += keys_per_step) {
+    prefetch.step();
+    for (int64_t u = 0; u < keys_per_step; ++u) emit(j + u, sums[u]);
+  }
   for (int64_t u = 0; j < t.keys; ++j, ++u) emit(j, sums[u]);
   const vec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
 
@@ -99,12 +103,12 @@ void softmax_panel(const ScorePanel& t, const ScoreOperands& operands, const Scr
 }
 
 // Says whether no value needs care: all are finite, and in pairs none is in value_rest.
-bool pack_values(const AttentionParams& p, int64_t batch, int64_t kv_head, int64_t row, int64_t keys, const Scratch& s,
-                 int64_t ahead) {
+bool pack_values(const AttentionParams& p, int64_t batch, int64_t kv_head, int64_t row, int64_t keys,
+                 const Scratch& s) {
   if (multiplies_pairs(p))
     return !pack_value_pairs(p, batch, kv_head, row, keys, reinterpret_cast<int32_t*>(s.values),
-                             reinterpret_cast<float*>(s.value_rest), ahead);
-  return pack_tensor_rows(p.value, batch, kv_head, row, keys, p.value_head_dim, s.values, key_block, ahead);
+                             reinterpret_cast<float*>(s.value_rest));
+  return pack_tensor_rows(p.value, batch, kv_head, row, keys, p.value_head_dim, s.values, key_block);
 }
 
 // Output of the panel at row r += or = weights * values.
@@ -117,8 +121,8 @@ void add_values(const ScorePanel& t, const Scratch& s, int64_t r, bool first, bo
   for (int64_t c = 0; c < panels(t.p.value_head_dim); ++c) {
     real* output = s.output + (c * t.p.query_block + r) * panel;
     if (in_pairs) {
-      add_value_pairs(weights, values + c * (key_block / 2) * panel, t.keys, reinterpret_cast<float*>(output), t.rows,
-                      !first);
+      pair_product(weights, 1, panel, values + c * (key_block / 2) * panel, pairs(t.keys),
+                   reinterpret_cast<float*>(output), t.rows, !first);
       if (ordinary) continue;
     }
     const real* panel_values = (in_pairs ? s.value_rest : s.values) + c * key_block * panel;
@@ -206,29 +210,35 @@ struct Task {
   int64_t head, query;
 };
 
-// How many elements the next task's first row of a tensor lies after this task's.
-TRANSFUSE_INLINE int64_t step_to(const AttentionTensor& t, const Task& task, const Task& next, int64_t group,
-                                 int64_t rows) {
-  return (next.sequence->batch - task.sequence->batch) * t.batch + (next.head / group - task.head / group) * t.head +
-      rows * t.row;
+// What the task writes, and what `next` reads that the task does not.
+void prefetch_next(const AttentionForwardParams& params, const Task& task, const Task& next, Prefetch& prefetch) {
+  const AttentionParams& p = params.problem;
+  const AttentionSequence &now = *task.sequence, &after = *next.sequence;
+  const int64_t group = p.num_heads / p.num_kv_heads, kv_head = next.head / group;
+  const int64_t rows = smaller(p.query_block, now.seqlen_q - task.query);
+  const int64_t next_rows = smaller(p.query_block, after.seqlen_q - next.query);
+  prefetch.add(params.output, now.batch, task.head, now.query_row + task.query, rows, p.value_head_dim);
+  prefetch.add(p.query, after.batch, next.head, after.query_row + next.query, next_rows, p.head_dim);
+  if (&now != &after || task.head / group != kv_head) {
+    prefetch.add(p.key, after.batch, kv_head, after.key_row, after.seqlen_k, p.head_dim);
+    prefetch.add(p.value, after.batch, kv_head, after.key_row, after.seqlen_k, p.value_head_dim);
+  }
+  prefetch.spread(panels(rows) * (now.seqlen_k / keys_per_step));
 }
 
-// `next` is what the caller will do after it: its rows are fetched while these are packed.
+// `next` is what the caller will do after it: its rows are fetched during the softmax of these.
 void forward_task(const AttentionForwardParams& params, const Task& task, const Task& next, const Scratch& s) {
   const AttentionParams& p = params.problem;
   const AttentionSequence& sequence = *task.sequence;
   const int64_t head = task.head, query = task.query;
   const int64_t rows = smaller(p.query_block, sequence.seqlen_q - query);
   const int64_t group = p.num_heads / p.num_kv_heads, kv_head = head / group;
-  const int64_t query_rows = next.sequence->query_row + next.query - sequence.query_row - query;
-  const int64_t key_rows = next.sequence->key_row - sequence.key_row;
-  const int64_t next_query = step_to(p.query, task, next, 1, query_rows);
-  const int64_t next_key = step_to(p.key, task, next, group, key_rows);
-  const int64_t next_value = step_to(p.value, task, next, group, key_rows);
+  Prefetch prefetch;
+  prefetch_next(params, task, next, prefetch);
   const int64_t key_stop = padding_start(p, sequence, head, key_end(p, sequence, query + rows - 1));
   for (int64_t r = 0; r < rows; r += panel) {
     pack_score_queries(p, sequence.batch, head, sequence.query_row + query + r, smaller(panel, rows - r),
-                       s.queries + r * p.head_dim, next_query);
+                       s.queries + r * p.head_dim);
     store_row(s.maximum + r, fill(-infinity));
     store_row(s.sum + r, fill(0));
     store_row(s.anchor + r, fill(0));
@@ -236,8 +246,8 @@ void forward_task(const AttentionForwardParams& params, const Task& task, const 
 
   for (int64_t key = first_block(p, sequence, query); key < key_stop; key += key_block) {
     const int64_t block_keys = smaller(key_block, key_stop - key);
-    pack_score_keys(p, sequence.batch, kv_head, sequence.key_row + key, block_keys, s.keys, key_block, next_key);
-    const bool ordinary = pack_values(p, sequence.batch, kv_head, sequence.key_row + key, block_keys, s, next_value);
+    pack_score_keys(p, sequence.batch, kv_head, sequence.key_row + key, block_keys, s.keys, key_block);
+    const bool ordinary = pack_values(p, sequence.batch, kv_head, sequence.key_row + key, block_keys, s);
     for (int64_t r = 0; r < rows; r += panel) {
       const int64_t panel_rows = smaller(panel, rows - r), first_key = first_block(p, sequence, query + r);
       const int64_t keys = smaller(block_keys, key_end(p, sequence, query + r + panel_rows - 1) - key);
@@ -247,7 +257,7 @@ void forward_task(const AttentionForwardParams& params, const Task& task, const 
       operands.find_scores(keys, s.scores);
       const bool excludes = (transforms(p) || !t.takes_all()) && finish_scores(t, s.scores, s.keep, s.bias, nullptr);
       const bool first = key == first_key;
-      softmax_panel(t, operands, s, r, first, excludes);
+      softmax_panel(t, operands, s, r, first, excludes, prefetch);
       if (p.dropout.probability > 0) drop_weights(t, s.scores);
       add_values(t, s, r, first, excludes, ordinary);
     }

@@ -13,14 +13,16 @@
 // Policy: maximum and sum are computed again from the scores. lse is rounded at the size of the largest logit, and
 // exp(score - lse) would carry its rounding error, 5e-4 at logits of 1e4; likewise delta from P * dP, since that of the
 // rounded output carries the error of the storage type. Queries are walked in order, heads of a group in order, so the
-// sums of dK, dV and dbias have one order whatever the number of threads.
-#include "attention_bf16.h"
+// sums of dK, dV and dbias have one order whatever the number of threads. Where bfloat16 is multiplied in pairs, float
+// panels of the operands are packed only where something is careful (attention_backward_pairs.h).
+#include "attention_backward_pairs.h"
 #include "attention_dropout.h"
 
 namespace transfuse::cpu::TRANSFUSE_ISA {
 namespace {
 
 constexpr int64_t tile = 32;  // queries; as many as `chain`, so that dK and dV are read and written once per chain
+constexpr int64_t keys_per_step = 4;  // of prefetching
 constexpr real lse_rounding = in_double ? 0x1p-49 : 0x1p-20f;  // a few ulp
 
 struct Scratch {
@@ -34,8 +36,12 @@ struct Scratch {
   real *weights, *grad_scores, *keep;      // [tile / 16][length][16]
   real *cap_slopes, *draws;                // the same, with softcap and with dropout: 0 or 1 / (1 - p)
   real* bias;                              // [key_block][16]
+  PairScratch pairs;                       // where the products take pairs
+  bool float_keys;                         // whether keys and values are packed
+  bool careful_keys;                       // of pairs: whether there are
 
-  Scratch(const AttentionParams& p, int64_t seqlen_k, Arena& arena) : length(seqlen_k) {
+  Scratch(const AttentionParams& p, int64_t seqlen_k, Arena& arena)
+      : length(seqlen_k), pairs(p, multiplies_pairs(p) ? seqlen_k : 0, arena), float_keys(false), careful_keys(false) {
     const int64_t d = panels(p.head_dim) * panel, dv = panels(p.value_head_dim) * panel;
     keys = arena.take(length * d);
     values = arena.take(length * dv);
@@ -61,10 +67,12 @@ struct Tile {
   const AttentionBackwardParams& params;
   const AttentionParams& p;
   const AttentionSequence& sequence;
-  const Scratch& s;
+  Scratch& s;
   int64_t head, query, rows;  // rows of [query, query + tile) that exist
   int64_t first_key, keys;    // [first_key, first_key + keys) holds every key that some row sees, from a block's start
   bool finite_keys, finite_queries, finite_grads;
+  Prefetch& prefetch;
+  bool careful_queries, float_queries;  // of pairs: whether there are; whether queries and grads are packed
 
   // Panels of the rows from r on, at the tile's first key.
   real* weights(int64_t r) const { return s.weights + r * s.length + first_key * panel; }
@@ -92,6 +100,31 @@ struct Tile {
     for (int64_t key = 0; key < keys; key += key_block) body(key, smaller(key_block, keys - key));
   }
 };
+
+// The float panels of the sequence's keys and values. Says whether all keys are finite.
+bool pack_float_keys(const AttentionParams& p, const AttentionSequence& sequence, int64_t kv_head, Scratch& s) {
+  const int64_t batch = sequence.batch, row = sequence.key_row;
+  s.float_keys = true;
+  pack_tensor_rows(p.value, batch, kv_head, row, s.length, p.value_head_dim, s.values, s.length);
+  return pack_tensor_rows(p.key, batch, kv_head, row, s.length, p.head_dim, s.keys, s.length);
+}
+
+// The float panels of the tile's queries and grad_output.
+void pack_float_queries(Tile& t) {
+  const int64_t batch = t.sequence.batch, row = t.sequence.query_row + t.query, dv = t.p.value_head_dim;
+  const AttentionTensor& grad = t.params.grad_output;
+  t.float_queries = true;
+  t.finite_queries = pack_tensor_rows(t.p.query, batch, t.head, row, t.rows, t.p.head_dim, t.s.queries, tile);
+  t.finite_grads = pack_tensor_rows(grad, batch, t.head, row, t.rows, dv, t.s.grads, tile);
+  for (int64_t r = 0; r < t.rows; r += panel)
+    pack_tensor_transposed(grad, batch, t.head, row + r, t.panel_rows(r), dv, 1, t.s.grads_across + r * dv);
+}
+
+// Whatever float panels are missing, for what the pairs leave out.
+void pack_floats(Tile& t) {
+  if (!t.s.float_keys) pack_float_keys(t.p, t.sequence, t.head / (t.p.num_heads / t.p.num_kv_heads), t.s);
+  if (!t.float_queries) pack_float_queries(t);
+}
 
 // Scores of one block of keys for the panel at row r into weights(r), and what it excludes into keep(r).
 void score_block(const Tile& t, int64_t r, int64_t key, int64_t n) {
@@ -144,6 +177,7 @@ vec weigh_panel(const Tile& t, int64_t r, vec maximum) {
     const real* keep = t.keep(r) + key * panel;
     const bool plain = t.takes_all(r, key, n);
     for (int64_t j = 0; j < n; ++j) {
+      if (j % keys_per_step == 0) t.prefetch.step();
       vec w = weight(load_row(weights + j * panel) - shift);
       if (!plain) w = select(load_row(keep + j * panel) > fill(0), w, fill(0));
       sums[j % 4] = sums[j % 4] + w;
@@ -200,9 +234,29 @@ void add_grad_sink(const Tile& t, int64_t r, vec added, vec sum, vec delta, vec 
   }
 }
 
-// weights(r) become P, or P * D with dropout, and grad_scores(r) become dS.
-void differentiate_panel(const Tile& t, int64_t r, Maximum maximum, vec sum) {
+// dP of one block of keys for the panel at row r.
+void find_grad_weights(const Tile& t, int64_t r, int64_t key, int64_t n, real* out) {
   const Scratch& s = t.s;
+  const int64_t dv = t.p.value_head_dim, first = t.first_key + key;
+  const auto in_floats = [&](real* to) {
+    product<Along::rows>(s.values + first * panel, s.length * panel, s.grads_across + r * dv, dv, to, n, false);
+  };
+  if (!multiplies_pairs(t.p)) return in_floats(out);
+  const int64_t row = row_pairs(dv);
+  pair_product(s.pairs.values + first * row, row, 1, s.pairs.grads_across + r * row, pairs(dv),
+               reinterpret_cast<float*>(out), n, false);
+  if (!s.careful_keys && !t.careful_queries) return;
+  in_floats(s.pairs.grad_weights);
+  const vec_mask of_queries = load_row(s.pairs.careful_queries + r) > fill(0);
+  for (int64_t j = 0; j < n; ++j) {
+    const vec_mask careful = of_queries | (fill(s.pairs.careful_keys[first + j]) > fill(0));
+    store_row(out + j * panel, select(careful, load_row(s.pairs.grad_weights + j * panel), load_row(out + j * panel)));
+  }
+}
+
+// weights(r) become P, or P * D with dropout, and grad_scores(r) become dS.
+void differentiate_panel(Tile& t, int64_t r, Maximum maximum, vec sum) {
+  Scratch& s = t.s;
   const vec added = t.p.sinks ? sink_weights(t, maximum) : fill(0);
   const vec total = t.p.sinks ? sum + added : sum;
   // lse is that of these very keys, or of more keys when a longer row was computed in parts (ring attention): then it
@@ -230,10 +284,10 @@ void differentiate_panel(const Tile& t, int64_t r, Maximum maximum, vec sum) {
     real* grad_weights = t.grad_scores(r) + key * panel;
     const real* keep = t.keep(r) + key * panel;
     const real* draws = drops ? t.draws(r) + key * panel : nullptr;
-    product<Along::rows>(s.values + (t.first_key + key) * panel, s.length * panel,
-                         s.grads_across + r * t.p.value_head_dim, t.p.value_head_dim, grad_weights, n, false);
+    find_grad_weights(t, r, key, n, grad_weights);
     const bool plain = t.takes_all(r, key, n);
     for (int64_t j = 0; j < n; ++j) {
+      if (j % keys_per_step == 0) t.prefetch.step();
       vec w = load_row(weights + j * panel) * normaliser;
       vec g = load_row(grad_weights + j * panel);
       if (!plain) {  // V at an excluded key may be anything; the normaliser of a NaN row is NaN
@@ -249,6 +303,7 @@ void differentiate_panel(const Tile& t, int64_t r, Maximum maximum, vec sum) {
   });
   vec delta = deltas[0] + deltas[1];
   if (!all(whole)) {
+    if (!t.float_queries) pack_float_queries(t);
     alignas(64) real of_row[panel];
     for (int64_t i = 0; i < panel; ++i) of_row[i] = r + i < t.rows ? output_dot(t, r + i) : 0;
     delta = select(whole, delta, load_row(of_row));
@@ -376,18 +431,108 @@ void write_grad(const AttentionOutput& grad, const AttentionSequence& sequence, 
   });
 }
 
-void differentiate_tile(Tile t) {
+// P and dS in pairs. A query whose dS are all tiny becomes careful: in pairs they would be taken for zeros.
+void round_weights(Tile& t) {
+  const Scratch& s = t.s;
+  const auto* weights = reinterpret_cast<const float*>(t.weights(0));
+  const auto* grad_scores = reinterpret_cast<const float*>(t.grad_scores(0));
+  auto* careful_queries = reinterpret_cast<float*>(s.pairs.careful_queries);
+  const float* careful_keys =
+      s.careful_keys ? reinterpret_cast<const float*>(s.pairs.careful_keys) + t.first_key : nullptr;
+  for (bool again = true; again;) {
+    mask kept[2];
+    f32 largest[2];
+    for (int64_t h = 0; h < 2; ++h)
+      kept[h] = first_n(larger(0, smaller(panel, t.rows - h * panel))) & ~(load(careful_queries + h * panel) > zero());
+    round_tile(weights, grad_scores, s.length * panel, t.keys, careful_keys, kept, s.pairs, largest);
+    again = false;
+    for (int64_t h = 0; h < 2; ++h) {
+      const mask small = exceptional(largest[h]) & (largest[h] < set1(tiny));
+      if (!any(small)) continue;
+      again = t.careful_queries = true;
+      store(careful_queries + h * panel, select(small, set1(1), load(careful_queries + h * panel)));
+    }
+  }
+}
+
+// dV, dK and dQ from the pairs, and in float what they leave out.
+void add_pair_products(Tile& t) {
   const Scratch& s = t.s;
   const AttentionParams& p = t.p;
-  const int64_t row = t.sequence.query_row + t.query, batch = t.sequence.batch;
-  const AttentionTensor& grad_output = t.params.grad_output;
-  t.finite_queries = pack_tensor_rows(p.query, batch, t.head, row, t.rows, p.head_dim, s.queries, tile);
-  t.finite_grads = pack_tensor_rows(grad_output, batch, t.head, row, t.rows, p.value_head_dim, s.grads, tile);
-  for (int64_t r = 0; r < t.rows; r += panel) {
-    pack_score_queries(p, batch, t.head, row + r, t.panel_rows(r), s.queries_across + r * p.head_dim, 0);
-    pack_tensor_transposed(grad_output, batch, t.head, row + r, t.panel_rows(r), p.value_head_dim, 1,
-                           s.grads_across + r * p.value_head_dim);
+  round_weights(t);
+  const auto add_over_queries_of = [&](const int32_t* a, const int32_t* b, int64_t cols, real* out) {
+    for (int64_t c = 0; c < panels(cols); ++c)
+      pair_product(a, tile_pairs, 1, b + c * tile_pairs * panel, pairs(t.rows),
+                   reinterpret_cast<float*>(out + (c * s.length + t.first_key) * panel), t.keys, true);
+  };
+  add_over_queries_of(s.pairs.weights, s.pairs.grads, p.value_head_dim, s.grad_values);
+  add_over_queries_of(s.pairs.grad_scores, s.pairs.queries, p.head_dim, s.grad_keys);
+  for (int64_t r = 0; r < t.rows; r += panel)
+    for (int64_t c = 0; c < panels(p.head_dim); ++c)
+      pair_product(s.pairs.grad_scores_across + r * s.pairs.length_pairs, 1, panel,
+                   s.pairs.keys + (c * s.pairs.length_pairs + t.first_key / 2) * panel, pairs(t.keys),
+                   reinterpret_cast<float*>(s.grad_queries + (c * tile + r) * panel), t.panel_rows(r), false);
+  if (!s.careful_keys && !t.careful_queries) return;
+  pack_floats(t);
+  for (int64_t r = 0; r < t.rows; r += panel) {  // keep: what takes part and is careful
+    const vec of_queries = load_row(s.pairs.careful_queries + r);
+    t.for_each_block([&](int64_t key, int64_t n) {
+      const bool takes_all = t.takes_all(r, key, n);
+      for (int64_t j = 0; j < n; ++j) {
+        real* keep = t.keep(r) + (key + j) * panel;
+        const vec careful = max(of_queries, fill(s.pairs.careful_keys[t.first_key + key + j]));
+        store_row(keep, takes_all ? careful : min(careful, load_row(keep)));
+      }
+    });
   }
+  const auto add_careful = [&](const real* a, const real* b, int64_t cols, real* out) {
+    for (int64_t c = 0; c < panels(cols); ++c)
+      product_of_kept<Along::rows>(a, t.keep(0), s.length * panel, b + c * tile * panel, t.rows,
+                                   out + (c * s.length + t.first_key) * panel, t.keys, true);
+  };
+  add_careful(t.weights(0), s.grads, p.value_head_dim, s.grad_values);
+  add_careful(t.grad_scores(0), s.queries, p.head_dim, s.grad_keys);
+  for (int64_t r = 0; r < t.rows; r += panel)
+    for (int64_t c = 0; c < panels(p.head_dim); ++c)
+      product_of_kept<Along::columns>(t.grad_scores(r), t.keep(r), panel * panel,
+                                      s.keys + (c * s.length + t.first_key) * panel, t.keys,
+                                      s.grad_queries + (c * tile + r) * panel, t.panel_rows(r), true);
+}
+
+// The tile's operands in pairs.
+void pack_pair_queries(Tile& t) {
+  const PairScratch& s = t.s.pairs;
+  const int64_t batch = t.sequence.batch, row = t.sequence.query_row + t.query, dv = t.p.value_head_dim;
+  const AttentionTensor& grad = t.params.grad_output;
+  for (int64_t r = 0; r < tile; r += panel) store_row(s.careful_queries + r, fill(0));
+  t.careful_queries = pack_neighbours(t.p.query, batch, t.head, row, t.rows, t.p.head_dim, s.queries, tile_pairs,
+                                      s.careful_queries);
+  t.careful_queries |= pack_neighbours(grad, batch, t.head, row, t.rows, dv, s.grads, tile_pairs, s.careful_queries);
+  for (int64_t r = 0; r < t.rows; r += panel)
+    pack_across_pairs(grad, batch, t.head, row + r, t.panel_rows(r), dv, 1, s.grads_across + r * row_pairs(dv));
+  if (t.careful_queries || t.s.careful_keys) pack_floats(t);
+}
+
+void pack_pair_keys(const AttentionParams& p, const AttentionSequence& sequence, int64_t kv_head, Scratch& s) {
+  const int64_t batch = sequence.batch, row = sequence.key_row, dv = p.value_head_dim;
+  for (int64_t j = 0; j < s.length; j += panel) store_row(s.pairs.careful_keys + j, fill(0));
+  pack_score_keys(p, batch, kv_head, row, s.length, s.score_keys, 0);
+  pack_row_pairs(p.value, batch, kv_head, row, s.length, dv, s.pairs.values);
+  s.careful_keys = mark_exceptional(s.pairs.values, s.length, dv, s.pairs.careful_keys);
+  s.careful_keys |= pack_neighbours(p.key, batch, kv_head, row, s.length, p.head_dim, s.pairs.keys,
+                                    s.pairs.length_pairs, s.pairs.careful_keys);
+}
+
+void differentiate_tile(Tile t) {
+  Scratch& s = t.s;
+  const AttentionParams& p = t.p;
+  const int64_t row = t.sequence.query_row + t.query, batch = t.sequence.batch;
+  if (multiplies_pairs(p))
+    pack_pair_queries(t);
+  else
+    pack_float_queries(t);
+  for (int64_t r = 0; r < t.rows; r += panel)
+    pack_score_queries(p, batch, t.head, row + r, t.panel_rows(r), s.queries_across + r * p.head_dim);
   for (int64_t r = 0; r < t.rows; r += panel) {
     const Maximum maximum = score_panel(t, r);
     const vec sum = weigh_panel(t, r, maximum.value);
@@ -396,11 +541,43 @@ void differentiate_tile(Tile t) {
     if (t.params.grad_alibi_slopes) add_grad_alibi_slope(t, r);
     if (s.cap_slopes) differentiate_softcap(t, r);
   }
-  add_over_queries(t, t.weights(0), s.grads, p.value_head_dim, t.finite_grads, s.grad_values);
-  add_over_queries(t, t.grad_scores(0), s.queries, p.head_dim, t.finite_queries, s.grad_keys);
-  find_grad_queries(t);
+  if (multiplies_pairs(p)) {
+    add_pair_products(t);
+  } else {
+    add_over_queries(t, t.weights(0), s.grads, p.value_head_dim, t.finite_grads, s.grad_values);
+    add_over_queries(t, t.grad_scores(0), s.queries, p.head_dim, t.finite_queries, s.grad_keys);
+    find_grad_queries(t);
+  }
   write_grad(t.params.grad_query, t.sequence, t.head, row, s.grad_queries, tile, t.rows, p.head_dim,
              static_cast<real>(p.scale));
+}
+
+// What the tile at (head, query) writes, and what the next one reads that it does not.
+void prefetch_next(const AttentionBackwardParams& params, int64_t sequence_index, int64_t head, int64_t query,
+                   Prefetch& prefetch) {
+  const AttentionParams& p = params.problem;
+  const AttentionSequence *now = p.sequences + sequence_index, *after = now;
+  const int64_t group = p.num_heads / p.num_kv_heads, kv_head = head / group;
+  const int64_t rows = smaller(tile, now->seqlen_q - query);
+  prefetch.add(params.grad_query, now->batch, head, now->query_row + query, rows, p.head_dim);
+  query += tile;
+  if (query >= now->seqlen_q) {
+    query = 0;
+    if (++head == p.num_heads) {
+      head = 0;
+      if (sequence_index + 1 < p.num_sequences) ++after;
+    }
+  }
+  const int64_t next_rows = smaller(tile, after->seqlen_q - query), next_kv_head = head / group;
+  prefetch.add(p.query, after->batch, head, after->query_row + query, next_rows, p.head_dim);
+  prefetch.add(params.grad_output, after->batch, head, after->query_row + query, next_rows, p.value_head_dim);
+  if (now != after || kv_head != next_kv_head) {
+    prefetch.add(params.grad_key, now->batch, kv_head, now->key_row, now->seqlen_k, p.head_dim);
+    prefetch.add(params.grad_value, now->batch, kv_head, now->key_row, now->seqlen_k, p.value_head_dim);
+    prefetch.add(p.key, after->batch, next_kv_head, after->key_row, after->seqlen_k, p.head_dim);
+    prefetch.add(p.value, after->batch, next_kv_head, after->key_row, after->seqlen_k, p.value_head_dim);
+  }
+  prefetch.spread(2 * panels(rows) * (now->seqlen_k / keys_per_step));
 }
 
 }  // namespace
@@ -417,18 +594,21 @@ void TRANSFUSE_ATTENTION_NAME(attention_backward)(const AttentionBackwardParams&
   const AttentionSequence& sequence = p.sequences[sequence_index];
   const int64_t length = sequence.seqlen_k, group = p.num_heads / p.num_kv_heads;
   Arena arena{static_cast<real*>(memory)};
-  const Scratch s(p, length, arena);
-  const bool finite_keys =
-      pack_tensor_rows(p.key, sequence.batch, kv_head, sequence.key_row, length, p.head_dim, s.keys, s.length);
-  if (multiplies_pairs(p)) pack_score_keys(p, sequence.batch, kv_head, sequence.key_row, length, s.score_keys, 0, 0);
-  pack_tensor_rows(p.value, sequence.batch, kv_head, sequence.key_row, length, p.value_head_dim, s.values, s.length);
+  Scratch s(p, length, arena);
+  bool finite_keys = true;
+  if (multiplies_pairs(p))
+    pack_pair_keys(p, sequence, kv_head, s);
+  else
+    finite_keys = pack_float_keys(p, sequence, kv_head, s);
   for (real* x = s.grad_keys; x != s.queries; x += panel) store_row(x, fill(0));
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
     for (int64_t query = 0; query < sequence.seqlen_q; query += tile) {
       const int64_t rows = smaller(tile, sequence.seqlen_q - query), first_key = first_block(p, sequence, query);
       const int64_t stop = padding_start(p, sequence, head, key_end(p, sequence, query + rows - 1));
+      Prefetch prefetch;
+      prefetch_next(params, sequence_index, head, query, prefetch);
       differentiate_tile({params, p, sequence, s, head, query, rows, first_key, larger(0, stop - first_key),
-                          finite_keys, true, true});
+                          finite_keys, true, true, prefetch, false, false});
     }
   write_grad(params.grad_key, sequence, kv_head, sequence.key_row, s.grad_keys, s.length, length, p.head_dim,
              static_cast<real>(p.scale));

@@ -1,5 +1,5 @@
 // bfloat16 operands where the CPU multiplies them in pairs (vec.h's dot): the second form of the panels, and of the two
-// products of the forward.
+// products of the forward. Those of the backward: attention_backward_pairs.h.
 //
 // A pair is two neighbours along the depth of a product: dimensions 2i, 2i + 1 of queries and keys, keys 2j, 2j + 1 of
 // weights and values. Queries, keys and values are stored as they come; weights are rounded to bfloat16, their sum is
@@ -25,8 +25,9 @@ constexpr int64_t pair_chain = 32;  // pairs per chain of dots
 constexpr float tiny = 0x1p-100f;   // products with weights down to 2^-26 stay normal
 
 TRANSFUSE_INLINE int64_t pairs(int64_t n) { return (n + 1) / 2; }
-// Pairs from one key to the next, whole panels.
-TRANSFUSE_INLINE int64_t key_pairs(const AttentionParams& p) { return panels(pairs(p.head_dim)) * panel; }
+// Pairs from one row to the next of rows of n elements, whole panels.
+TRANSFUSE_INLINE int64_t row_pairs(int64_t n) { return panels(pairs(n)) * panel; }
+TRANSFUSE_INLINE int64_t key_pairs(const AttentionParams& p) { return row_pairs(p.head_dim); }
 
 // ---- into pairs ----
 
@@ -51,32 +52,28 @@ TRANSFUSE_INLINE f32 load_columns(const bf16* source, int64_t col_stride, int64_
 
 TRANSFUSE_INLINE void store_pairs(int32_t* out, i32 x) { store(reinterpret_cast<float*>(out), from_bits(x)); }
 
-// Up to 16 queries, absent ones 0, negated where the scale is negative.
-void pack_query_pairs(const AttentionParams& p, int64_t batch, int64_t head, int64_t row, int64_t rows, int32_t* out,
-                      int64_t ahead) {
-  const AttentionTensor& t = p.query;
-  const i32 sign = set1i(query_sign(p) < 0 ? INT32_MIN | 0x8000 : 0);
+// Up to 16 rows as one transposed panel, [cols / 2][16], absent rows 0, negated where `sign` is negative.
+void pack_across_pairs(const AttentionTensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t cols,
+                       real sign, int32_t* out) {
+  const i32 flip = set1i(sign < 0 ? INT32_MIN | 0x8000 : 0);
   const bf16* source = at<bf16>(t, batch, head, row, 0);
-  if (ahead)
-    for (int64_t r = 0; r < rows; ++r) prefetch_row(source + r * t.row + ahead, t.col, p.head_dim);
-  for (int64_t c = 0; c < p.head_dim; c += 2 * panel) {
-    const int64_t n = smaller(2 * panel, p.head_dim - c);
+  for (int64_t c = 0; c < cols; c += 2 * panel) {
+    const int64_t n = smaller(2 * panel, cols - c);
     f32 x[panel];
     for (int64_t r = 0; r < panel; ++r)
-      x[r] = r < rows ? from_bits(load_pairs(source + r * t.row + c * t.col, t.col, n) ^ sign) : zero();
+      x[r] = r < rows ? from_bits(load_pairs(source + r * t.row + c * t.col, t.col, n) ^ flip) : zero();
     store_transposed(reinterpret_cast<float*>(out) + c / 2 * panel, x, pairs(n));
   }
 }
 
-void pack_key_pairs(const AttentionParams& p, int64_t batch, int64_t kv_head, int64_t row, int64_t keys, int32_t* out,
-                    int64_t ahead) {
-  const AttentionTensor& t = p.key;
-  const bf16* source = at<bf16>(t, batch, kv_head, row, 0);
-  for (int64_t j = 0; j < keys; ++j, source += t.row) {
-    if (ahead) prefetch_row(source + ahead, t.col, p.head_dim);
-    for (int64_t c = 0; c < p.head_dim; c += 2 * panel)
-      store_pairs(out + j * key_pairs(p) + c / 2,
-                  load_pairs(source + c * t.col, t.col, smaller(2 * panel, p.head_dim - c)));
+// Rows as they come, row_pairs(cols) apart.
+void pack_row_pairs(const AttentionTensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t cols,
+                    int32_t* out) {
+  const bf16* source = at<bf16>(t, batch, head, row, 0);
+  for (int64_t r = 0; r < rows; ++r, source += t.row) {
+    for (int64_t c = 0; c < cols; c += 2 * panel)
+      store_pairs(out + r * row_pairs(cols) + c / 2,
+                  load_pairs(source + c * t.col, t.col, smaller(2 * panel, cols - c)));
   }
 }
 
@@ -87,7 +84,7 @@ TRANSFUSE_INLINE mask exceptional(f32 x) {
 // Ordinary values into pairs, [Dv / 16][key_block / 2][16]. If there are others they go to `rest`, [Dv / 16][key_block]
 // [16], with zeros between them. Says whether there are.
 TRANSFUSE_INLINE bool pack_value_pairs(const AttentionParams& p, int64_t batch, int64_t kv_head, int64_t row,
-                                       int64_t keys, int32_t* out, float* rest, int64_t ahead) {
+                                       int64_t keys, int32_t* out, float* rest) {
   const AttentionTensor& t = p.value;
   const bf16* source = at<bf16>(t, batch, kv_head, row, 0);
   const auto load_value = [&](int64_t j, int64_t c) {
@@ -95,8 +92,6 @@ TRANSFUSE_INLINE bool pack_value_pairs(const AttentionParams& p, int64_t batch, 
   };
   mask found = first_n(0);
   for (int64_t j = 0; j < keys; j += 2) {
-    if (ahead)
-      for (int64_t k = j; k < j + 2; ++k) prefetch_row(source + k * t.row + ahead, t.col, p.value_head_dim);
     for (int64_t c = 0; c < p.value_head_dim; c += panel) {
       const f32 even = load_value(j, c), odd = load_value(j + 1, c);
       const mask of_even = exceptional(even), of_odd = exceptional(odd);
@@ -145,11 +140,11 @@ TRANSFUSE_INLINE void pair_product_tile(const int32_t* a, int64_t row, int64_t s
   } while (start < depth);
 }
 
-// output[query] += or = sum over keys of weight * value.
-TRANSFUSE_INLINE void add_value_pairs(const int32_t* weights, const int32_t* values, int64_t keys, float* output,
-                                      int64_t rows, bool accumulate) {
+// c[r] = or += the dots of A(r, k) and b[k] for all rows.
+TRANSFUSE_INLINE void pair_product(const int32_t* a, int64_t row, int64_t step, const int32_t* b, int64_t depth,
+                                   float* c, int64_t rows, bool accumulate) {
   for_each_tile(rows, [&](int64_t r, auto tile) __attribute__((always_inline)) {
-    pair_product_tile<tile.value>(weights + r, 1, panel, values, pairs(keys), output + r * panel, accumulate);
+    pair_product_tile<tile.value>(a + r * row, row, step, b, depth, c + r * panel, accumulate);
   });
 }
 
@@ -173,11 +168,8 @@ struct ScoreOperands {
   // scores[key][query] of n keys.
   void find_scores(int64_t n, real* scores) const {
     if (!multiplies_pairs(p)) return product<Along::rows>(keys, key_rows * panel, queries, p.head_dim, scores, n, false);
-    const int64_t row = key_pairs(p);
-    for_each_tile(n, [&](int64_t r, auto tile) __attribute__((always_inline)) {
-      pair_product_tile<tile.value>(as_pairs(keys) + r * row, row, 1, as_pairs(queries), pairs(p.head_dim),
-                                    reinterpret_cast<float*>(scores) + r * panel, false);
-    });
+    pair_product(as_pairs(keys), key_pairs(p), 1, as_pairs(queries), pairs(p.head_dim),
+                 reinterpret_cast<float*>(scores), n, false);
   }
   // Element d of each query, and of one key.
   vec query(int64_t d) const {
@@ -192,20 +184,20 @@ struct ScoreOperands {
   }
 };
 
-void pack_score_queries(const AttentionParams& p, int64_t batch, int64_t head, int64_t row, int64_t rows, real* out,
-                        int64_t ahead) {
+void pack_score_queries(const AttentionParams& p, int64_t batch, int64_t head, int64_t row, int64_t rows,
+                        real* out) {
   if (multiplies_pairs(p))
-    pack_query_pairs(p, batch, head, row, rows, reinterpret_cast<int32_t*>(out), ahead);
+    pack_across_pairs(p.query, batch, head, row, rows, p.head_dim, query_sign(p), reinterpret_cast<int32_t*>(out));
   else
-    pack_tensor_transposed(p.query, batch, head, row, rows, p.head_dim, query_sign(p), out, ahead);
+    pack_tensor_transposed(p.query, batch, head, row, rows, p.head_dim, query_sign(p), out);
 }
 
 void pack_score_keys(const AttentionParams& p, int64_t batch, int64_t kv_head, int64_t row, int64_t keys, real* out,
-                     int64_t key_rows, int64_t ahead) {
+                     int64_t key_rows) {
   if (multiplies_pairs(p))
-    pack_key_pairs(p, batch, kv_head, row, keys, reinterpret_cast<int32_t*>(out), ahead);
+    pack_row_pairs(p.key, batch, kv_head, row, keys, p.head_dim, reinterpret_cast<int32_t*>(out));
   else
-    pack_tensor_rows(p.key, batch, kv_head, row, keys, p.head_dim, out, key_rows, ahead);
+    pack_tensor_rows(p.key, batch, kv_head, row, keys, p.head_dim, out, key_rows);
 }
 
 }  // namespace

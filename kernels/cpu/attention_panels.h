@@ -111,24 +111,13 @@ TRANSFUSE_INLINE vec load_strided(const byte* p, int64_t stride, int64_t n) {
 }
 TRANSFUSE_INLINE real to_real(byte x) { return x.value ? 1 : 0; }
 
-// Asks for the cache lines of a row: of adjacent columns, since others come in no order that a line would help.
-template <class T>
-TRANSFUSE_INLINE void prefetch_row(const T* row, int64_t col_stride, int64_t cols) {
-  constexpr int64_t line = 64 / sizeof(T);
-  if (col_stride == 1)
-    for (int64_t c = 0; c < cols; c += line) __builtin_prefetch(row + c);
-}
-
 // Packs rows into panels of 16 columns, `panel_rows` rows apart, tail columns 0. Says whether all elements are finite.
-// Unless 0, `ahead` leads to the same rows of the next task: on strided views of a projection every row lies on a page
-// of its own, where the CPU fetches nothing by itself.
 template <class T>
 bool pack_rows(const T* source, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t cols, real* out,
-               int64_t panel_rows, int64_t ahead) {
+               int64_t panel_rows) {
   vec defect = fill(0);  // x - x is NaN for inf and NaN
   for (int64_t r = 0; r < rows; ++r) {
     const T* row = source + r * row_stride;
-    if (ahead) prefetch_row(row + ahead, col_stride, cols);
     for (int64_t c = 0; c < cols; c += panel) {
       const vec x = load_strided(row + c * col_stride, col_stride, smaller(panel, cols - c));
       defect = defect + (x - x);
@@ -141,10 +130,8 @@ bool pack_rows(const T* source, int64_t row_stride, int64_t col_stride, int64_t 
 // Packs up to 16 rows as one transposed panel [cols][16], times `factor`, absent rows 0.
 template <class T>
 void pack_transposed_panel(const T* source, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t cols,
-                           real factor, real* out, int64_t ahead = 0) {
+                           real factor, real* out) {
   const vec factors = fill(factor);
-  if (ahead)
-    for (int64_t r = 0; r < rows; ++r) prefetch_row(source + r * row_stride + ahead, col_stride, cols);
   for (int64_t c = 0; c < cols; c += panel) {
     const int64_t n = smaller(panel, cols - c);
     vec x[panel];
@@ -262,16 +249,56 @@ TRANSFUSE_INLINE auto with_type(const AttentionTensor& t, int64_t batch, int64_t
   });
 }
 
+// Cache lines that will be wanted soon, asked for a few at a time between arithmetic: all at once they would fill the
+// queue of misses, and the loads that are wanted now would wait behind them. On strided views of a projection every row
+// lies on a page of its own, where the CPU fetches nothing by itself.
+class Prefetch {
+ public:
+  // Rows of `cols` columns, but at most `most_rows`: a long sequence is streamed in any case.
+  void add(const AttentionTensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t cols) {
+    if (t.col != 1 || rows <= 0) return;  // other columns come in no order that a line would help
+    const int64_t size = t.dtype == DType::f64 ? 8 : t.dtype == DType::f32 ? 4 : 2;
+    const auto* first = static_cast<const char*>(t.data) + (batch * t.batch + head * t.head + row * t.row) * size;
+    regions_[count_++] = {first, t.row * size, smaller(rows, most_rows), cols * size};
+    lines_ += smaller(rows, most_rows) * ((cols * size + line - 1) / line);
+  }
+  void add(const AttentionOutput& t, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t cols) {
+    add(AttentionTensor{t.data, t.batch, t.head, t.row, 1, t.dtype}, batch, head, row, rows, cols);
+  }
+  // Spreads the lines over `steps` calls of step().
+  void spread(int64_t steps) { per_step_ = (lines_ + steps - 1) / larger(1, steps); }
+  TRANSFUSE_INLINE void step() {
+    for (int64_t i = 0; i < per_step_ && at_ < count_; ++i) {
+      Region& region = regions_[at_];
+      __builtin_prefetch(region.row + byte_, 0, second_level);
+      if ((byte_ += line) < region.bytes) continue;
+      byte_ = 0;
+      region.row += region.step;
+      if (--region.rows == 0) ++at_;
+    }
+  }
+
+ private:
+  static constexpr int64_t line = 64, most_rows = 256, most_regions = 7;
+  static constexpr int second_level = 2;  // what waits for the next task would only be evicted from the first
+  struct Region {
+    const char* row;
+    int64_t step, rows, bytes;
+  };
+  Region regions_[most_regions];
+  int64_t count_ = 0, at_ = 0, byte_ = 0, lines_ = 0, per_step_ = 0;
+};
+
 bool pack_tensor_rows(const AttentionTensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t cols,
-                      real* out, int64_t panel_rows, int64_t ahead = 0) {
+                      real* out, int64_t panel_rows) {
   return with_type(t, batch, head, row, 0,
-                   [&](auto* p) { return pack_rows(p, t.row, t.col, rows, cols, out, panel_rows, ahead); });
+                   [&](auto* p) { return pack_rows(p, t.row, t.col, rows, cols, out, panel_rows); });
 }
 
 void pack_tensor_transposed(const AttentionTensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows,
-                            int64_t cols, real factor, real* out, int64_t ahead = 0) {
+                            int64_t cols, real factor, real* out) {
   with_type(t, batch, head, row, 0,
-            [&](auto* p) { pack_transposed_panel(p, t.row, t.col, rows, cols, factor, out, ahead); });
+            [&](auto* p) { pack_transposed_panel(p, t.row, t.col, rows, cols, factor, out); });
 }
 
 // The tile of a mask or bias for one panel of queries, [keys][16 queries].

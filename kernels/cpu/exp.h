@@ -5,6 +5,7 @@
 // | exp(x)                         | (-inf, 88.72]  | <= 1 ULP | exp(0) = 1, exp(-inf) = 0, above inf, NaN stays |
 // | exp(x, residual)               | (-inf, 88.72]  | <= 1 ULP | |residual| <= 1e-4 and finite                   |
 // | exp_nonpositive(x[, residual]) | (-inf, 70]     | <= 1 ULP | the bits of exp, fewer instructions             |
+// | exp_times_2_25(x)              | (-inf, 60]     | 2^-18    | for results rounded to 16 bits; NaN stays       |
 // | exp(f64 x)                     | [-690, 690]    | 2^-40    | for results rounded to float later; NaN stays   |
 // | exp_full(f64 x[, residual])    | (-inf, 709.78] | <= 1 ULP | of double; as exp(x); |residual| <= 2^-10       |
 //
@@ -18,40 +19,58 @@
 // multiplication; no bit of it is reinterpreted.
 #pragma once
 
+#include "exp_constants.h"
 #include "vec.h"
 
 namespace transfuse::cpu::TRANSFUSE_ISA {
 
-constexpr float exp_log2e = 0x1.715476p+0f;
-constexpr float exp_ln2_hi = 0x1.62e400p-1f;   // 15 bits: n * ln2_hi is exact for |n| < 2^9
-constexpr float exp_ln2_lo = 0x1.7f7d1cp-20f;  // ln 2 - ln2_hi
-constexpr float exp_lowest = -0x1.a56ef8p+6f;  // -152 ln 2: rounds to 0, and so does everything below
-constexpr float exp_highest = 89.0f;           // e^89 overflows, and so does everything above
-constexpr float exp_integer = 0x1.8p23f;       // adding it rounds to an integer, found in the low bits of the sum
-
-// e^r for |r| <= ln 2 / 2.
-TRANSFUSE_INLINE f32 exp_polynomial(f32 r) {
-  f32 q = set1(0x1.6a243ap-10f);
-  q = fma(q, r, set1(0x1.1239e2p-7f));
-  q = fma(q, r, set1(0x1.5558f2p-5f));
-  q = fma(q, r, set1(0x1.555492p-3f));
-  q = fma(q, r, set1(0x1.fffffcp-2f));
-  return fma(fma(q, r, set1(1.0f)), r, set1(1.0f));
+// (e^r - 1) / r for |r| <= ln 2 / 2.
+TRANSFUSE_INLINE f32 exp_quotient(f32 r) {
+  f32 q = set1(exp_q5);
+  q = fma(q, r, set1(exp_q4));
+  q = fma(q, r, set1(exp_q3));
+  q = fma(q, r, set1(exp_q2));
+  q = fma(q, r, set1(exp_q1));
+  return fma(q, r, set1(1.0f));
 }
 
-// e^r for the r that is left of x + residual after taking n ln 2 out.
+// e^r for |r| <= ln 2 / 2.
+TRANSFUSE_INLINE f32 exp_polynomial(f32 r) { return fma(exp_quotient(r), r, set1(1.0f)); }
+
+// What is left of x + residual after taking n ln 2 out.
+TRANSFUSE_INLINE f32 exp_reduced(f32 x, f32 n, f32 residual) {
+  return fnma(n, set1(exp_ln2_lo), fnma(n, set1(exp_ln2_hi), x)) + residual;
+}
+
+// e^r for that r.
 TRANSFUSE_INLINE f32 exp_fraction(f32 x, f32 n, f32 residual) {
-  return exp_polynomial(fnma(n, set1(exp_ln2_lo), fnma(n, set1(exp_ln2_hi), x)) + residual);
+  return exp_polynomial(exp_reduced(x, n, residual));
+}
+
+// a * (1 + excess) * 2^power for any a: one FMA, where a rounded e^r would be rounded once more.
+struct FloatExponential {
+  f32 excess;
+  i32 power;
+};
+
+// e^(x + residual), |x| <= 170.
+TRANSFUSE_INLINE FloatExponential exp_parts(f32 x, f32 residual) {
+  const f32 shifted = fma(x, set1(exp_log2e), set1(exp_integer));
+  const f32 r = exp_reduced(x, shifted - set1(exp_integer), residual);
+  return {exp_quotient(r) * r, bits(shifted) - bits(set1(exp_integer))};
+}
+
+// a * 2^n, |n| <= 252: more than one float holds, so two factors. The first is exact where a is near 1.
+TRANSFUSE_INLINE f32 scale_by_power(f32 a, i32 n) {
+  const i32 half = shift_right_signed<1>(n), bias = set1i(127);
+  return (a * from_bits(shift_left<23>(half + bias))) * from_bits(shift_left<23>(n - half + bias));
 }
 
 TRANSFUSE_INLINE f32 exp(f32 x, f32 residual) {
   x = min(set1(exp_highest), max(set1(exp_lowest), x));  // in this order a NaN is kept
   const f32 shifted = fma(x, set1(exp_log2e), set1(exp_integer));
   const f32 fraction = exp_fraction(x, shifted - set1(exp_integer), residual);
-  // 2^n reaches from 2^-151 to 2^128, more than a float holds: two factors, the first of them exact.
-  const i32 n = bits(shifted) - bits(set1(exp_integer));
-  const i32 half = shift_right_signed<1>(n), bias = set1i(127);
-  return (fraction * from_bits(shift_left<23>(half + bias))) * from_bits(shift_left<23>(n - half + bias));
+  return scale_by_power(fraction, bits(shifted) - bits(set1(exp_integer)));
 }
 
 TRANSFUSE_INLINE f32 exp_nonpositive(f32 x, f32 residual) {
@@ -62,6 +81,21 @@ TRANSFUSE_INLINE f32 exp_nonpositive(f32 x, f32 residual) {
   const f32 shifted = fma(x, set1(exp_log2e), integer);
   const f32 fraction = exp_fraction(x, shifted - integer, residual);
   return (fraction * from_bits(shift_left<23>(bits(shifted)))) * set1(0x1p-25f);
+}
+
+// e^x * 2^25, never subnormal: for a caller whose next factor takes the power of two along. As exp_nonpositive, with a
+// polynomial of two terms less.
+TRANSFUSE_INLINE f32 exp_times_2_25(f32 x) {
+  const f32 integer = set1(exp_integer + 127.0f + 25.0f);
+  x = max(set1(exp_lowest), x);
+  const f32 shifted = fma(x, set1(exp_log2e), integer);
+  const f32 r = fnma(shifted - integer, set1(0x1.62e430p-1f), x);
+  f32 p = set1(0x1.541482p-5f);
+  p = fma(p, r, set1(0x1.57cf54p-3f));
+  p = fma(p, r, set1(0x1.0003f6p-1f));
+  p = fma(p, r, set1(0x1.fffba6p-1f));
+  p = fma(p, r, set1(1.0f));
+  return p * from_bits(shift_left<23>(bits(shifted)));
 }
 
 TRANSFUSE_INLINE f32 exp(f32 x) { return exp(x, zero()); }

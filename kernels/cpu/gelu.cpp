@@ -1,227 +1,212 @@
 // GELU, erf and tanh form: x * Phi(x). Tensors of doubles: gelu_f64.h.
 //
 // Both forms are written with t = |x| as  gelu(x) = max(x, 0) - t * tail(t),  where tail(t) = Phi(-t) falls to 0:
-//   erf:   Phi(-t) = exp(-t^2/2) * R(t), R the Mills ratio over sqrt(2 pi), a rational function of t;
+//   erf:   Phi(-t) = exp(-t^2/2) * R(t), R the Mills ratio over sqrt(2 pi);
 //   tanh:  Phi(-t) = E / (1 + E), E = exp(-t (c0 + c1 t^2)).
-// Nothing cancels for x < 0, where the result is -t * tail(t) alone, so the tail keeps its relative accuracy down to the
-// last subnormal. Likewise gelu'(x) = h(t) for x < 0 and 1 - h(t) for x >= 0 with h(t) = tail(t) - t * density(t).
+// Nothing cancels for x < 0, where the result is -t * tail(t) alone, so the tail keeps its relative accuracy down to
+// the last subnormal. Likewise gelu'(x) = h(t) for x < 0 and 1 - h(t) for x >= 0 with h(t) = tail(t) - t * density(t).
 //
-// Most inputs lie in |x| < 63/16, where both tails are polynomials in float (gelu_segments.h). Beyond, and for the few
-// lanes whose float result lies so near the middle of two float16 that its error could choose the wrong one, they are
-// evaluated in double: an error of 2^-29 relative (the derivative near its root: 2^-41 absolute), rounded once.
-// Beyond t = 16 every tail is far below the last subnormal, so t is cut there: infinities and huge inputs need no case.
+// Most inputs lie in |x| < 63/16, where both tails are polynomials in float (gelu_segments.h). The lanes beyond, one in
+// twenty where x has standard deviation 2, are gathered and evaluated sixteen at a time, in float too (gelu_far.h). A
+// bfloat16 is rounded from either float: none of its inputs lies so near the middle of two results that the float's error
+// chooses the wrong one. Lanes of float16 that lie so near are evaluated again, in double.
 #include "gelu.h"
 
 #include <type_traits>
 
-#include "exp.h"
 #include "gelu_f64.h"
+#include "gelu_far.h"
 #include "gelu_segments.h"
 #include "vec.h"
 
 namespace transfuse::cpu::TRANSFUSE_ISA {
 namespace {
 
-constexpr double cut = 16.0;
-
-template <int n>
-TRANSFUSE_INLINE f64 polynomial(const double (&c)[n], f64 t) {
-  f64 sum = set1d(c[n - 1]);
-#pragma GCC unroll 20
-  for (int i = n - 2; i >= 0; --i) sum = fma(sum, t, set1d(c[i]));
-  return sum;
-}
-
 struct Erf {
-  using Full = ErfFull;
   using Core = ErfSegments;
-  TRANSFUSE_INLINE static f64 gaussian(f64 t) { return exp(t * t * set1d(-0.5)); }
-  // t * Phi(-t)
-  TRANSFUSE_INLINE static f64 tail(f64 t) { return t * gaussian(t) * polynomial(mills_ratio.p, t) / polynomial(mills_ratio.q, t); }
-  // Phi(-t) - t phi(t)
-  TRANSFUSE_INLINE static f64 slope(f64 t) {
-    const f64 mills = polynomial(mills_ratio.p, t) / polynomial(mills_ratio.q, t);
-    return gaussian(t) * fnma(t, set1d(inverse_sqrt_2pi), mills);
-  }
+  using Far = ErfFar;
+  using Full = ErfFull;
 };
-
 struct Tanh {
-  using Full = TanhFull;
   using Core = TanhSegments;
-  TRANSFUSE_INLINE static f64 tail(f64 t) {
-    const f64 e = exp(t * fma(t * t, set1d(-tanh_c1), set1d(-tanh_c0)));
-    return t * e / (e + set1d(1.0));
+  using Far = TanhFar;
+  using Full = TanhFull;
+};
+
+// Lanes whose float y may round to the wrong float16. Subnormal float16s are 2^-24 apart, as the floats' upper bits
+// are from 2^-14 on.
+TRANSFUSE_INLINE mask near_middle_of_f16(f32 y) {
+  constexpr int32_t cut_bits = (1 << 13) - 1, middle = 1 << 12, error = 8;
+  const f32 size = abs(y), least_normal = set1(0x1p-14f);
+  const f32 shown = select(size < least_normal, size + least_normal, size);
+  return less_unsigned((bits(shown) & set1i(cut_bits)) - set1i(middle - error), set1i(2 * error));
+}
+
+// The two functions of (x, grad_output). In float: `core`, and `far` for the lanes that is_far names. In double: `full`.
+
+template <class Form>
+struct Forward {
+  static constexpr bool takes_gradient = false;
+  // A 16-bit x from segments_end on is its own gelu: the tail is below half its last place.
+  template <class T>
+  TRANSFUSE_INLINE static f32 core(f32 x, f32, T) {
+    const f32 t = abs(x), y = fnma(t, evaluate(Form::Core::tail, t), max(zero(), x));
+    return std::is_same_v<T, float> ? y : select(x >= set1(segments_end), x, y);
   }
-  TRANSFUSE_INLINE static f64 slope(f64 t) {
-    const f64 t2 = t * t;
-    const f64 e = exp(t * fma(t2, set1d(-tanh_c1), set1d(-tanh_c0)));
-    const f64 upper = set1d(1.0) / (e + set1d(1.0));  // Phi(t)
-    const f64 rate = t * fma(t2, set1d(3 * tanh_c1), set1d(tanh_c0));
-    return e * upper * fnma(rate, upper, set1d(1.0));
+  template <class T>
+  TRANSFUSE_INLINE static mask is_far(f32 x, T) {
+    return std::is_same_v<T, float> ? abs(x) >= set1(segments_end) : x <= set1(-segments_end);
+  }
+  TRANSFUSE_INLINE static f32 far(f32 x, f32) {
+    const f32 y = value(Form::Far::tail(min(set1(Form::Far::cut), abs(x))));
+    return select(x < zero(), -y, x - y);
+  }
+  TRANSFUSE_INLINE static wide full(wide x, wide) {
+    return {gelu_full<typename Form::Full>(x.lo), gelu_full<typename Form::Full>(x.hi)};
   }
 };
 
-// In min and max the operand that holds a NaN, or the sign of a zero, stands second: it is the one that is kept.
-TRANSFUSE_INLINE f64 cut_abs(f64 x) { return min(set1d(cut), abs(x)); }
-
 template <class Form>
-TRANSFUSE_INLINE f64 gelu_everywhere(f64 x) {
-  return max(zero64(), x) - Form::tail(cut_abs(x));
-}
+struct Backward {
+  static constexpr bool takes_gradient = true;
+  template <class T>
+  TRANSFUSE_INLINE static f32 core(f32 x, f32 grad_output, T) {
+    const f32 h = evaluate(Form::Core::slope, abs(x) - set1(Form::Core::shift));
+    return grad_output * select(x < zero(), h, set1(1.0f) - h);
+  }
+  template <class T>
+  TRANSFUSE_INLINE static mask is_far(f32 x, T) {
+    return abs(x) >= set1(segments_end);
+  }
+  TRANSFUSE_INLINE static f32 far(f32 x, f32 grad_output) {
+    const mask negative = x < zero();
+    const Scaled slope = Form::Far::slope(min(set1(Form::Far::cut), abs(x)));
+    const f32 h = value({slope.fraction * select(negative, grad_output, set1(1.0f)), slope.power});
+    return select(negative, h, grad_output * (set1(1.0f) - h));
+  }
+  TRANSFUSE_INLINE static wide full(wide x, wide grad_output) {
+    using Full = typename Form::Full;
+    return grad_output * wide{gelu_slope_full<Full>(x.lo), gelu_slope_full<Full>(x.hi)};
+  }
+};
 
-template <class Form>
-TRANSFUSE_INLINE f64 slope_everywhere(f64 x) {
-  const f64 h = Form::slope(cut_abs(x));
-  return select(x < zero64(), h, set1d(1.0) - h);
-}
-
-// The same for |x| < segments_end, in float.
-template <class Form>
-TRANSFUSE_INLINE f32 gelu_core(f32 x) {
-  const f32 t = abs(x);
-  return fnma(t, evaluate(Form::Core::tail, t), max(zero(), x));
-}
-
-template <class Form>
-TRANSFUSE_INLINE f32 slope_core(f32 x) {
-  const f32 h = evaluate(Form::Core::slope, abs(x) - set1(Form::Core::shift));
-  return select(x < zero(), h, set1(1.0f) - h);
-}
-
-// Lanes whose result y = f(x), found by a core, may not be the right one for storage as T.
-TRANSFUSE_INLINE mask uncertain(f32 x, f32, float) { return abs(x) >= set1(segments_end); }
-TRANSFUSE_INLINE mask uncertain(f32 x, f32, bf16) { return abs(x) >= set1(segments_end); }
-TRANSFUSE_INLINE mask uncertain(f32 x, f32 y, f16) {
-  constexpr int32_t cut_bits = (1 << 13) - 1, middle = 1 << 12, error = 8;
-  const mask near_middle = less_unsigned((bits(y) & set1i(cut_bits)) - set1i(middle - error), set1i(2 * error));
-  return near_middle | (abs(y) < set1(0x1p-14f)) | (abs(x) >= set1(segments_end));  // subnormals have other middles
-}
-
-// What the sum of input and bias is computed in.
-template <class T>
-using SumOf = Vec<std::conditional_t<std::is_same_v<T, double>, double, float>>;
-
-// Runs body(element, column, n, x) over the vectors of each row, x = input + bias rounded to the storage type: fused equals
-// unfused, where input + bias is a tensor of that type.
-template <class T, class B, class Body>
-TRANSFUSE_INLINE void for_each_sum(const GeluParams& p, int64_t begin, int64_t end, Body body) {
-  const T* input = static_cast<const T*>(p.input);
-  const B* bias = static_cast<const B*>(p.bias);
+// The rows in pieces of at most `block` elements: piece(first, column, length), first the number of its first element.
+constexpr int64_t block = 1024, group_length = 4 * lanes;
+template <class Piece>
+TRANSFUSE_INLINE void for_each_piece(const GeluParams& p, int64_t begin, int64_t end, Piece piece) {
   for (int64_t row = begin; row < end; ++row) {
     const int64_t first = row * p.columns;
     const int64_t length = p.size - first < p.columns ? p.size - first : p.columns;
-    for_each_vec(length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-      auto x = load_as<SumOf<T>>(input + first + i, n);
-      if (bias) x = rounded(x + load_as<SumOf<T>>(bias + i, n), T{});
-      body(first + i, i, n, x);
-    });
+    for (int64_t i = 0; i < length; i += block) piece(first + i, i, length - i < block ? length - i : block);
   }
 }
 
-// A double rounded to float, for storage as T. Twice rounded, two of float16's results would be the wrong neighbour; none
-// of bfloat16's is (all of them were tried).
-template <class T>
-TRANSFUSE_INLINE f32 narrow_for(wide x) {
-  if constexpr (std::is_same_v<T, f16>) {
-    return narrow_to_odd(x);
-  } else {
-    return narrow(x);
-  }
+// x = input + bias rounded to the storage type: fused equals unfused, where input + bias is a tensor of that type.
+template <class V, class T, class B>
+TRANSFUSE_INLINE V load_sum(const T* input, const B* bias, int64_t column, int64_t n) {
+  const V x = load_as<V>(input, n);
+  return bias ? rounded(x + load_as<V>(bias + column, n), T{}) : x;
 }
 
-template <class Form, class T>
-TRANSFUSE_INLINE f32 gelu_everywhere(f32 x) {
-  return narrow_for<T>(wide{gelu_everywhere<Form>(low(x)), gelu_everywhere<Form>(high(x))});
-}
+TRANSFUSE_INLINE void add_to(double* sums, wide x, int64_t n) { store_wide(sums, load_wide(sums, n) + x, n); }
 
-// The few uncertain lanes wait here until there are sixteen of them.
-template <class Form, class T>
-struct WaitingLanes {
-  T* output;
-  alignas(64) float x[lanes] = {};
-  int64_t at[lanes] = {};
+// Lanes of a piece, gathered to be evaluated sixteen at a time.
+template <class Function>
+struct GatheredLanes {
+  alignas(64) float x[block + lanes], grad_output[block + lanes];
+  int32_t at[block + lanes];
   int64_t count = 0;
 
-  // Lane i, where bit i of `which` is set, is x[i] and belongs at output[first + i]. Out of line: the loop over the other
-  // lanes keeps its tables in registers.
-  [[gnu::noinline]] void add(const float* values, uint32_t which, int64_t first) {
-    for (; which != 0; which &= which - 1) {
-      const int lane = __builtin_ctz(which);
-      x[count] = values[lane];
-      at[count] = first + lane;
-      if (++count == lanes) flush();
-    }
+  TRANSFUSE_INLINE void add(mask which, f32 x_lanes, f32 grad_output_lanes, i32 at_lanes) {
+    store_compressed(x + count, x_lanes, which);
+    if constexpr (Function::takes_gradient) store_compressed(grad_output + count, grad_output_lanes, which);
+    store_compressed(at + count, at_lanes, which);
+    count += __builtin_popcount(to_bits(which));
   }
-  void flush() {
-    alignas(64) T results[lanes];
-    store(results, gelu_everywhere<Form, T>(load(x)));
-    for (int64_t i = 0; i < count; ++i) output[at[i]] = results[i];
+  // results[at] = evaluate(x, grad_output, at, n) of each lane, n lanes at a time. None is left.
+  template <class Evaluate>
+  TRANSFUSE_INLINE void scatter(float* results, Evaluate evaluate) {
+    for_each_vec(count, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+      const f32 grad = Function::takes_gradient ? load_n(grad_output + i, n) : zero();
+      alignas(64) float values[lanes];
+      store(values, evaluate(load_n(x + i, n), grad, load(at + i), n));
+      for (int64_t lane = 0; lane < n; ++lane) results[at[i + lane]] = values[lane];
+    });
     count = 0;
   }
 };
 
-// A lane takes the core or the double form by its own value alone, so its bits do not depend on its neighbours.
-template <class Form, class T, class B>
-[[gnu::noinline]] void forward_rows(const GeluParams& p, int64_t begin, int64_t end) {
-  T* output = static_cast<T*>(p.output);
-  WaitingLanes<Form, T> waiting{output};
-  for_each_sum<T, B>(p, begin, end, [&](int64_t at, int64_t, int64_t n, f32 x) __attribute__((always_inline)) {
-    const f32 core = gelu_core<Form>(x);
-    const mask left = uncertain(x, core, T{});
-    store_n(output + at, core, n);
-    if (__builtin_expect(!any(left), 1)) return;
-    alignas(64) float values[lanes];
-    store(values, x);
-    waiting.add(values, to_bits(left) & ((uint32_t{1} << n) - 1), at);
-  });
-  waiting.flush();
-}
-
-template <class Form>
-void forward_rows_of_doubles(const GeluParams& p, int64_t begin, int64_t end) {
-  double* output = static_cast<double*>(p.output);
-  for_each_sum<double, double>(p, begin, end, [&](int64_t at, int64_t, int64_t n, wide x) __attribute__((always_inline)) {
-    store_wide(output + at, wide{gelu_full<typename Form::Full>(x.lo), gelu_full<typename Form::Full>(x.hi)}, n);
-  });
-}
-
-template <class Form, class T>
-[[gnu::noinline]] void gradient_everywhere(const float* grad_output, const float* x, float* gradient) {
-  const wide value = load_wide(x);
-  const wide slope = {slope_everywhere<Form>(value.lo), slope_everywhere<Form>(value.hi)};
-  store(gradient, narrow_for<T>(load_wide(grad_output) * slope));
-}
-template <class Form, class T>
-TRANSFUSE_INLINE f32 gradient_of(f32 grad_output, f32 x, T type) {
-  const f32 core = grad_output * slope_core<Form>(x);
-  const mask left = uncertain(x, core, type);
-  if (__builtin_expect(!any(left), 1)) return core;
-  alignas(64) float values[3][lanes];
-  store(values[0], grad_output);
-  store(values[1], x);
-  gradient_everywhere<Form, T>(values[0], values[1], values[2]);
-  return select(left, load(values[2]), core);
-}
-template <class Form>
-TRANSFUSE_INLINE wide gradient_of(wide grad_output, wide x, double) {
-  using Full = typename Form::Full;
-  return grad_output * wide{gelu_slope_full<Full>(x.lo), gelu_slope_full<Full>(x.hi)};
-}
-template <class T>
-TRANSFUSE_INLINE void store_rounded(T* p, wide x, int64_t n) {
-  store_n(p, narrow_for<T>(x), n);
-}
-TRANSFUSE_INLINE void store_rounded(double* p, wide x, int64_t n) { store_wide(p, x, n); }
-
-template <class Form, class T, class B>
-[[gnu::noinline]] void backward_rows(const GeluParams& p, int64_t begin, int64_t end, double* bias_sum) {
+// A lane's method depends on its own values alone, and so do its bits.
+template <class Function, class T, class B>
+[[gnu::noinline]] void run_rows(const GeluParams& p, int64_t begin, int64_t end, double* bias_sum) {
+  constexpr bool is_f32 = std::is_same_v<T, float>, is_f16 = std::is_same_v<T, f16>;
+  const T* input = static_cast<const T*>(p.input);
   const T* grad_output = static_cast<const T*>(p.grad_output);
+  const B* bias = static_cast<const B*>(p.bias);
   T* output = static_cast<T*>(p.output);
-  for_each_sum<T, B>(p, begin, end, [&](int64_t at, int64_t column, int64_t n, auto x) __attribute__((always_inline)) {
-    const auto gradient = gradient_of<Form>(load_as<SumOf<T>>(grad_output + at, n), x, T{});
-    store_as(output + at, gradient, n);
-    if (bias_sum == nullptr) return;
-    store_wide(bias_sum + column, load_wide(bias_sum + column, n) + widen(gradient), n);
+  alignas(64) float buffer[block];
+  GatheredLanes<Function> far, doubtful;
+  for_each_piece(p, begin, end, [&](int64_t first, int64_t column, int64_t length) __attribute__((always_inline)) {
+    float* results = is_f32 ? reinterpret_cast<float*>(output + first) : buffer;
+    const auto x_at = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+      return load_sum<f32>(input + first + i, bias, column + i, n);
+    };
+    const auto grad_at = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+      return Function::takes_gradient ? load_n(grad_output + first + i, n) : zero();
+    };
+    for (int64_t group = 0; group < length; group += group_length) {
+      const int64_t group_end = length - group < group_length ? length - group : group_length;
+      mask left = {};
+      for_each_vec(group_end, [&](int64_t in_group, int64_t n) __attribute__((always_inline)) {
+        const int64_t i = group + in_group;
+        const f32 x = x_at(i, n), y = Function::core(x, grad_at(i, n), T{});
+        store_n(results + i, y, n);
+        left = left | Function::is_far(x, T{});
+        if constexpr (is_f16) left = left | near_middle_of_f16(y);
+      });
+      if (!any(left)) continue;
+      for_each_vec(group_end, [&](int64_t in_group, int64_t n) __attribute__((always_inline)) {
+        const int64_t i = group + in_group;
+        const f32 x = x_at(i, n), grad = grad_at(i, n);
+        const mask is_far = Function::is_far(x, T{});
+        const i32 at = iota() + set1i(static_cast<int32_t>(i));
+        far.add(is_far, x, grad, at);
+        if constexpr (is_f16) doubtful.add(near_middle_of_f16(load_n(results + i, n)) & ~is_far, x, grad, at);
+      });
+    }
+    far.scatter(results, [&](f32 x, f32 grad, i32 at, int64_t n) __attribute__((always_inline)) {
+      const f32 y = Function::far(x, grad);
+      if constexpr (is_f16) doubtful.add(near_middle_of_f16(y) & first_n(n), x, grad, at);
+      return y;
+    });
+    if constexpr (is_f16) {
+      doubtful.scatter(results, [](f32 x, f32 grad, i32, int64_t) __attribute__((always_inline)) {
+        return narrow_to_odd(Function::full(widen(x), widen(grad)));
+      });
+    }
+    if (is_f32 && bias_sum == nullptr) return;
+    for_each_vec(length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+      const f32 y = load_n(results + i, n);
+      if constexpr (!is_f32) store_n(output + first + i, y, n);
+      if (bias_sum != nullptr) add_to(bias_sum + column + i, widen(y), n);
+    });
+  });
+}
+
+template <class Function>
+[[gnu::noinline]] void run_rows_of_doubles(const GeluParams& p, int64_t begin, int64_t end, double* bias_sum) {
+  const double* input = static_cast<const double*>(p.input);
+  const double* grad_output = static_cast<const double*>(p.grad_output);
+  const double* bias = static_cast<const double*>(p.bias);
+  double* output = static_cast<double*>(p.output);
+  for_each_piece(p, begin, end, [&](int64_t first, int64_t column, int64_t length) __attribute__((always_inline)) {
+    for_each_vec(length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+      const wide x = load_sum<wide>(input + first + i, bias, column + i, n);
+      const wide grad = Function::takes_gradient ? load_wide(grad_output + first + i, n) : x;
+      const wide y = Function::full(x, grad);
+      store_wide(output + first + i, y, n);
+      if (bias_sum != nullptr) add_to(bias_sum + column + i, y, n);
+    });
   });
 }
 
@@ -248,28 +233,28 @@ TRANSFUSE_INLINE void with_form(const GeluParams& p, Call call) {
   p.tanh ? with_types<Tanh>(p, call) : with_types<Erf>(p, call);
 }
 
-void forward(const GeluParams& p, int64_t begin, int64_t end) {
+template <template <class> class Function>
+void run(const GeluParams& p, int64_t begin, int64_t end, double* bias_sum) {
   with_form(p, [&](auto form, auto type, auto bias_type) {
+    using F = Function<decltype(form)>;
     using T = decltype(type);
     if constexpr (std::is_same_v<T, double>) {
-      forward_rows_of_doubles<decltype(form)>(p, begin, end);
+      run_rows_of_doubles<F>(p, begin, end, bias_sum);
     } else {
-      forward_rows<decltype(form), T, decltype(bias_type)>(p, begin, end);
+      run_rows<F, T, decltype(bias_type)>(p, begin, end, bias_sum);
     }
   });
 }
-
+void forward(const GeluParams& p, int64_t begin, int64_t end) { run<Forward>(p, begin, end, nullptr); }
 void backward(const GeluParams& p, int64_t begin, int64_t end, double* bias_sum) {
-  with_form(p, [&](auto form, auto type, auto bias_type) {
-    backward_rows<decltype(form), decltype(type), decltype(bias_type)>(p, begin, end, bias_sum);
-  });
+  run<Backward>(p, begin, end, bias_sum);
 }
 
 template <class B>
 void round_to(const double* sums, void* grad_bias, int64_t columns) {
   B* out = static_cast<B*>(grad_bias);
   for_each_vec(columns, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    store_rounded(out + i, load_wide(sums + i, n), n);
+    store_wide(out + i, load_wide(sums + i, n), n);
   });
 }
 

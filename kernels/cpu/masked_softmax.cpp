@@ -154,6 +154,51 @@ TRANSFUSE_INLINE double exponentials(const Row<T, M>& row, const Split<float>& s
   return reduce_add(sum);
 }
 
+// 16-bit scores that no bias can cancel. Half a unit of a result is 2^-12 of it at least: s - m, rounded once, needs no
+// residual (2^-17 of a weight that counts), and weights are summed in float over a block.
+template <class T, class M>
+constexpr bool is_light = sizeof(T) == 2 && !is_additive<M>;
+
+// The largest score that is a number; a NaN comes out of the weights' sum.
+template <class T, class M>
+TRANSFUSE_INLINE float largest_number(const Row<T, M>& row, const Split<float>& scale) {
+  f32 largest = set1(-infinity);
+  for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    const Keys<T> keys = load_keys(row, i, n);
+    largest = max(select(keys.valid, score_of<M>(keys, scale).hi, set1(-infinity)), largest);
+  });
+  return reduce_max(largest);
+}
+
+// As exponentials(), but all of them times 2^25.
+template <class T, class M>
+TRANSFUSE_INLINE double light_exponentials(const Row<T, M>& row, f32 scale, float largest, float* weights) {
+  constexpr int64_t block_keys = 8 * lanes;
+  wide sum = set1w(0.0);
+  for (int64_t block = 0; block < row.length; block += block_keys) {
+    f32 block_sum = zero();
+    const int64_t rest = row.length - block;
+    for_each_vec(rest < block_keys ? rest : block_keys, [&](int64_t at, int64_t n) __attribute__((always_inline)) {
+      const int64_t i = block + at;
+      const Keys<T> keys = load_keys(row, i, n);
+      const f32 weight = select(keys.valid, exp_times_2_25(fms(keys.x, scale, set1(largest))), zero());
+      store_n(weights + i, weight, n);
+      block_sum = block_sum + weight;
+    });
+    sum = sum + widen(block_sum);
+  }
+  return reduce_add(sum);
+}
+
+template <class T>
+TRANSFUSE_INLINE void divide(const float* weights, double sum, T* output, int64_t length) {
+  const Split<float> inverse(1.0 / sum);
+  for_each_vec(length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    const f32 weight = load_n(weights + i, n);
+    store_n(output + i, sizeof(T) == 2 ? weight * inverse.hi : fma(weight, inverse.hi, weight * inverse.lo), n);
+  });
+}
+
 // The scores of a row of large scores, in double; an excluded key's is -inf. Products of floats are exact there.
 template <class T, class M>
 TRANSFUSE_INLINE wide wide_scores(const Row<T, M>& row, const Split<float>& scale, int64_t i, int64_t n) {
@@ -195,20 +240,45 @@ TRANSFUSE_INLINE void fill_nan(const Row<T, M>& row, T* output) {
   });
 }
 
+// A row that takes more than the usual one: without a valid key, with a NaN, with large or infinite scores.
 template <class T, class M>
-TRANSFUSE_INLINE void softmax_row(const Row<T, M>& row, double scale, T* output, float* weights) {
-  const Split<float> split(scale);
+[[gnu::noinline]] void unusual_row(const Row<T, M>& row, const Split<float>& scale, T* output, float* weights) {
   bool any_valid = false;
-  const float largest = largest_score(row, split, any_valid);
+  const float largest = largest_score(row, scale, any_valid);
   if (!any_valid) return fill_zero(output, 0, row.length);
   if (!(__builtin_fabsf(largest) < infinity)) return fill_nan(row, output);
-  const double sum = __builtin_fabsf(largest) <= wide_score ? exponentials(row, split, largest, weights)
-                                                            : wide_exponentials(row, split, weights);
-  const Split<float> inverse(1.0 / sum);
-  for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    const f32 weight = load_n(weights + i, n);
-    store_n(output + i, fma(weight, inverse.hi, weight * inverse.lo), n);
-  });
+  const double sum = __builtin_fabsf(largest) <= wide_score ? exponentials(row, scale, largest, weights)
+                                                            : wide_exponentials(row, scale, weights);
+  divide<T>(weights, sum, output, row.length);
+}
+
+// Rows that are short go in groups, stage by stage: a stage of the next row begins while a reduction of this one ends.
+constexpr int64_t group_rows = masked_softmax_group_rows;
+
+TRANSFUSE_INLINE int64_t rows_at_once(int64_t keys, int64_t rows_left) {
+  return keys > masked_softmax_longest_grouped ? 1 : (rows_left < group_rows ? rows_left : group_rows);
+}
+
+template <class T, class M>
+TRANSFUSE_INLINE void softmax_rows(const Row<T, M>* rows, int64_t count, double scale, T* const* outputs,
+                                   float* scratch, int64_t keys) {
+  const Split<float> split(scale);
+  float largest[group_rows];
+  double sums[group_rows];
+  for (int64_t r = 0; r < count; ++r) largest[r] = largest_number(rows[r], split);
+  for (int64_t r = 0; r < count; ++r) {
+    if constexpr (is_light<T, M>) {
+      sums[r] = light_exponentials(rows[r], split.hi, largest[r], scratch + r * keys);
+    } else {
+      sums[r] = exponentials(rows[r], split, largest[r], scratch + r * keys);
+    }
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    if (__builtin_fabsf(largest[r]) <= wide_score && sums[r] == sums[r])
+      divide<T>(scratch + r * keys, sums[r], outputs[r], rows[r].length);
+    else
+      unusual_row(rows[r], split, outputs[r], scratch + r * keys);
+  }
 }
 
 // ---- rows of doubles ----
@@ -261,7 +331,7 @@ TRANSFUSE_INLINE double sum_of_lanes(wide sum, wide lost) {
 }
 
 template <class M>
-TRANSFUSE_INLINE void softmax_row(const Row<double, M>& row, double scale, double* output, float*) {
+TRANSFUSE_INLINE void softmax_row(const Row<double, M>& row, double scale, double* output) {
   const wide lowest = set1w(-infinity);
   wide largest_lanes = lowest;
   wide_mask seen = first_n_wide(0);
@@ -304,6 +374,12 @@ TRANSFUSE_INLINE void softmax_row(const Row<double, M>& row, double scale, doubl
   });
 }
 
+template <class M>
+TRANSFUSE_INLINE void softmax_rows(const Row<double, M>* rows, int64_t count, double scale, double* const* outputs,
+                                   float*, int64_t) {
+  for (int64_t r = 0; r < count; ++r) softmax_row(rows[r], scale, outputs[r]);
+}
+
 TRANSFUSE_INLINE int64_t mask_offset(const MaskedSoftmaxParams& p, int64_t row) {
   int64_t offset = 0;
   for (int64_t d = p.outer_dims - 1; d >= 0; --d) {
@@ -314,21 +390,32 @@ TRANSFUSE_INLINE int64_t mask_offset(const MaskedSoftmaxParams& p, int64_t row) 
 }
 
 template <class T, class M>
+Row<T, M> input_row(const MaskedSoftmaxParams& p, int64_t i) {
+  int64_t length = p.keys;
+  if (p.causal) {
+    const int64_t visible = i % p.queries + p.causal_offset + 1;
+    length = visible < 0 ? 0 : (visible < p.keys ? visible : p.keys);
+  }
+  Row<T, M> row{static_cast<const T*>(p.input) + i * p.keys, nullptr, 0, length};
+  if (p.mask) {
+    row.mask = static_cast<const M*>(p.mask) + mask_offset(p, i);
+    row.mask_stride = p.mask_strides[p.outer_dims];
+  }
+  return row;
+}
+
+template <class T, class M>
 void forward_rows(const MaskedSoftmaxParams& p, int64_t begin, int64_t end, float* scratch) {
-  for (int64_t i = begin; i < end; ++i) {
-    int64_t length = p.keys;
-    if (p.causal) {
-      const int64_t visible = i % p.queries + p.causal_offset + 1;
-      length = visible < 0 ? 0 : (visible < p.keys ? visible : p.keys);
+  for (int64_t i = begin, count; i < end; i += count) {
+    count = rows_at_once(p.keys, end - i);
+    Row<T, M> rows[group_rows];
+    T* outputs[group_rows];
+    for (int64_t r = 0; r < count; ++r) {
+      rows[r] = input_row<T, M>(p, i + r);
+      outputs[r] = static_cast<T*>(p.output) + (i + r) * p.keys;
     }
-    Row<T, M> row{static_cast<const T*>(p.input) + i * p.keys, nullptr, 0, length};
-    if (p.mask) {
-      row.mask = static_cast<const M*>(p.mask) + mask_offset(p, i);
-      row.mask_stride = p.mask_strides[p.outer_dims];
-    }
-    T* output = static_cast<T*>(p.output) + i * p.keys;
-    softmax_row(row, p.scale, output, scratch);
-    fill_zero(output, length, p.keys);
+    softmax_rows(rows, count, p.scale, outputs, scratch, p.keys);
+    for (int64_t r = 0; r < count; ++r) fill_zero(outputs[r], rows[r].length, p.keys);
   }
 }
 
@@ -373,41 +460,109 @@ struct GradRow {
   int64_t keys;
 };
 
-// dy * y of the keys [i, i + 16); a weight of 0 is skipped where asked, so that an infinite dy beside it does no harm.
+// dy * y of the keys [i, i + 16) below end; a weight of 0 is skipped where asked, so that an infinite dy beside it
+// does no harm.
 template <bool skip_zero, class T>
-TRANSFUSE_INLINE VecOf<T> product(const GradRow<T>& row, int64_t i) {
+TRANSFUSE_INLINE VecOf<T> product(const GradRow<T>& row, int64_t i, int64_t end) {
   using V = VecOf<T>;
-  const int64_t n = row.keys - i < lanes ? row.keys - i : lanes;
+  const int64_t n = end - i < lanes ? end - i : lanes;
   if (n <= 0) return splat<V>(0.0);
   const V weight = load_as<V>(row.y + i, n), incoming = load_as<V>(row.dy + i, n);
   if constexpr (!skip_zero) return weight * incoming;
   return select(weight == splat<V>(0.0), splat<V>(0.0), weight * incoming);
 }
 
-// Four products of sixteen keys are added as they are, those sums in double; by key number alone, whatever the row's length.
+// Four products of sixteen keys are added as they are, those sums in double; by key number alone, whatever the row's
+// length.
 template <bool skip_zero, class T>
 TRANSFUSE_INLINE double sum_of_products(const GradRow<T>& row) {
+  constexpr int64_t step = 4 * lanes;
   wide sum = set1w(0.0);
-  for (int64_t i = 0; i < row.keys; i += 4 * lanes) {
-    const VecOf<T> four = (product<skip_zero>(row, i) + product<skip_zero>(row, i + lanes)) +
-                          (product<skip_zero>(row, i + 2 * lanes) + product<skip_zero>(row, i + 3 * lanes));
+  const auto add_four = [&](int64_t i, int64_t end) __attribute__((always_inline)) {
+    const VecOf<T> four = (product<skip_zero>(row, i, end) + product<skip_zero>(row, i + lanes, end)) +
+                          (product<skip_zero>(row, i + 2 * lanes, end) + product<skip_zero>(row, i + 3 * lanes, end));
     sum = sum + in_double(four);
+  };
+  int64_t i = 0;
+  for (; i + step <= row.keys; i += step) add_four(i, i + step);
+  if (i < row.keys) add_four(i, row.keys);
+  return reduce_add(sum);
+}
+
+// The same of bfloat16, whose products with neighbours go in pairs: in float over four pairs of sixteen.
+TRANSFUSE_INLINE f32 pair_products(f32 sum, const bf16* y, const bf16* dy) {
+  const i32 weights = load_pairs(y), incoming = load_pairs(dy);
+  return fma(even_of(weights), even_of(incoming), fma(odd_of(weights), odd_of(incoming), sum));
+}
+TRANSFUSE_INLINE double sum_of_all_products(const GradRow<bf16>& row) {
+  constexpr int64_t step = 2 * lanes, block = 4 * step;
+  wide sum = set1w(0.0);
+  int64_t i = 0;
+  for (; i + block <= row.keys; i += block) {
+    f32 part = zero();
+    for (int64_t j = i; j < i + block; j += step) part = pair_products(part, row.y + j, row.dy + j);
+    sum = sum + widen(part);
+  }
+  if (i < row.keys) {
+    f32 part = zero();
+    for (; i + step <= row.keys; i += step) part = pair_products(part, row.y + i, row.dy + i);
+    if (i < row.keys) {
+      bf16 y[step] = {}, dy[step] = {};
+      __builtin_memcpy(y, row.y + i, (row.keys - i) * sizeof *y);
+      __builtin_memcpy(dy, row.dy + i, (row.keys - i) * sizeof *dy);
+      part = pair_products(part, y, dy);
+    }
+    sum = sum + widen(part);
   }
   return reduce_add(sum);
 }
 
 template <class T>
-TRANSFUSE_INLINE double mean_gradient(const GradRow<T>& row) {
-  const double sum = sum_of_products<false>(row);
+TRANSFUSE_INLINE double sum_of_all_products(const GradRow<T>& row) {
+  return sum_of_products<false>(row);
+}
+
+// Where the sum of all products is no larger than this, every product is finite and so is every dy - mean: a weight of 0
+// gives 0 by itself.
+constexpr double usual_mean = 0x1p100;
+TRANSFUSE_INLINE bool is_usual(double sum) { return __builtin_fabs(sum) <= usual_mean; }
+
+template <class T>
+[[gnu::noinline]] double finite_mean(const GradRow<T>& row, double sum) {
   return __builtin_fabs(sum) < __builtin_inf() ? sum : sum_of_products<true>(row);
 }
 
-template <class T>
+template <bool skip_zero, class T>
 TRANSFUSE_INLINE VecOf<T> score_gradient(const GradRow<T>& row, int64_t i, int64_t n, const Split<RealOf<T>>& mean) {
   using V = VecOf<T>;
   const V weight = load_as<V>(row.y + i, n);
-  const V centred = (load_as<V>(row.dy + i, n) - mean.hi) - mean.lo;
+  V centred = load_as<V>(row.dy + i, n) - mean.hi;
+  if constexpr (sizeof(T) > 2) centred = centred - mean.lo;
+  if constexpr (!skip_zero) return weight * centred;
   return select(weight == splat<V>(0.0), splat<V>(0.0), weight * centred);
+}
+
+template <bool skip_zero, class T>
+TRANSFUSE_INLINE void store_gradient(const GradRow<T>& row, double row_mean, double scale, T* grad_input) {
+  const Split<RealOf<T>> mean(row_mean);
+  const VecOf<T> factor = splat<VecOf<T>>(scale);
+  int64_t begin = 0;
+  if constexpr (std::is_same_v<T, bf16> && !skip_zero) {
+    for (; begin + 2 * lanes <= row.keys; begin += 2 * lanes) {
+      const i32 weight = load_pairs(row.y + begin), incoming = load_pairs(row.dy + begin);
+      const f32 even = (even_of(weight) * (even_of(incoming) - mean.hi)) * factor;
+      const f32 odd = (odd_of(weight) * (odd_of(incoming) - mean.hi)) * factor;
+      store_pairs(grad_input + begin, round_to_exact_pairs(even, odd));
+    }
+  }
+  for_each_vec(row.keys - begin, [&](int64_t at, int64_t n) __attribute__((always_inline)) {
+    store_as(grad_input + begin + at, score_gradient<skip_zero>(row, begin + at, n, mean) * factor, n);
+  });
+}
+
+template <class T>
+[[gnu::noinline]] void store_unusual_gradient(const GradRow<T>& row, double sum, double scale, T* grad_input) {
+  store_gradient<true>(row, finite_mean(row, sum), scale, grad_input);
 }
 
 template <class T>
@@ -417,24 +572,28 @@ GradRow<T> grad_row(const MaskedSoftmaxGradParams& p, int64_t row) {
 
 template <class T>
 void backward_rows(const MaskedSoftmaxGradParams& p, int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < end; ++r) {
-    const GradRow<T> row = grad_row<T>(p, r);
-    T* grad_input = static_cast<T*>(p.grad_input) + r * p.keys;
-    const Split<RealOf<T>> mean(mean_gradient(row));
-    const VecOf<T> scale = splat<VecOf<T>>(p.scale);
-    for_each_vec(p.keys, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-      store_as(grad_input + i, score_gradient(row, i, n, mean) * scale, n);
-    });
+  for (int64_t i = begin, count; i < end; i += count) {
+    count = rows_at_once(p.keys, end - i);
+    double sums[group_rows];
+    for (int64_t r = 0; r < count; ++r) sums[r] = sum_of_all_products(grad_row<T>(p, i + r));
+    for (int64_t r = 0; r < count; ++r) {
+      const GradRow<T> row = grad_row<T>(p, i + r);
+      T* grad_input = static_cast<T*>(p.grad_input) + (i + r) * p.keys;
+      if (is_usual(sums[r]))
+        store_gradient<false>(row, sums[r], p.scale, grad_input);
+      else
+        store_unusual_gradient(row, sums[r], p.scale, grad_input);
+    }
   }
 }
 
 template <class T>
 void add_row_gradient(const MaskedSoftmaxGradParams& p, int64_t r, double* sums) {
   const GradRow<T> row = grad_row<T>(p, r);
-  const Split<RealOf<T>> mean(mean_gradient(row));
+  const Split<RealOf<T>> mean(finite_mean(row, sum_of_all_products(row)));
   for_each_vec(p.keys, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     alignas(64) double gained[lanes];
-    store_wide(gained, in_double(score_gradient(row, i, n, mean)));
+    store_wide(gained, in_double(score_gradient<true>(row, i, n, mean)));
     for (int64_t j = 0; j < n; ++j) sums[i + j] += gained[j];
   });
 }

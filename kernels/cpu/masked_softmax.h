@@ -1,4 +1,5 @@
-// softmax(scale * input + mask) of rows, excluded keys weighing exactly 0; forward and backward. Method: masked_softmax.cpp.
+// softmax(scale * input + mask) of rows, excluded keys weighing exactly 0; forward and backward. Method:
+// masked_softmax.cpp.
 #pragma once
 
 #include <cstdint>
@@ -26,6 +27,13 @@ struct MaskedSoftmaxParams {
   MaskKind mask_kind;
 };
 
+// Floats that hold the weights of the rows that go together, in type float or shorter.
+constexpr int64_t masked_softmax_group_rows = 4, masked_softmax_longest_grouped = 1024;
+inline int64_t masked_softmax_scratch(const MaskedSoftmaxParams& p) {
+  if (p.dtype == DType::f64) return 0;
+  return p.keys > masked_softmax_longest_grouped ? p.keys : masked_softmax_group_rows * p.keys;
+}
+
 struct MaskedSoftmaxGradParams {
   const void* grad_output;
   const void* output;  // of the forward
@@ -36,7 +44,7 @@ struct MaskedSoftmaxGradParams {
 };
 
 struct MaskedSoftmaxKernels {
-  // Rows [begin, end); scratch holds p.keys floats (none for doubles).
+  // Rows [begin, end); scratch holds masked_softmax_scratch(p) floats.
   void (*forward)(const MaskedSoftmaxParams& p, int64_t begin, int64_t end, float* scratch);
   // grad_input = scale * output * (grad_output - sum(grad_output * output)) of rows [begin, end).
   void (*backward)(const MaskedSoftmaxGradParams& p, int64_t begin, int64_t end);

@@ -6,8 +6,9 @@
 // Policy: statistics are sums in float over deviations from a value of the row, in double where that would not do. The
 // float32 forward rounds about once; where four roundings in float do no harm, in the forward of the 16-bit types and in
 // the backward, a row is normalised in float against a mean of two floats; a float64 row in double against a mean and an
-// rstd of two doubles. Rows go in pairs that share the loads of the weights,
-// and a pair is still in L1 when its last pass starts. No residual is taken from an FMA: the baseline level has none.
+// rstd of two doubles. Rows go in groups that share the loads of the weights where that pays, and a group is still in L1
+// when its last pass starts; no row's bits depend on its group. No residual is taken from an FMA: the baseline level has
+// none.
 #pragma once
 
 #include <type_traits>
@@ -21,11 +22,18 @@ namespace transfuse::cpu::TRANSFUSE_ISA {
 namespace {
 
 // Rows that go through the last pass together, so that a vector of weights is loaded and widened once for all of them. In
-// the backward the terms of the weights' gradients, too, are added in float over a group and then once in double.
-constexpr int64_t group_rows = 2;
+// the backward the terms of the weights' gradients, too, are added in float over a group and then once in double; the
+// groups follow from the number of rows and columns, and with them the order of these sums.
+constexpr int64_t pair_rows = 2;
 constexpr int64_t backward_group_rows = 4;
-static_assert(group_rows == 2, "the last group is a pair or a single row");
+// Rows whose statistics are taken one after the other before the first is normalised: sums of the next row fill the time
+// in which the last one's mean and rstd are worked out. They stay in L1.
+constexpr int64_t group_rows = 4, group_bytes = 16 << 10;
 static_assert(norm_block == lanes, "reduce works in whole vectors");
+// From here on what a call reads and writes is far from the core, and order of access counts for more than instructions.
+constexpr int64_t far_bytes = int64_t{16} << 20;
+constexpr int64_t near_row_bytes = 24 << 10;    // rows of up to this size stay in L1 beside the weights
+constexpr int64_t near_weight_bytes = 8 << 10;  // weights of up to this size are in L1 for every row
 // Columns whose terms are added in lanes before the lanes are added to the row's sum, in double: rounding errors grow
 // with the lengths of both sums instead of their product.
 constexpr int64_t sum_block = 32 * lanes;
@@ -33,7 +41,7 @@ constexpr int64_t sum_block = 32 * lanes;
 // Of one row times `scale`, a power of two: 1 but for float64, whose squares could leave double's range and whose mean
 // and rstd are sums of two doubles.
 struct Statistics {
-  double mean, rstd;
+  double mean = 0, rstd = 0;
   double mean_tail = 0, rstd_tail = 0;
   double scale = 1;
   bool quick = false;  // taken in float: rstd and the deviations are far from the ends of float's range
@@ -75,6 +83,7 @@ TRANSFUSE_INLINE double inverse_of_power(double x) {
   return x;
 }
 TRANSFUSE_INLINE double smaller(double x, double y) { return x < y ? x : y; }
+TRANSFUSE_INLINE int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
 TRANSFUSE_INLINE double larger(double x, double y) { return x > y ? x : y; }
 
 // The power of two that brings the larger of sqrt(eps) and the row's largest |x| to between 1 and 2, as far as one
@@ -101,55 +110,81 @@ TRANSFUSE_INLINE Pair<double> scaled_rstd(double square, double eps, double scal
 
 // ---- statistics of the other types: in float where that is exact enough, which is nearly always ----
 
-// Mean and rstd of a row whose vectors are value(i, n), in one pass over its deviations from a shift: the mean of its
-// first vector. False where float is not enough: the shift is farther from the mean than a standard deviation, or the
-// squares leave float's range, or the row is constant or not finite.
-//
-// Deviations are exact wherever the mean is large against them. Their sums run in four chains of at most ten terms, and
-// in double over blocks, so that the variance is good to 2^-23.
-template <bool centered, class Value>
-TRANSFUSE_INLINE bool quick_statistics(int64_t cols, double eps, Value value, Statistics& row) {
-  constexpr int64_t chains = 4;
-  constexpr double smallest = 0x1p-80, largest = 0x1p100;
-  float shift = 0;
-  if (centered) {
-    const int64_t n = cols < lanes ? cols : lanes;
-    shift = reduce_add(value(0, n)) / static_cast<float>(n);
-  }
-  wide sum = set1w(0), squares = set1w(0);
-  for (int64_t block = 0; block < cols; block += sum_block) {
-    const int64_t end = cols - block < sum_block ? cols : block + sum_block;
-    f32 sums[chains], products[chains];
-    for (int64_t c = 0; c < chains; ++c) sums[c] = products[c] = zero();
-    const auto add = [&](int64_t c, f32 deviation) __attribute__((always_inline)) {
-      if (centered) sums[c] = sums[c] + deviation;
-      products[c] = fma(deviation, deviation, products[c]);
-    };
-    int64_t i = block;
-    for (; i + chains * lanes <= end; i += chains * lanes)
-      for (int64_t c = 0; c < chains; ++c) add(c, value(i + c * lanes, lanes) - set1(shift));
-    for (; i + lanes <= end; i += lanes) add(0, value(i, lanes) - set1(shift));
-    if (i < end) add(1, select(first_n(end - i), value(i, end - i) - set1(shift), zero()));
-    if (centered) sum = sum + widen((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    squares = squares + widen((products[0] + products[1]) + (products[2] + products[3]));
-  }
-  const double square = reduce_add(squares) / cols, offset = centered ? reduce_add(sum) / cols : 0;
-  const double variance = square - offset * offset;
-  if (!(square > smallest && square < largest && offset * offset <= variance && eps < largest)) return false;
-  row = {shift + offset, 1 / __builtin_sqrt(variance + eps)};
-  row.quick = true;
-  return true;
+// What deviations are taken from: the mean of a row's first vector.
+template <bool centered>
+TRANSFUSE_INLINE float shift_of(f32 first, int64_t cols) {
+  return centered ? reduce_add(first) / static_cast<float>(cols < lanes ? cols : lanes) : 0;
 }
 
-// `x` holds what value(i, n) gave once that was called for all of the row.
-template <class Norm, class T, class Value>
-TRANSFUSE_INLINE Statistics statistics_of(const T* x, int64_t cols, double eps, Value value) {
-  Statistics row;
-  return quick_statistics<Norm::centered>(cols, eps, value, row) ? row : Norm::statistics(x, cols, eps);
+// Sums of the deviations of a row, in `chains` chains within a block (four have ten terms at most) and in double over
+// blocks.
+template <bool centered, int64_t chains>
+struct DeviationSums {
+  f32 sums[chains], squares[chains];
+  wide sum = set1w(0), square = set1w(0);
+
+  TRANSFUSE_INLINE void begin_block() {
+    for (int64_t c = 0; c < chains; ++c) sums[c] = squares[c] = zero();
+  }
+  TRANSFUSE_INLINE void add(int64_t chain, f32 deviation) {
+    if (centered) sums[chain] = sums[chain] + deviation;
+    squares[chain] = fma(deviation, deviation, squares[chain]);
+  }
+  TRANSFUSE_INLINE static f32 joined(const f32* chain) {
+    if constexpr (chains == 2) return chain[0] + chain[1];
+    return (chain[0] + chain[1]) + (chain[2] + chain[3]);
+  }
+  TRANSFUSE_INLINE void end_block() {
+    if (centered) sum = sum + widen(joined(sums));
+    square = square + widen(joined(squares));
+  }
+  // False where float is not enough: the shift is farther from the mean than a standard deviation, or the squares leave
+  // float's range, or the row is constant or not finite. Deviations are exact wherever the mean is large against them, so
+  // that the variance is good to 2^-23.
+  TRANSFUSE_INLINE bool finish(float shift, int64_t cols, double eps, Statistics& row) const {
+    constexpr double smallest = 0x1p-80, largest = 0x1p100;
+    const double mean_square = reduce_add(square) / cols, offset = centered ? reduce_add(sum) / cols : 0;
+    const double variance = mean_square - offset * offset;
+    if (!(mean_square > smallest && mean_square < largest && offset * offset <= variance && eps < largest)) return false;
+    row = {shift + offset, 1 / __builtin_sqrt(variance + eps)};
+    row.quick = true;
+    return true;
+  }
+};
+
+// body(chain, i, n) over the vectors of a row that lie in [block, end), in turns over the chains.
+template <int64_t chains, class Body>
+TRANSFUSE_INLINE void for_each_chained(int64_t block, int64_t end, Body body) {
+  int64_t i = block;
+  for (; i + chains * lanes <= end; i += chains * lanes)
+    for (int64_t c = 0; c < chains; ++c) body(c, i + c * lanes, lanes);
+  for (; i + lanes <= end; i += lanes) body(0, i, lanes);
+  if (i < end) body(1, i, end - i);
 }
+
+// Mean and rstd of a row whose vectors are value(i, n), each asked for once, in one pass; false as finish().
+template <bool centered, class Value>
+TRANSFUSE_INLINE bool quick_statistics(int64_t cols, double eps, float shift, Value value, Statistics& row) {
+  constexpr int64_t chains = 4;
+  DeviationSums<centered, chains> sums;
+  for (int64_t block = 0; block < cols; block += sum_block) {
+    sums.begin_block();
+    for_each_chained<chains>(block, smaller(cols, block + sum_block), [&](int64_t chain, int64_t i, int64_t n)
+                             __attribute__((always_inline)) {
+      const f32 deviation = value(i, n) - set1(shift);
+      sums.add(chain, n == lanes ? deviation : select(first_n(n), deviation, zero()));
+    });
+    sums.end_block();
+  }
+  return sums.finish(shift, cols, eps, row);
+}
+
 template <class Norm, class T>
 TRANSFUSE_INLINE Statistics statistics_of(const T* x, int64_t cols, double eps) {
-  return statistics_of<Norm>(x, cols, eps, [&](int64_t i, int64_t n) __attribute__((always_inline)) { return load_n(x + i, n); });
+  const auto value = [&](int64_t i, int64_t n) __attribute__((always_inline)) { return load_n(x + i, n); };
+  const float shift = shift_of<Norm::centered>(value(0, smaller(cols, lanes)), cols);
+  Statistics row;
+  return quick_statistics<Norm::centered>(cols, eps, shift, value, row) ? row : Norm::statistics(x, cols, eps);
 }
 template <class Norm>
 TRANSFUSE_INLINE Statistics statistics_of(const double* x, int64_t cols, double eps) {
@@ -269,13 +304,14 @@ template <class Norm, class Row, int64_t count, class T, class W>
 TRANSFUSE_INLINE void normalize_rows(const T* x, const Statistics* statistics, const W* weight, const W* bias,
                                      T* output, int64_t cols) {
   using V = typename Row::V;
-  static_assert(count <= group_rows);
-  const Row rows[group_rows] = {Row(statistics[0]), Row(statistics[count - 1])};
+  static_assert(count <= pair_rows);
+  const Row rows[pair_rows] = {Row(statistics[0]), Row(statistics[count - 1])};
   for_each_vec(cols, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     const V scale = weight ? load_as<V>(weight + i, n) : splat<V>(1);
     const V offset = bias ? load_as<V>(bias + i, n) : splat<V>(0);
     for (int64_t r = 0; r < count; ++r) {
       const V normalized = rows[r].normalize(load_as<V>(x + r * cols + i, n));
+      if (count == 1) __builtin_prefetch(x + cols + i);
       store_as(output + r * cols + i, Norm::centered ? fma(normalized, scale, offset) : normalized * scale, n);
     }
   });
@@ -295,14 +331,21 @@ TRANSFUSE_INLINE void normalize_group(const T* x, const Statistics* statistics, 
   }
 }
 
-// Statistics of one row, and, where there is a residual, the row itself: the sum, whose place is x.
+// Statistics of one row where there is a residual, and the row itself: the sum, whose place is x. It may be the place of
+// either addend.
 template <class Norm, class T>
 TRANSFUSE_INLINE Statistics begin_row(const T* input, const T* residual, T* x, int64_t cols, double eps) {
-  return statistics_of<Norm>(x, cols, eps, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    const f32 sum = rounded(load_n(input + i, n) + load_n(residual + i, n), T{});
-    store_n(x + i, sum, n);
-    return sum;
-  });
+  const auto sum = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    return rounded(load_n(input + i, n) + load_n(residual + i, n), T{});
+  };
+  const auto stored_sum = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    const f32 value = sum(i, n);
+    store_n(x + i, value, n);
+    return value;
+  };
+  const float shift = shift_of<Norm::centered>(sum(0, smaller(cols, lanes)), cols);
+  Statistics row;
+  return quick_statistics<Norm::centered>(cols, eps, shift, stored_sum, row) ? row : Norm::statistics(x, cols, eps);
 }
 template <class Norm>
 TRANSFUSE_INLINE Statistics begin_row(const double* input, const double* residual, double* x, int64_t cols, double eps) {
@@ -317,8 +360,12 @@ template <class Norm, class T, class W>
   const int64_t cols = p.cols;
   const W* weight = static_cast<const W*>(p.weight);
   const W* bias = static_cast<const W*>(p.bias);
-  for (int64_t row = begin; row < end; row += group_rows) {
-    const int64_t count = end - row < group_rows ? end - row : group_rows;
+  // Two rows at a time load weights once and make twice as many streams through memory.
+  const bool far = p.residual || 2 * (end - begin) * cols * int64_t{sizeof(T)} >= far_bytes;
+  const bool singly = far && cols * int64_t{sizeof(W)} <= near_weight_bytes;
+  const int64_t at_once = singly ? 1 : (group_rows * cols * int64_t{sizeof(T)} <= group_bytes ? group_rows : pair_rows);
+  for (int64_t row = begin, count; row < end; row += count) {
+    count = smaller(end - row, at_once);
     const T* input = static_cast<const T*>(p.input) + row * cols;
     const T* residual = p.residual ? static_cast<const T*>(p.residual) + row * cols : nullptr;
     T* sum = static_cast<T*>(p.sum) + row * cols;
@@ -330,10 +377,10 @@ template <class Norm, class T, class W>
     }
     const T* x = residual ? sum : input;
     T* output = static_cast<T*>(p.output) + row * cols;
-    if (count == group_rows)
-      normalize_group<Norm, group_rows>(x, rows, weight, bias, output, cols);
-    else
-      normalize_group<Norm, 1>(x, rows, weight, bias, output, cols);
+    int64_t r = 0;
+    for (; r + pair_rows <= count; r += pair_rows)
+      normalize_group<Norm, pair_rows>(x + r * cols, rows + r, weight, bias, output + r * cols, cols);
+    if (r < count) normalize_group<Norm, 1>(x + r * cols, rows + r, weight, bias, output + r * cols, cols);
   }
 }
 
@@ -352,7 +399,9 @@ struct Projections {
 // block of columns (their errors are divided by cols), and in double over the blocks. What is summed in place of
 // g * xhat = g * (deviation * rest + remainder) is g * deviation.
 template <class Norm, class T, class W>
-TRANSFUSE_INLINE auto project_row(const T* x, const T* grad_output, const W* weight, int64_t cols, double eps) {
+[[gnu::noinline]] Projections<RowOf<T, Norm::centered>> project_after_statistics(const T* x, const T* grad_output,
+                                                                                 const W* weight, int64_t cols,
+                                                                                 double eps) {
   using Row = RowOf<T, Norm::centered>;
   using V = typename Row::V;
   using Real = typename Row::Real;
@@ -378,7 +427,46 @@ TRANSFUSE_INLINE auto project_row(const T* x, const T* grad_output, const W* wei
   }
   mean_g /= cols;
   mean_g_deviation /= cols;
-  return Projections<Row>{row, static_cast<Real>(mean_g), static_cast<Real>(row.from_deviation(mean_g_deviation, mean_g))};
+  return {row, static_cast<Real>(mean_g), static_cast<Real>(row.from_deviation(mean_g_deviation, mean_g))};
+}
+
+// The same in one pass with the statistics, for nearly every row: the deviations are those from the shift, which is within
+// a standard deviation of the mean. Left out are rows whose products with g might leave float's range.
+template <class Norm, class T, class W>
+TRANSFUSE_INLINE auto project_row(const T* x, const T* grad_output, const W* weight, int64_t cols, double eps) {
+  if constexpr (std::is_same_v<T, double>) {
+    return project_after_statistics<Norm>(x, grad_output, weight, cols, eps);
+  } else {
+    constexpr int64_t chains = 2;
+    constexpr double smallest = 0x1p-50, largest = 0x1p20;
+    const float shift = shift_of<Norm::centered>(load_n(x, smaller(cols, lanes)), cols);
+    DeviationSums<Norm::centered, chains> sums;
+    wide sum_g = set1w(0), sum_g_deviation = set1w(0);
+    for (int64_t block = 0; block < cols; block += sum_block) {
+      f32 block_g[chains] = {zero(), zero()}, block_g_deviation[chains] = {zero(), zero()};
+      sums.begin_block();
+      for_each_chained<chains>(block, smaller(cols, block + sum_block), [&](int64_t chain, int64_t i, int64_t n)
+                               __attribute__((always_inline)) {
+        f32 deviation = load_n(x + i, n) - set1(shift);
+        if (n < lanes) deviation = select(first_n(n), deviation, zero());
+        sums.add(chain, deviation);
+        const f32 grad = load_n(grad_output + i, n), g = weight ? grad * load_n(weight + i, n) : grad;
+        if (Norm::centered) block_g[chain] = block_g[chain] + g;
+        block_g_deviation[chain] = fma(g, deviation, block_g_deviation[chain]);
+      });
+      sums.end_block();
+      if (Norm::centered) sum_g = sum_g + widen(block_g[0] + block_g[1]);
+      sum_g_deviation = sum_g_deviation + widen(block_g_deviation[0] + block_g_deviation[1]);
+    }
+    Statistics row;
+    const bool quick = sums.finish(shift, cols, eps, row);
+    const double mean_g = Norm::centered ? reduce_add(sum_g) / cols : 0;
+    const double mean_g_xhat = (reduce_add(sum_g_deviation) / cols - (row.mean - shift) * mean_g) * row.rstd;
+    if (!(quick && row.rstd > smallest && row.rstd < largest && mean_g_xhat - mean_g_xhat == 0))
+      return project_after_statistics<Norm>(x, grad_output, weight, cols, eps);
+    using Row = RowOf<T, Norm::centered>;
+    return Projections<Row>{Row(row), static_cast<float>(mean_g), static_cast<float>(mean_g_xhat)};
+  }
 }
 
 template <class Norm, int64_t count, class T, class W, class Row>
@@ -401,8 +489,13 @@ TRANSFUSE_INLINE void differentiate_rows(const NormBackwardParams& p, int64_t ro
       const V grad = load_as<V>(grad_output + at, n);
       weight_sum = fma(grad, xhat, weight_sum);
       bias_sum = bias_sum + grad;
+      if (count == 1) {
+        __builtin_prefetch(x + cols + i);
+        __builtin_prefetch(grad_output + cols + i);
+      }
       if (!grad_input) continue;
-      const V g = Norm::centered ? grad * scale - splat<V>(rows[r].mean_g) : grad * scale;
+      const V product = grad * scale;  // rounded as in the mean, so that a row of one element has the gradient 0
+      const V g = Norm::centered ? product - splat<V>(rows[r].mean_g) : product;
       const V projected = fnma(xhat, splat<V>(rows[r].mean_g_xhat), g);
       const V past_norm = grad_sum ? load_as<V>(grad_sum + at, n) : splat<V>(0);
       store_as(grad_input + at, fma(projected * splat<V>(rows[r].row.rest), splat<V>(rows[r].row.scale), past_norm), n);
@@ -415,6 +508,10 @@ TRANSFUSE_INLINE void differentiate_rows(const NormBackwardParams& p, int64_t ro
 template <class Norm, class T, class W>
 [[gnu::noinline]] void backward_chunks(const NormBackwardParams& p, int64_t begin, int64_t end) {
   const int64_t cols = p.cols, padded = norm_padded_cols(cols);
+  const bool far = 3 * p.rows * cols * int64_t{sizeof(T)} >= far_bytes;  // of all rows: every thread adds alike
+  const int64_t pair_bytes = 2 * pair_rows * cols * int64_t{sizeof(T)};
+  const bool in_pairs = 2 * pair_bytes > near_row_bytes && pair_bytes <= near_row_bytes;
+  const int64_t at_once = far ? 1 : (in_pairs ? pair_rows : backward_group_rows);
   const T* input = static_cast<const T*>(p.input);
   const T* grad_output = static_cast<const T*>(p.grad_output);
   const W* weight = static_cast<const W*>(p.weight);
@@ -426,8 +523,8 @@ template <class Norm, class T, class W>
       if (weight_sums) weight_sums[i] = 0;
       if (bias_sums) bias_sums[i] = 0;
     }
-    for (int64_t row = row_begin; row < row_end; row += backward_group_rows) {
-      const int64_t count = row_end - row < backward_group_rows ? row_end - row : backward_group_rows;
+    for (int64_t row = row_begin, count; row < row_end; row += count) {
+      count = smaller(row_end - row, at_once);
       Projections<RowOf<T, Norm::centered>> rows[backward_group_rows];
       for (int64_t r = 0; r < count; ++r) {
         const int64_t at = (row + r) * cols;
@@ -435,6 +532,10 @@ template <class Norm, class T, class W>
       }
       if (count == backward_group_rows) {
         differentiate_rows<Norm, backward_group_rows, T, W>(p, row, rows, weight_sums, bias_sums);
+        continue;
+      }
+      if (in_pairs && count == pair_rows) {
+        differentiate_rows<Norm, pair_rows, T, W>(p, row, rows, weight_sums, bias_sums);
         continue;
       }
       for (int64_t r = 0; r < count; ++r)

@@ -47,28 +47,55 @@ TRANSFUSE_INLINE f64 max_nan(f64 a, f64 b) { return select(isnan(a), a, max(a, b
 constexpr int32_t lane_numbers[lanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 TRANSFUSE_INLINE i32 iota() { return load(lane_numbers); }
 
+#ifndef __AVX512F__
+// The lanes of x where m, side by side from p on. Sixteen lanes may be written.
+template <class T, class V>
+TRANSFUSE_INLINE void store_compressed(T* p, V x, mask m) {
+  T values[lanes];
+  static_assert(sizeof values == sizeof x);
+  __builtin_memcpy(values, &x, sizeof values);
+  for (uint32_t left = to_bits(m); left != 0; left &= left - 1) *p++ = values[__builtin_ctz(left)];
+}
+#endif
+
 // ---- pairs of bfloat16 ----
 //
 // An i32 of sixteen pairs, the even element in the low half of a lane. dot(sum, a, b) is fma(even, even, fma(odd, odd,
-// sum)), and round_to_pairs rounds to nearest even; where has_bf16_dot, both are single instructions that take and
-// give 0 for every subnormal number.
+// sum)). round_to_pairs and round_neighbours round to nearest even, the latter lanes (2i, 2i + 1) of low, then of high, to
+// one pair. Where has_bf16_dot, all are single instructions that take and give 0 for every subnormal number.
 
 TRANSFUSE_INLINE f32 even_of(i32 pairs) { return from_bits(shift_left<16>(pairs)); }
 TRANSFUSE_INLINE f32 odd_of(i32 pairs) { return from_bits(pairs & set1i(INT32_MIN >> 15)); }
 // Of floats that are bfloat16 already.
 TRANSFUSE_INLINE i32 pair_up(f32 even, f32 odd) { return bits(odd) | shift_right<16>(bits(even)); }
 
+// round_to_pairs that keeps subnormal numbers on every level.
+TRANSFUSE_INLINE i32 round_to_exact_pairs(f32 even, f32 odd) {
+  const auto rounded = [](f32 x) {
+    const i32 up = bits(x) + (shift_right<16>(bits(x)) & set1i(1)) + set1i(0x7FFF);
+    return select(isnan(x), from_bits(bits(x) | set1i(0x400000)), from_bits(up));
+  };
+#ifdef __AVX512BF16__
+  if (__builtin_expect(!any(is_subnormal(even) | is_subnormal(odd)), 1)) return round_to_pairs(even, odd);
+#endif
+  return pair_up(from_bits(bits(rounded(even)) & set1i(INT32_MIN >> 15)), odd_of(bits(rounded(odd))));
+}
+TRANSFUSE_INLINE i32 load_pairs(const bf16* p) { return bits(load(reinterpret_cast<const float*>(p))); }
+TRANSFUSE_INLINE void store_pairs(bf16* p, i32 pairs) { store(reinterpret_cast<float*>(p), from_bits(pairs)); }
+
 #ifndef __AVX512BF16__
 constexpr bool has_bf16_dot = false;
 TRANSFUSE_INLINE f32 dot(f32 sum, i32 a, i32 b) {
   return fma(even_of(a), even_of(b), fma(odd_of(a), odd_of(b), sum));
 }
-TRANSFUSE_INLINE i32 round_to_pairs(f32 even, f32 odd) {
-  const auto rounded = [](f32 x) {
-    const i32 up = bits(x) + (shift_right<16>(bits(x)) & set1i(1)) + set1i(0x7FFF);
-    return select(isnan(x), from_bits(bits(x) | set1i(0x400000)), from_bits(up));
-  };
-  return pair_up(from_bits(bits(rounded(even)) & set1i(INT32_MIN >> 15)), odd_of(bits(rounded(odd))));
+TRANSFUSE_INLINE i32 round_to_pairs(f32 even, f32 odd) { return round_to_exact_pairs(even, odd); }
+TRANSFUSE_INLINE i32 round_neighbours(f32 low, f32 high) {
+  alignas(64) bf16 x[2 * lanes];
+  store(x, low);
+  store(x + lanes, high);
+  int32_t words[lanes];
+  __builtin_memcpy(words, x, sizeof words);
+  return load(words);
 }
 #endif
 

@@ -81,6 +81,13 @@ TRANSFUSE_INLINE i32 load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 TRANSFUSE_INLINE f32 lookup(const float (&table)[lookup_size], i32 index) {
   return {_mm512_permutex2var_ps(_mm512_loadu_ps(table), index.v, _mm512_loadu_ps(table + lanes))};
 }
+// The lanes of a where m, side by side from p on. All sixteen lanes are written.
+TRANSFUSE_INLINE void store_compressed(float* p, f32 a, mask m) {
+  _mm512_storeu_ps(p, _mm512_maskz_compress_ps(m.v, a.v));
+}
+TRANSFUSE_INLINE void store_compressed(int32_t* p, i32 a, mask m) {
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(m.v, a.v));
+}
 template <int n>
 TRANSFUSE_INLINE i32 shift_left(i32 a) { return {_mm512_slli_epi32(a.v, n)}; }
 template <int n>
@@ -187,8 +194,12 @@ TRANSFUSE_INLINE f32 abs(f32 a) { return {_mm512_abs_ps(a.v)}; }
 
 #ifdef __AVX512BF16__
 constexpr bool has_bf16_dot = true;
+TRANSFUSE_INLINE mask is_subnormal(f32 a) { return {_mm512_fpclass_ps_mask(a.v, 0x20)}; }
 TRANSFUSE_INLINE f32 dot(f32 sum, i32 a, i32 b) {
   return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+}
+TRANSFUSE_INLINE i32 round_neighbours(f32 low, f32 high) {
+  return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v))};
 }
 TRANSFUSE_INLINE i32 round_to_pairs(f32 even, f32 odd) {
   const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,

@@ -1,34 +1,65 @@
-// exp on a GPU, as kernels/cpu/exp.h has it: the same polynomials, so the same bits. ex2.approx would cost 2 ULP.
+// exp on a GPU, as kernels/cpu/exp.h has it: the same constants and operations, so the same bits. ex2.approx would cost
+// 2 ULP.
 //
-// | function                     | range of x   | error    | special values                               |
-// |------------------------------|--------------|----------|----------------------------------------------|
-// | exp_nonpositive(x, residual) | (-inf, 70]   | <= 1 ULP | exp(-inf) = 0; |residual| <= 1e-4 and finite |
-// | exp_wide(double x)           | [-690, 690]  | 2^-40    | for results rounded to float later           |
+// | function                     | range of x   | error    | special values                                 |
+// |------------------------------|--------------|----------|------------------------------------------------|
+// | exp_nonpositive(x, residual) | (-inf, 70]   | <= 1 ULP | exp(-inf) = 0; |residual| <= 1e-4 and finite   |
+// | exp_parts(x, residual)       | [-170, 170]  | 2^-28    | a power of two apart; |residual| <= 1e-4       |
+// | exp_wide(double x)           | [-690, 690]  | 2^-40    | for results rounded to 16 bits later           |
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
+#include "exp_constants.h"
+
 namespace transfuse::cuda {
+
+// (e^r - 1) / r for |r| <= ln 2 / 2.
+__device__ __forceinline__ float exp_quotient(float r) {
+  float q = exp_q5;
+  q = fmaf(q, r, exp_q4);
+  q = fmaf(q, r, exp_q3);
+  q = fmaf(q, r, exp_q2);
+  q = fmaf(q, r, exp_q1);
+  return fmaf(q, r, 1.0f);
+}
+
+// What is left of x + residual after taking n ln 2 out.
+__device__ __forceinline__ float exp_reduced(float x, float n, float residual) {
+  return fmaf(-n, exp_ln2_lo, fmaf(-n, exp_ln2_hi, x)) + residual;
+}
 
 // e^(x + residual).
 __device__ __forceinline__ float exp_nonpositive(float x, float residual) {
-  constexpr float lowest = -0x1.a56ef8p+6f;  // -152 ln 2: rounds to 0, and so does everything below
-  // Adding it rounds to an integer, whose low bits are then the exponent field of 2^(n + 25); 2^-25 comes last, so that
-  // a subnormal result is rounded once.
-  constexpr float integer = 0x1.8p23f + 127.0f + 25.0f;
-  x = fmaxf(x, lowest);
-  const float shifted = fmaf(x, 0x1.715476p+0f, integer), n = shifted - integer;
-  const float r =
-      fmaf(-n, 0x1.7f7d1cp-20f, fmaf(-n, 0x1.62e400p-1f, x)) + residual;  // ln 2 in two parts, the first exact
-  float q = 0x1.6a243ap-10f;
-  q = fmaf(q, r, 0x1.1239e2p-7f);
-  q = fmaf(q, r, 0x1.5558f2p-5f);
-  q = fmaf(q, r, 0x1.555492p-3f);
-  q = fmaf(q, r, 0x1.fffffcp-2f);
-  const float fraction = fmaf(fmaf(q, r, 1.0f), r, 1.0f);
+  // The low bits of the rounding sum are the exponent field of 2^(n + 25); 2^-25 comes last, so that a subnormal result
+  // is rounded once.
+  constexpr float integer = exp_integer + 127.0f + 25.0f;
+  x = fmaxf(x, exp_lowest);
+  const float shifted = fmaf(x, exp_log2e, integer);
+  const float r = exp_reduced(x, shifted - integer, residual);
+  const float fraction = fmaf(exp_quotient(r), r, 1.0f);
   return fraction * __uint_as_float(__float_as_uint(shifted) << 23) * 0x1p-25f;
+}
+
+// a * (1 + excess) * 2^power for any a: one FMA, where a rounded e^r would be rounded once more.
+struct FloatExponential {
+  float excess;
+  int power;
+};
+
+// e^(x + residual).
+__device__ __forceinline__ FloatExponential exp_parts(float x, float residual) {
+  const float shifted = fmaf(x, exp_log2e, exp_integer);
+  const float r = exp_reduced(x, shifted - exp_integer, residual);
+  return {exp_quotient(r) * r, __float_as_int(shifted) - __float_as_int(exp_integer)};
+}
+
+// a * 2^n, |n| <= 252: more than one float holds, so two factors. The first is exact where a is near 1.
+__device__ __forceinline__ float scale_by_power(float a, int n) {
+  const int half = n >> 1;
+  return a * __int_as_float((half + 127) << 23) * __int_as_float((n - half + 127) << 23);
 }
 
 __device__ __forceinline__ double exp_wide(double x) {

@@ -2,8 +2,9 @@
 //
 //   gelu(x) = max(x, 0) - t * tail(t),   gelu'(x) = h(t) for x < 0 and 1 - h(t) for x >= 0
 //
-// where tail and h are polynomials in float on |x| < 63/16, and in double beyond and for the float16 results that lie
-// too near the middle of two neighbours. Tables, polynomials and operations are the CPU's, and so are the bits.
+// where tail and h are polynomials in float on |x| < 63/16 and an exponential in float beyond (gelu_far.cuh). Constants
+// and operations are the CPU's, and so are the bits. Float16 results too near the middle of two are evaluated again in
+// double, far more precisely than a float16 needs.
 //
 // Policy: a thread owns one vector of columns and goes down the rows of its block's chunk; so the bias is loaded once
 // and the bias gradient stays in registers. The table of coefficients lies in shared memory once per lane: a lookup by
@@ -13,6 +14,7 @@
 #include <type_traits>
 
 #include "cuda/exp.cuh"
+#include "cuda/gelu_far.cuh"
 #include "cuda/lines.cuh"
 #include "cuda/rounding.cuh"
 #include "gelu_tables.h"
@@ -23,9 +25,20 @@ namespace {
 
 __constant__ Segments erf_tail = ErfSegments::tail, erf_slope = ErfSegments::slope;
 __constant__ Segments tanh_tail = TanhSegments::tail, tanh_slope = TanhSegments::slope;
-__constant__ MillsRatio mills = mills_ratio;
 
-constexpr double cut = 16.0;  // beyond it every tail is far below the last subnormal
+// ---- double, for float16 ----
+
+// R(t) = Phi(-t) exp(t^2/2) = P(t) / Q(t) on [0, 16], relative error 2^-39.
+struct MillsRatio {
+  double p[7], q[8];
+};
+__constant__ MillsRatio mills = {
+    {0x1.00000000014d9p-1, 0x1.25072584c3476p-1, 0x1.4988d461fe849p-2, 0x1.be1acc2038532p-4, 0x1.7b786ab4ec994p-6,
+     0x1.8182bbd553799p-9, 0x1.73d7f2412f026p-13},
+    {0x1.0000000000000p+0, 0x1.f1494f2405f07p+0, 0x1.b18b5af48110bp+0, 0x1.ba3fb22d2cdabp-1, 0x1.1f1baeee1a755p-2,
+     0x1.df3c2e2f4dcd5p-5, 0x1.e32a91e3f0ef9p-8, 0x1.d20965981f27fp-12}};
+constexpr double inverse_sqrt_2pi = 0x1.9884533d43651p-2;
+constexpr double double_cut = 16.0;  // beyond it every tail is far below the last subnormal
 
 template <int n>
 __device__ __forceinline__ double polynomial(const double (&c)[n], double t) {
@@ -36,11 +49,12 @@ __device__ __forceinline__ double polynomial(const double (&c)[n], double t) {
 }
 
 struct Erf {
+  using Far = ErfFar;
   static constexpr float slope_shift = ErfSegments::shift;
   __device__ static const Segments& tail_segments() { return erf_tail; }
   __device__ static const Segments& slope_segments() { return erf_slope; }
   __device__ static double gaussian(double t) { return exp_wide(t * t * -0.5); }
-  // t * Phi(-t)
+  // t Phi(-t)
   __device__ static double tail(double t) { return t * gaussian(t) * polynomial(mills.p, t) / polynomial(mills.q, t); }
   // Phi(-t) - t phi(t)
   __device__ static double slope(double t) {
@@ -50,17 +64,19 @@ struct Erf {
 };
 
 struct Tanh {
+  using Far = TanhFar;
   static constexpr float slope_shift = TanhSegments::shift;
+  static constexpr double c0 = TanhFarTable::c0, c1 = TanhFarTable::c1;
   __device__ static const Segments& tail_segments() { return tanh_tail; }
   __device__ static const Segments& slope_segments() { return tanh_slope; }
-  __device__ static double decay(double t) { return exp_wide(t * fma(t * t, -tanh_c1, -tanh_c0)); }
+  __device__ static double decay(double t) { return exp_wide(t * fma(t * t, -c1, -c0)); }
   __device__ static double tail(double t) {
     const double e = decay(t);
     return t * e / (e + 1.0);
   }
   __device__ static double slope(double t) {
     const double e = decay(t), upper = 1.0 / (e + 1.0);
-    const double rate = t * fma(t * t, 3 * tanh_c1, tanh_c0);
+    const double rate = t * fma(t * t, 3 * c1, c0);
     return e * upper * fma(-rate, upper, 1.0);
   }
 };
@@ -88,20 +104,32 @@ __device__ __forceinline__ float evaluate(const float* table, float t) {
   return sum;
 }
 
+// The two functions of (x, grad_output), as on the CPU. In float: `core`, and `far` where is_far. In double: `full`.
+
 struct Forward {
   template <class Form>
   __device__ static const Segments& segments() {
     return Form::tail_segments();
   }
-  // For |x| < segments_end. A zero keeps its sign, a NaN stays.
-  template <class Form>
+  // A zero keeps its sign, a NaN stays. A 16-bit x from segments_end on is its own gelu: the tail is below half its
+  // last place.
+  template <class Form, class T>
   __device__ static float core(const float* table, float x, float) {
-    const float t = fabsf(x);
-    return fmaf(-t, evaluate(table, t), x < 0.0f ? -0.0f : x);
+    const float t = fabsf(x), y = fmaf(-t, evaluate(table, t), x < 0.0f ? -0.0f : x);
+    return !std::is_same_v<T, float> && x >= segments_end ? x : y;
+  }
+  template <class T>
+  __device__ static bool is_far(float x) {
+    return std::is_same_v<T, float> ? fabsf(x) >= segments_end : x <= -segments_end;
   }
   template <class Form>
-  __device__ static double everywhere(double x, double) {
-    return (x < 0.0 ? -0.0 : x) - Form::tail(fmin(fabs(x), cut));
+  __device__ static float far(float x, float) {
+    const float y = value(Form::Far::tail(fminf(fabsf(x), Form::Far::cut)));
+    return x < 0.0f ? -y : x - y;
+  }
+  template <class Form>
+  __device__ static double full(double x, double) {
+    return (x < 0.0 ? -0.0 : x) - Form::tail(fmin(fabs(x), double_cut));
   }
 };
 
@@ -110,35 +138,41 @@ struct Backward {
   __device__ static const Segments& segments() {
     return Form::slope_segments();
   }
-  template <class Form>
+  template <class Form, class T>
   __device__ static float core(const float* table, float x, float grad_output) {
     const float h = evaluate(table, fabsf(x) - Form::slope_shift);
     return grad_output * (x < 0.0f ? h : 1.0f - h);
   }
+  template <class T>
+  __device__ static bool is_far(float x) {
+    return fabsf(x) >= segments_end;
+  }
   template <class Form>
-  __device__ static double everywhere(double x, double grad_output) {
-    const double h = Form::slope(fmin(fabs(x), cut));
+  __device__ static float far(float x, float grad_output) {
+    const bool negative = x < 0.0f;
+    const Scaled slope = Form::Far::slope(fminf(fabsf(x), Form::Far::cut));
+    const float h = value({slope.fraction * (negative ? grad_output : 1.0f), slope.power});
+    return negative ? h : grad_output * (1.0f - h);
+  }
+  template <class Form>
+  __device__ static double full(double x, double grad_output) {
+    const double h = Form::slope(fmin(fabs(x), double_cut));
     return grad_output * (x < 0.0 ? h : 1.0 - h);
   }
 };
 
-// Whether y = f(x), found by a core, may not be the right result for storage as T.
+// Whether a float y may round to the wrong T. Subnormal float16s are 2^-24 apart, as the floats' upper bits are from
+// 2^-14 on. A bfloat16 is right from either float: none of its results lies so near the middle of two.
 template <class T>
-__device__ __forceinline__ bool uncertain(float x, float y) {
-  if (fabsf(x) >= segments_end) return true;
+__device__ __forceinline__ bool is_doubtful(float y) {
   if constexpr (!std::is_same_v<T, f16>) {
     return false;
   } else {
     constexpr uint32_t cut_bits = (1 << 13) - 1, middle = 1 << 12, error = 8;
-    return (__float_as_uint(y) & cut_bits) - (middle - error) < 2 * error || fabsf(y) < 0x1p-14f;
+    constexpr float least_normal = 0x1p-14f;
+    const float size = fabsf(y), shown = size < least_normal ? size + least_normal : size;
+    return (__float_as_uint(shown) & cut_bits) - (middle - error) < 2 * error;
   }
-}
-
-// A double rounded to float, for storage as T. Twice rounded, two of float16's results would be the wrong neighbour; none
-// of bfloat16's is (all of them were tried).
-template <class T>
-__device__ __forceinline__ float narrow_for(double x) {
-  return std::is_same_v<T, f16> ? rounded_to_odd(x) : static_cast<float>(x);
 }
 
 // ---- rows ----
@@ -148,21 +182,23 @@ template <class Direction, class Form, class T>
 __device__ __forceinline__ void apply(const float* table, const float (&grad)[width<T>], float (&x)[width<T>]) {
   constexpr int n = width<T>;
   float y[n];
-  unsigned left = 0;  // bit i: element i is to be done in double
+  unsigned left = 0;  // bit i: element i is not done yet
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    y[i] = Direction::template core<Form>(table, x[i], grad[i]);
-    left |= static_cast<unsigned>(uncertain<T>(x[i], y[i])) << i;
+    y[i] = Direction::template core<Form, T>(table, x[i], grad[i]);
+    left |= static_cast<unsigned>(Direction::template is_far<T>(x[i]) || is_doubtful<T>(y[i])) << i;
   }
 #pragma unroll 1
   for (; left != 0; left &= left - 1) {  // few: not worth n copies of the code
-    float value = 0, incoming = 0;
+    float value = 0, incoming = 0, result = 0;
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       value = left & -left & (1u << i) ? x[i] : value;
       incoming = left & -left & (1u << i) ? grad[i] : incoming;
+      result = left & -left & (1u << i) ? y[i] : result;
     }
-    const float result = narrow_for<T>(Direction::template everywhere<Form>(value, incoming));
+    if (Direction::template is_far<T>(value)) result = Direction::template far<Form>(value, incoming);
+    if (is_doubtful<T>(result)) result = rounded_to_odd(Direction::template full<Form>(value, incoming));
 #pragma unroll
     for (int i = 0; i < n; ++i) y[i] = left & -left & (1u << i) ? result : y[i];
   }

@@ -59,8 +59,12 @@ SOFTMAX_ROW_SUM_ERROR_FLOAT64 = 1e-14
 ATTENTION_RMS_RATIO = 1.02
 ATTENTION_ROUNDING_RATIO = 1.05
 ATTENTION_ROW_RATIO = 1.25
+# 16-bit attention, rows that hold little but subnormal numbers: largest error against the row's largest element.
+ATTENTION_TINY_ROW_ERROR = 0.02
 # Whole models in float32, largest absolute difference at kept positions (embeddings of unit length).
 MODEL_TOLERANCE = 2e-5
+# Models accelerated in bfloat16: least cosine of an embedding to that of the stock model in float32.
+MODEL_COSINE_BFLOAT16 = 0.999
 # A mistake in attention that a test of fine-tuning must see: largest difference of the loss over the run.
 FINETUNE_MUTANT_LOSS = 1e-3
 # The same for 16-bit models, in units of the dtype's roundoff: every layer of both sides rounds its results.

@@ -41,6 +41,15 @@ int main() {
     mix(select(m, a, b));
     digest = digest * 31 + any(m) * 2 + all(m);
   }
+  float table[lookup_size];
+  for (int i = 0; i < lookup_size; ++i) table[i] = i * 0.37f - 5;
+  mix(lookup(table, bits(a)));  // by the low bits of an index of any size
+  mix(lookup(table, iota() + set1i(lookup_size - 3)));
+  float kept[lanes] = {};
+  int32_t kept_numbers[lanes] = {};
+  store_compressed(kept, a, a < b);
+  store_compressed(kept_numbers, iota(), a < b);
+  for (int i = 0; i < __builtin_popcount(to_bits(a < b)); ++i) mix(set1(kept[i] * kept_numbers[i]));
   unsigned char bytes[16];
   for (int i = 0; i < 16; ++i) bytes[i] = i % 3;
   mix(select(nonzero(bytes), a, b));

@@ -64,7 +64,7 @@ class Products:
 
     @property
     def shapes(self):
-        """(output channels, input channels) of one layer: queries, keys and values at once, output, and the FFN's two."""
+        """(output channels, input channels) of one layer: queries, keys, values at once, output, and the FFN's two."""
         hidden, wide = self.hidden, self.intermediate
         return ((3 * hidden, hidden), (hidden, hidden), (wide, hidden), (hidden, wide))
 

@@ -2,7 +2,7 @@
 
 A row is one contender in one workload:
 
-    workload, contender, label, dtype   which
+    workload, title, contender, label, dtype   which
     status, reason                      'ok', or 'not available' / 'lost' with the reason; then the figures are null
     batch_size, order, passages         the work
     tokens, padded_tokens, fill         real tokens, tokens that padded batches hold, their ratio
@@ -20,7 +20,7 @@ import numpy as np
 from transfuse.bench.turns import ContenderLost
 
 KEYS = (
-    "workload", "contender", "label", "dtype", "status", "reason", "batch_size", "order", "passages", "tokens",
+    "workload", "title", "contender", "label", "dtype", "status", "reason", "batch_size", "order", "passages", "tokens",
     "padded_tokens", "fill", "rounds", "round_s", "median_s", "tokens_per_s", "product_share", "against",
     "max_abs_difference", "min_cosine", "padding_difference", "peak_rss_bytes", "load_s",
 )  # fmt: skip

@@ -1,7 +1,6 @@
 """The floor to stand on: how fast this machine multiplies matrices when weights are packed for it, and nothing else.
 
-oneDNN's packed product is reached through two private operators of torch. Where a torch has them not, F.linear is
-measured instead, and `packed` says so.
+Where torch has no packed product (models/packed_linear.py), F.linear is measured instead.
 """
 
 import statistics
@@ -10,22 +9,19 @@ import time
 import torch
 import torch.nn.functional as F
 
+from transfuse.models.packed_linear import HAS_PACKED_PRODUCTS, multiply, pack
+
 ROWS = 1024  # of one product: enough that the rate has levelled off, few enough that operands stay in cache
 COLUMNS = ((384, 1536), (1536, 384), (768, 3072), (3072, 768))  # (input, output) channels: MiniLM's and BERT-base's FFN
 REPEATS = 9
 
 
-def packed_available():
-    """True where torch has oneDNN's packed product."""
-    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-
-
 def product(weight, bias):
     """x -> x @ weight.T + bias with the weight packed once, or F.linear where torch cannot pack."""
-    if not packed_available():
+    if not HAS_PACKED_PRODUCTS:
         return lambda x: F.linear(x, weight, bias)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    packed = pack(weight)
+    return lambda x: multiply(x, packed, bias)
 
 
 class LayerProducts:

@@ -34,13 +34,13 @@ def add_arguments(parser):
     )
     parser.add_argument("--fresh", action="store_true", help="every call writes to memory not touched before")
     parser.add_argument("--quick", action="store_true", help="one case per op")
-    parser.add_argument("--json", metavar="F", help="write the rows there (keys of a model's: transfuse.bench.model_rows)")
+    parser.add_argument("--json", metavar="F", help="write the rows there (of a model: see transfuse.bench.model_rows)")
     parser.add_argument("--compare", metavar="OLD.json", help="say what became faster or slower since that file")
     parser.add_argument("--model", metavar="MODEL", help="time this model: a folder, or a name in Hugging Face's cache")
     parser.add_argument(
         "--text", metavar="FILE", help="with --model: a text per line (default: passages of Python's documentation)"
     )
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="with --model: texts per batch (default 32)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="with --model: texts a batch (default 32)")
     parser.add_argument("--plot", metavar="F.png", help="with --model: draw the figures")
 
 
@@ -136,7 +136,8 @@ def _check_model_options(arguments, peers):
         if peer not in MODEL_PEERS:
             raise ValueError(f"bench: --vs is {peer!r}, expected one of {', '.join(MODEL_PEERS)} with --model")
     if arguments.dtype not in (None, *MODEL_DTYPES):
-        raise ValueError(f"bench: --dtype is {arguments.dtype!r}, expected one of {', '.join(MODEL_DTYPES)} with --model")
+        known = ", ".join(MODEL_DTYPES)
+        raise ValueError(f"bench: --dtype is {arguments.dtype!r}, expected one of {known} with --model")
     if arguments.device != "cpu":
         raise ValueError(f"bench: --device is {arguments.device!r}, expected cpu with --model")
     if arguments.batch_size < 1:
@@ -184,7 +185,8 @@ def _load(name):
     except ValueError as error:
         words = " ".join(str(error).removeprefix("report: model is").split())[:300]
         known = str(error).startswith("report: ")
-        raise ValueError(f"bench: --model is {words if known else f'{name!r}, which cannot be loaded: {words}'}") from None
+        words = words if known else f"{name!r}, which cannot be loaded: {words}"
+        raise ValueError(f"bench: --model is {words}") from None
     except OSError as error:
         raise ValueError(f"bench: --model is {name!r}, which has no tokenizer: {str(error).splitlines()[0]}") from None
     if tokenizer.pad_token is None:

@@ -1,6 +1,6 @@
 """The picture of whole-model figures: seconds per contender, speed-ups per workload, and cost against tokens."""
 
-from transfuse.cli.picture import FAINT, INK, OURS, STOCK, STYLE
+from transfuse.cli.picture import INK, OURS, STOCK, panels
 
 PEER, FLOOR, BF16 = "#6e7f96", "#e3e6ea", "#0b3d91"
 SHOWN = {  # workload -> words under its bars; the first one has a panel of its own
@@ -18,38 +18,23 @@ BARS = (("ours", OURS, "ours float32"), ("ours_bf16", BF16, "ours bfloat16"))
 
 def draw(path, document):
     """Writes the PNG of what bench_models.py or `transfuse bench --model` wrote."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = [row for row in document["rows"] if row["status"] == "ok"]
     first = [row for row in rows if row["workload"] == document["rows"][0]["workload"]]
     others = [name for name in SHOWN if any(row["workload"] == name for row in rows)]
-    panels = [width for width, wanted in ((1.1, True), (1.4, others), (0.7, document.get("stream"))) if wanted]
-    with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(
-            1, len(panels), figsize=(1 + 5.2 * sum(panels), 5.2), width_ratios=panels, squeeze=False
-        )
-        axes = list(axes[0])
+    stream = document.get("stream")
+    widths = [1.1] + [1.4] * bool(others) + [0.7] * bool(stream)
+    where = document["environment"]
+    footer = (
+        f"{where['date']}  {where['machine']}, {where['threads']} threads, {where['cpu_isa']}, "
+        f"torch {where['torch']}, commit {where['commit'][:12]}, text {document['text_sha256'][:12]}"
+    )
+    title = document.get("model", "Encoders on a CPU")
+    with panels(path, widths, (1 + 5.2 * sum(widths), 5.2), title, footer) as axes:
         _seconds(axes.pop(0), first)
         if others:
             _speedups(axes.pop(0), rows, others)
-        if document.get("stream"):
-            _stream(axes.pop(0), document["stream"])
-        where = document["environment"]
-        figure.suptitle(document.get("model", "Encoders on a CPU"), x=0.02, ha="left", fontsize=14, fontweight="bold")
-        figure.text(
-            0.02,
-            0.015,
-            f"{where['date']}  {where['machine']}, {where['threads']} threads, {where['cpu_isa']}, "
-            f"torch {where['torch']}, commit {where['commit'][:12]}, text {document['text_sha256'][:12]}",
-            fontsize=8,
-            color=FAINT,
-        )
-        figure.tight_layout(rect=(0, 0.04, 1, 0.97), w_pad=3)
-        figure.savefig(path, dpi=130, facecolor="white")
-        pyplot.close(figure)
+        if stream:
+            _stream(axes.pop(0), stream)
 
 
 def _colour(name):
@@ -87,7 +72,8 @@ def _speedups(axes, rows, workloads):
             ratio = row and row["against"].get("stock")
             if ratio:
                 axes.bar(place + offset, ratio["ratio"], 0.25, color=colour)
-                axes.text(place + offset, ratio["ratio"], f"{ratio['ratio']:.1f}", ha="center", va="bottom", fontsize=7.5)
+                words = f"{ratio['ratio']:.1f}"
+                axes.text(place + offset, ratio["ratio"], words, ha="center", va="bottom", fontsize=7.5)
     for _, colour, words in (*BARS, (None, PEER, "fastest float32 peer")):
         axes.bar(0, 0, color=colour, label=words)
     axes.axhline(1, color=INK, linewidth=0.8)

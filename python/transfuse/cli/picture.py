@@ -1,5 +1,7 @@
 """The demo's picture: speed per round, what padding costs, and how far the embeddings are apart."""
 
+from contextlib import contextmanager
+
 import torch
 
 from transfuse.bench.similarity import pair_scores
@@ -22,6 +24,29 @@ STYLE = {
 }
 
 
+@contextmanager
+def panels(path, widths, size, title, footer):
+    """Axes side by side under a title; written to `path` as PNG at the end.
+
+    Args:
+        widths: of the panels, relative to each other.
+        size: (width, height) of the picture, inches.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context(STYLE):
+        figure, axes = pyplot.subplots(1, len(widths), figsize=size, width_ratios=widths, squeeze=False)
+        yield list(axes[0])
+        figure.suptitle(title, x=0.02, ha="left", fontsize=14, fontweight="bold")
+        figure.text(0.02, 0.015, footer, fontsize=8, color=FAINT)
+        figure.tight_layout(rect=(0, 0.04, 1, 0.96), w_pad=3)
+        figure.savefig(path, dpi=130, facecolor="white")
+        pyplot.close(figure)
+
+
 def draw(path, figures, lengths, stock, ours):
     """Writes the PNG.
 
@@ -30,38 +55,17 @@ def draw(path, figures, lengths, stock, ours):
         lengths: tokens of each passage.
         stock, ours: embeddings [texts, channels].
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with pyplot.rc_context(STYLE):
-        figure, (rounds, text, parity) = pyplot.subplots(1, 3, figsize=(14, 4.6), width_ratios=(1.1, 1, 1))
+    faster = "faster" if figures["speedup_low"] > 1 else "stock (not shown to be faster)"
+    same = "same embeddings" if figures["parity"]["ok"] else "embeddings DIFFER from stock's"
+    title = f"{figures['model']}, {figures['passages']} real passages: {figures['speedup']:.2f}x {faster}, {same}"
+    footer = (
+        f"{figures['date']}  {figures['machine']}, {figures['threads']} threads, {figures['cpu_isa']}, float32, "
+        f"torch {figures['torch']}, transfuse {figures['transfuse']}"
+    )
+    with panels(path, (1.1, 1, 1), (14, 4.6), title, footer) as (rounds, text, parity):
         _rounds(rounds, figures)
         _lengths(text, figures, lengths)
         _parity(parity, figures, stock, ours)
-        speed = (
-            f"{figures['speedup']:.2f}x {'faster' if figures['speedup_low'] > 1 else 'stock (not shown to be faster)'}"
-        )
-        same = "same embeddings" if figures["parity"]["ok"] else "embeddings DIFFER from stock's"
-        figure.suptitle(
-            f"{figures['model']}, {figures['passages']} real passages: {speed}, {same}",
-            x=0.02,
-            ha="left",
-            fontsize=14,
-            fontweight="bold",
-        )
-        figure.text(
-            0.02,
-            0.015,
-            f"{figures['date']}  {figures['machine']}, {figures['threads']} threads, {figures['cpu_isa']}, float32, "
-            f"torch {figures['torch']}, transfuse {figures['transfuse']}",
-            fontsize=8,
-            color=FAINT,
-        )
-        figure.tight_layout(rect=(0, 0.04, 1, 0.96), w_pad=3)
-        figure.savefig(path, dpi=130, facecolor="white")
-        pyplot.close(figure)
 
 
 def _title(axes, title, subtitle):

@@ -6,8 +6,9 @@
 
 Whole sequences go through all layers in parts of about a thousand tokens: their activations then live in memory that
 the allocator hands out again for the next layer and the next part, instead of in pages that the system must first
-clear; and the wide activations of the feed-forward go in pieces that stay in the second-level cache. No row's bits
-depend on either: products, norms and attention compute a row from its own sequence alone.
+clear; the wide activations of the feed-forward go in pieces that stay in the second-level cache; and the norms write
+where their own operands lie. No row's bits depend on any of that: products, norms and attention compute a row from its
+own sequence alone.
 
 A model family says which modules make a layer (``EncoderLayer``) and how a part attends; see bert.py.
 """
@@ -26,7 +27,7 @@ from transfuse.models.packed_linear import PackedLinears, Product, may_pack
 from transfuse.models.swap import is_exchanged, stock_class
 from transfuse.nn.hooks import unhooked
 from transfuse.ops.gelu import gelu
-from transfuse.ops.layer_norm import add_layer_norm
+from transfuse.ops.layer_norm import add_layer_norm_into
 
 PART_TOKENS = 1024
 PIECE_ROWS = 256
@@ -57,7 +58,10 @@ class EncoderLayer(NamedTuple):
         """Whether every module is of a class whose arithmetic is known here."""
         return (
             all(may_pack(layer) for group in self.groups() for layer in group)
-            and all(stock_class(norm) is nn.LayerNorm for norm in (self.attention_norm, self.output_norm))
+            and all(
+                stock_class(norm) is nn.LayerNorm and len(norm.normalized_shape) == 1
+                for norm in (self.attention_norm, self.output_norm)
+            )
             and bool(gelu_form(self.activation))
         )
 
@@ -139,16 +143,15 @@ def _is_quiet(module: nn.Module) -> bool:
 
 def _run_layer(hidden: Tensor, layer: EncoderLayer, products: list[Product], attend: Attend) -> Tensor:
     query_key_value, attention_output, intermediate, output = products
-    context = attend(layer.attention, query_key_value(hidden))
-    hidden = _add_norm(attention_output(context), hidden, layer.attention_norm)
+    attended = attention_output(attend(layer.attention, query_key_value(hidden)))
+    _add_norm_into(attended, attended, hidden, layer.attention_norm)
 
     form, bias = gelu_form(layer.activation), layer.intermediate.bias
-    pieces = []
-    for rows in hidden.split(PIECE_ROWS):
+    for rows in attended.split(PIECE_ROWS):
         wide = gelu(intermediate(rows, bias=False), form, bias=bias)
-        pieces.append(_add_norm(output(wide), rows, layer.output_norm))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        _add_norm_into(rows, output(wide), rows, layer.output_norm)
+    return attended
 
 
-def _add_norm(update: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
-    return add_layer_norm(update, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps)[0]
+def _add_norm_into(out: Tensor, update: Tensor, residual: Tensor, norm: nn.LayerNorm) -> None:
+    add_layer_norm_into(update, residual, norm.weight, norm.bias, norm.eps, out)

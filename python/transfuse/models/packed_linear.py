@@ -32,14 +32,14 @@ class Product:
         weights = [layer.weight.detach().to(dtype) for layer in group]
         biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in group]
         self.bias = torch.cat(biases) if any(layer.bias is not None for layer in group) else None
-        self.weight = _reorder(torch.cat(weights) if len(weights) > 1 else weights[0].contiguous())
+        self.weight = pack(torch.cat(weights) if len(weights) > 1 else weights[0].contiguous())
 
     def __call__(self, rows: Tensor, bias: bool = True) -> Tensor:
         """bias=False leaves the bias to a later pass."""
         added = self.bias if bias else None
         if rows.shape[0] == 1:
-            return _multiply(rows.expand(2, -1).contiguous(), self.weight, added)[:1]
-        return _multiply(rows, self.weight, added)
+            return multiply(rows.expand(2, -1).contiguous(), self.weight, added)[:1]
+        return multiply(rows, self.weight, added)
 
 
 class PackedLinears:
@@ -81,7 +81,7 @@ def may_pack(layer: nn.Module) -> bool:
 def inference_on_cpu(input: Tensor) -> bool:
     """Whether a call with this input may use packed weights at all: no gradient, no tracing, no autocast."""
     return (
-        _available
+        HAS_PACKED_PRODUCTS
         and input.device.type == "cpu"
         and input.dtype in _DTYPES
         and not torch.is_grad_enabled()
@@ -96,11 +96,13 @@ def _sample(tensor: Tensor) -> Tensor:
     return flat[:: max(1, flat.shape[0] // _SAMPLED_ELEMENTS)]
 
 
-def _reorder(weight: Tensor) -> Tensor:
+def pack(weight: Tensor) -> Tensor:
+    """A copy of a weight [out, in] in oneDNN's own layout, for `multiply` alone."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
 
 
-def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear(rows, w, bias) with weight = pack(w)."""
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
@@ -110,9 +112,9 @@ def _has_packed_products() -> bool:
         return False
     try:
         rows, weight = torch.eye(3, 5), torch.arange(20.0).view(4, 5)
-        return torch.equal(_multiply(rows, _reorder(weight), None), F.linear(rows, weight))
+        return torch.equal(multiply(rows, pack(weight), None), F.linear(rows, weight))
     except (AttributeError, RuntimeError, TypeError):
         return False
 
 
-_available = _has_packed_products()
+HAS_PACKED_PRODUCTS = _has_packed_products()
