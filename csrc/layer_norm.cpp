@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor> add_layer_norm_forward(const Tensor& input, const Ten
 
 void add_layer_norm_into(const Tensor& input, const Tensor& residual, const std::optional<Tensor>& weight,
                          const std::optional<Tensor>& bias, int64_t normalized_ndim, double eps, const Tensor& out) {
-  const NormOperands operands("add_layer_norm_into", input, weight, bias, normalized_ndim, eps);
+  const NormOperands operands(Backend::cpu, "add_layer_norm_into", input, weight, bias, normalized_ndim, eps);
   norm_forward(operands, residual, cpu::pick_layer_norm_kernels(), out);
 }
 

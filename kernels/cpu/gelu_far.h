@@ -31,7 +31,10 @@ struct Scaled {
 TRANSFUSE_INLINE Scaled product(f32 a, FloatExponential e) { return {fma(a, e.excess, a), e.power}; }
 TRANSFUSE_INLINE f32 value(Scaled a) { return scale_by_power(a.fraction, a.power); }
 
-struct ErfFar : ErfFarTable {
+struct ErfFar {
+  using Table = ErfFarTable;
+  static constexpr float cut = Table::cut;
+
   // exp(-t^2/2)
   TRANSFUSE_INLINE static FloatExponential gaussian(f32 t, f32 square) {
     const f32 half = set1(-0.5f);
@@ -40,23 +43,27 @@ struct ErfFar : ErfFarTable {
   // t Phi(-t)
   TRANSFUSE_INLINE static Scaled tail(f32 t) {
     const f32 square = t * t;
-    return product(polynomial(factors.tail, set1(1.0f) / square), gaussian(t, square));
+    return product(polynomial(Table::factors.tail, set1(1.0f) / square), gaussian(t, square));
   }
   // Phi(-t) - t phi(t)
   TRANSFUSE_INLINE static Scaled slope(f32 t) {
     const f32 square = t * t;
-    return product(-t * polynomial(factors.slope, set1(1.0f) / square), gaussian(t, square));
+    return product(-t * polynomial(Table::factors.slope, set1(1.0f) / square), gaussian(t, square));
   }
 };
 
-struct TanhFar : TanhFarTable {
+struct TanhFar {
+  using Table = TanhFarTable;
+  static constexpr float cut = Table::cut;
+
   // exp(-z)
   TRANSFUSE_INLINE static FloatExponential decay(f32 t) {
     const f32 square = t * t, square_lo = fms(t, t, square);
-    const f32 cubic = square * set1(c1_hi);
-    const f32 cubic_lo = fma(square, set1(c1_lo), fma(square_lo, set1(c1_hi), fms(square, set1(c1_hi), cubic)));
-    const Pair<f32> rate = two_sum(set1(c0_hi), cubic);
-    const f32 rate_lo = rate.lo + (cubic_lo + set1(c0_lo));
+    const f32 cubic = square * set1(Table::c1_hi);
+    const f32 cubic_error = fms(square, set1(Table::c1_hi), cubic);
+    const f32 cubic_lo = fma(square, set1(Table::c1_lo), fma(square_lo, set1(Table::c1_hi), cubic_error));
+    const Pair<f32> rate = two_sum(set1(Table::c0_hi), cubic);
+    const f32 rate_lo = rate.lo + (cubic_lo + set1(Table::c0_lo));
     const f32 z = t * rate.hi, z_lo = fma(t, rate_lo, fms(t, rate.hi, z));
     return exp_parts(-z, -z_lo);
   }
@@ -69,8 +76,9 @@ struct TanhFar : TanhFarTable {
   TRANSFUSE_INLINE static Scaled slope(f32 t) {
     const FloatExponential e = decay(t);
     const f32 one = set1(1.0f), decayed = value(product(one, e));
-    const f32 square = t * t, square_lo = fms(t, t, square), three_c1 = set1(rate_hi);
-    const f32 inner = fma(square, three_c1, fma(square, set1(rate_lo), fma(square_lo, three_c1, set1(c0_hi))));
+    const f32 square = t * t, square_lo = fms(t, t, square), three_c1 = set1(Table::rate_hi);
+    const f32 inner_rest = fma(square, set1(Table::rate_lo), fma(square_lo, three_c1, set1(Table::c0_hi)));
+    const f32 inner = fma(square, three_c1, inner_rest);
     const f32 rate = t * inner;
     return product(-fms(t, inner, fma(decayed, rate + rate - one, one)), e);
   }
