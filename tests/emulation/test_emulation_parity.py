@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import transfuse
-from transfuse import promises
+from transfuse import _C, promises
 from transfuse.dispatch import dtype_name
 from transfuse.promises.cases import OPS, PARITY_CASES, gradients_of, selected
 
@@ -77,6 +77,35 @@ def test_no_bit_depends_on_the_order_of_blocks_and_threads(op, dtype):
                 found.append((forward, *gradients_of(case.ours, inputs, grad_output)()))
         for other in found[1:]:
             assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True)), case.name
+
+
+def _gelu_inputs(dtype):
+    """Every 16-bit number; floats of every exponent, more of them where the segments end and the tail lies."""
+    if dtype != torch.float32:
+        return torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    everywhere = torch.arange(0, 1 << 32, 65521, dtype=torch.int64).to(torch.int32).view(dtype)
+    return torch.cat([everywhere, torch.linspace(-20, 20, 10001), torch.tensor([3.9375, -3.9375])])
+
+
+@pytest.mark.skipif(_C.cpu_isa() == "baseline", reason="without FMA the CPU's GELU rounds elsewhere")
+@pytest.mark.parametrize("dtype", emulated_ops.DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("tanh", [False, True], ids=["erf", "tanh"])
+def test_gelu_has_the_bits_of_the_cpu(tanh, dtype):
+    x = _gelu_inputs(dtype)
+    grad_output = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    raw = (
+        lambda: torch.ops.transfuse.gelu_forward(x, None, tanh),
+        lambda: torch.ops.transfuse.gelu_backward(grad_output, x, None, tanh, False),
+    )
+    for call in raw:
+        expected = call()
+        with emulated_ops.EmulatedKernels() as mode:
+            found = call()
+        assert mode.calls == 1
+        ours, theirs = (t[0] if isinstance(t, tuple) else t for t in (found, expected))
+        differ = ours.view(torch.uint8).ne(theirs.view(torch.uint8)).view(x.numel(), -1).any(1)
+        differ &= ~(ours.isnan() & theirs.isnan())
+        assert not differ.any(), f"{x[differ][:4]}: {ours[differ][:4]}, on the CPU {theirs[differ][:4]}"
 
 
 @pytest.mark.parametrize("dtype", emulated_ops.DTYPES, ids=dtype_name)
