@@ -29,7 +29,7 @@ ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "emulation"
 COMPILER = os.environ.get("CXX", "g++")
 
-CORE_SOURCES = ("machine.cpp", "synchronization.cpp", "memory.cpp", "tensor_core.cpp")
+CORE_SOURCES = ("machine.cpp", "synchronization.cpp", "memory.cpp", "tensor_core.cpp", "watchdog.cpp")
 CORE_FLAGS = "-std=c++20 -O2 -g1 -fPIC -Wall -Wextra -ffp-contract=off".split()
 KERNEL_FLAGS = (
     *"-std=c++20 -O1 -g1 -fPIC -Wall -Wno-unknown-pragmas -Wno-attributes".split(),
@@ -52,6 +52,7 @@ GUARD_BYTES = 1 << 20
 ALIGNMENT = 256  # what cudaMalloc gives; a tensor keeps its distance from it
 CONTENTS = {"read-only": 0, "initialised": 1, "uninitialised": 2}
 MAP_NORESERVE = 0x4000
+PATIENCE = 60.0
 
 
 class KernelError(AssertionError):
@@ -173,22 +174,23 @@ class Library:
         for offset, size, _ in self.shared_variables:
             core().emulation_shared_variable(ctypes.c_size_t(self.base), ctypes.c_size_t(offset), ctypes.c_size_t(size))
 
-    def run(self, function, *arguments, seed=0, tensor_core=80):
+    def run(self, function, *arguments, seed=0, tensor_core=80, patience=PATIENCE):
         """Calls an extern "C" launcher, which returns a cudaError_t. Tensors are passed as pointers.
 
         Args:
             seed: 0 runs blocks and threads in ascending order, anything else in an order drawn from it.
             tensor_core: 80 or 90, whose way of adding is taken.
+            patience: seconds of CPU time that a block, or a cluster, may take.
         Raises: KernelError with what the emulator found.
         """
         passed = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
-        with self.watched(seed, tensor_core):
+        with self.watched(seed, tensor_core, patience=patience):
             status = getattr(self.loaded, function)(*passed)
         if status != 0:
             raise RuntimeError(f"{function} returned cudaError_t {status}")
 
     @contextmanager
-    def watched(self, seed=0, tensor_core=80, blocks_at_ends=0):
+    def watched(self, seed=0, tensor_core=80, blocks_at_ends=0, patience=PATIENCE):
         """Launches in here run in this order; what the emulator finds wrong is raised at the end, as KernelError.
 
         Args:
@@ -196,6 +198,7 @@ class Library:
         """
         emulator = core()
         emulator.emulation_set_blocks_at_ends(ctypes.c_uint64(blocks_at_ends))
+        emulator.emulation_set_patience(ctypes.c_double(patience))
         emulator.emulation_set_order(ctypes.c_uint64(seed))
         assert emulator.emulation_set_tensor_core(tensor_core) == 0, f"no model of the tensor cores of sm_{tensor_core}"
         emulator.emulation_clear_report()

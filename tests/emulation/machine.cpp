@@ -222,6 +222,7 @@ std::string place(const void* pc) {
 }
 
 void wait(const char* what, const Site& site, const void* pc) {
+  if (machine.late) stop_late_thread(pc);
   Thread& thread = *current;
   thread.state = Thread::State::waiting;
   thread.waits_for = what;
@@ -267,7 +268,9 @@ int launch(const Launch& launch) {
   if (order.size() < num_clusters)
     std::iota(order.begin() + ends, order.end(), static_cast<uint32_t>(num_clusters - ends));
   shuffle_order(order);
+  const Watchdog watchdog;
   for (const uint64_t cluster : order) {
+    start_over();
     machine.cluster_epoch = machine.epoch + 1;
     const unsigned per_row = launch.grid.x / launch.cluster;
     const uint3 first = {static_cast<unsigned>(cluster % per_row) * launch.cluster,

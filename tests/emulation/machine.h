@@ -147,6 +147,9 @@ struct Machine {
   uint32_t epoch = 0, launch_epoch = 0, cluster_epoch = 0;
   uint64_t seed = 0;
   uint64_t blocks_at_ends = 0;  // run only so many clusters at either end of a grid; 0: all
+  double patience = 60;         // seconds of CPU time for a block, or a cluster
+  volatile bool late = false;   // its time is over
+  volatile int ticks = 0;
   std::string report;
 };
 

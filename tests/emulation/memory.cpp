@@ -272,6 +272,7 @@ void check(uintptr_t address, size_t bytes, Access access, const void* pc) {
 // The thread's own stack, and everything in host code, is nobody's business.
 inline void look(const void* address, size_t bytes, Access access, const void* pc) {
   if (!current) return;
+  if (machine.late) stop_late_thread(pc);
   const uintptr_t where = reinterpret_cast<uintptr_t>(address);
   if (where - reinterpret_cast<uintptr_t>(current->stack) < stack_bytes) return;
   check(where, bytes, access, pc);

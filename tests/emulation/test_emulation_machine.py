@@ -27,6 +27,7 @@ def run(
     cluster=1,
     seed=0,
     contents="uninitialised",
+    patience=emulator.PATIENCE,
 ):
     """Runs one kernel of machine_cases.cu; returns what it wrote."""
     values = torch.arange(1, 1 + size, dtype=torch.int32) if values is None else values
@@ -44,6 +45,7 @@ def run(
             ctypes.c_int64(shared_bytes),
             cluster,
             seed=seed,
+            patience=patience,
         )
         return taken.tolist()
 
@@ -168,6 +170,9 @@ MISTAKES = (
     ("copy_without_barrier", "race: ", "no barrier between", {"block": (32, 1, 1)}),
     ("copy_into_a_target_in_flight", "pending copy: ", "it writes", {"block": (32, 1, 1)}),
     ("another_threads_stack", "out of bounds: ", "another thread's local memory", {}),
+    ("loops_in_registers", "endless loop: ", "thread (0, 0, 0)", {"patience": 0.1}),
+    ("loops_until_another_writes", "endless loop: ", "thread (0, 0, 0)", {"patience": 0.1}),
+    ("loops_over_shuffles", "endless loop: ", "of its block at machine_cases.cu:", {"patience": 0.1}),
     ("stops_itself", "trap: ", "machine_cases.cu", {}),
 )
 

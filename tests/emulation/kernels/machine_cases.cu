@@ -342,6 +342,25 @@ __global__ void another_threads_stack(const __grid_constant__ Params p) {
   __syncthreads();
 }
 
+__global__ void loops_in_registers(const __grid_constant__ Params p) {
+  unsigned x = static_cast<unsigned>(p.in[0]) | 1u;
+  while (x != 0) x = 3 * x * x * x;  // an odd number stays odd
+  p.out[threadIdx.x] = static_cast<int>(x);
+}
+
+__global__ void loops_until_another_writes(const __grid_constant__ Params p) {
+  const volatile int* flag = p.in;
+  while (*flag != 0) {
+  }
+  p.out[threadIdx.x] = 1;
+}
+
+__global__ void loops_over_shuffles(const __grid_constant__ Params p) {
+  int x = p.in[threadIdx.x];
+  while (__any_sync(whole_warp, x > 0)) x = __shfl_xor_sync(whole_warp, x, 1);
+  p.out[threadIdx.x] = x;
+}
+
 __global__ void stops_itself(const __grid_constant__ Params) { __trap(); }
 
 }  // namespace
@@ -394,6 +413,9 @@ extern "C" int run_case(const char* name, const int* in, int* out, int64_t n, co
   CASE(copy_without_barrier);
   CASE(copy_into_a_target_in_flight);
   CASE(another_threads_stack);
+  CASE(loops_in_registers);
+  CASE(loops_until_another_writes);
+  CASE(loops_over_shuffles);
   CASE(stops_itself);
   return -1;
 }
