@@ -128,7 +128,7 @@ def main(argv=None):
     if options.write:
         options.write.mkdir(parents=True, exist_ok=True)
         (options.write / "resources.json").write_text(
-            "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
+            '{"schema": 1, "command": "cuda_resources", "rows": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]}\n"
         )
         (options.write / "resources.md").write_text(
             "# What the compiler made of every CUDA kernel\n\nWritten by `python bench/cuda_resources.py --write bench/results/offline`; "
