@@ -205,7 +205,8 @@ def test_verify_outlives_an_op_that_raises(capsys, monkeypatch):
 
 
 def test_verify_says_what_has_no_kernel(capsys, monkeypatch):
-    monkeypatch.setattr(gelu, "IMPLEMENTATIONS", gelu.IMPLEMENTATIONS[1:])
+    others = tuple(implementation for implementation in gelu.IMPLEMENTATIONS if implementation.name != "cpu")
+    monkeypatch.setattr(gelu, "IMPLEMENTATIONS", others)
     assert main(["verify", "--promise", "2.gelu.float32.agrees-forward", "--backend", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "no kernel for 1 promise: the op has no such backend" in printed and "1 without a kernel" in printed
