@@ -2,8 +2,8 @@
 
     python bench/cuda_resources.py [--write bench/results/offline]
 
-Registers, stack, shared memory per kernel and architecture, and the accesses to memory that its machine code holds. Needs
-cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm, or a CUDA toolkit on the PATH.
+Registers, stack, shared memory per kernel and architecture, and the accesses to memory that its machine code holds.
+Needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm, or a CUDA toolkit on the PATH.
 tests/test_cuda_resources.py holds the figures to their limits.
 """
 
@@ -46,7 +46,9 @@ def tool(name):
 
 def _run(*command):
     path = os.pathsep.join([*map(str, tool_folders()), os.environ.get("PATH", "")])  # cuobjdump starts nvdisasm
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}).stdout
+    return subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}
+    ).stdout
 
 
 def kernel_name(demangled):
@@ -72,7 +74,11 @@ def resources(path):
             registers, stack, shared, local = map(int, match.groups())
             if shared and int(re.search(r"\d+", architecture)[0]) >= 90:
                 shared -= RESERVED_SHARED
-            found[architecture, mangled] = {"registers": registers, "stack_bytes": stack + local, "shared_bytes": shared}
+            found[architecture, mangled] = {
+                "registers": registers,
+                "stack_bytes": stack + local,
+                "shared_bytes": shared,
+            }
             mangled = None
     names = _demangled(sorted({name for _, name in found}))
     return {(architecture, names[name]): figures for (architecture, name), figures in found.items()}
@@ -101,7 +107,8 @@ def table(rows):
     lines = ["| kernel | arch | registers | stack | shared | LDG.128 | STG.128 |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         lines.append(
-            f"| `{row['kernel']}` | {row['architecture']} | {row['registers']} | {row['stack_bytes']} | {row['shared_bytes']} | "
+            f"| `{row['kernel']}` | {row['architecture']} | {row['registers']} | {row['stack_bytes']} | "
+            f"{row['shared_bytes']} | "
             f"{row['LDG.128']} | {row['STG.128']} |"
         )
     return "\n".join(lines) + "\n"
@@ -112,7 +119,12 @@ def measured(path):
     figures = resources(path)
     machine_code = {architecture: accesses(path, architecture) for architecture in sorted({key[0] for key in figures})}
     return [
-        {"kernel": kernel, "architecture": architecture, **figures[architecture, kernel], **machine_code[architecture][kernel]}
+        {
+            "kernel": kernel,
+            "architecture": architecture,
+            **figures[architecture, kernel],
+            **machine_code[architecture][kernel],
+        }
         for architecture, kernel in sorted(figures)
     ]
 
@@ -122,21 +134,30 @@ def main(argv=None):
     parser.add_argument("--write", type=Path, metavar="DIR", help="write resources.json and resources.md there")
     options = parser.parse_args(argv)
     if tool("cuobjdump") is None or tool("nvdisasm") is None:
-        print("cuda_resources: needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm", file=sys.stderr)
+        print(
+            "cuda_resources: needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm",
+            file=sys.stderr,
+        )
         return 2
     rows = measured(module_path())
     if options.write:
         options.write.mkdir(parents=True, exist_ok=True)
         (options.write / "resources.json").write_text(
-            '{"schema": 1, "command": "cuda_resources", "rows": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]}\n"
+            '{"schema": 1, "command": "cuda_resources", "rows": [\n'
+            + ",\n".join(json.dumps(row) for row in rows)
+            + "\n]}\n"
         )
         (options.write / "resources.md").write_text(
-            "# What the compiler made of every CUDA kernel\n\nWritten by `python bench/cuda_resources.py --write bench/results/offline`; "
+            "# What the compiler made of every CUDA kernel\n\n"
+            "Written by `python bench/cuda_resources.py --write bench/results/offline`; "
             "no GPU was involved. Bytes; accesses are instructions in the machine code.\n\n" + table(rows)
         )
     spilling = [row for row in rows if row["stack_bytes"] or row["local"]]
     print(table(spilling or sorted(rows, key=lambda row: -row["registers"])[:10]), end="")
-    print(f"{len(rows)} kernels, {len(spilling)} with a stack or spills, at most {max(row['registers'] for row in rows)} registers")
+    print(
+        f"{len(rows)} kernels, {len(spilling)} with a stack or spills, "
+        f"at most {max(row['registers'] for row in rows)} registers"
+    )
     return 1 if spilling else 0
 
 

@@ -18,8 +18,8 @@
 
 namespace transfuse {
 
-// Set by tests (set_nan_filled_empty of each module): every byte 0xFF, a NaN in all floating dtypes, so that an element never
-// written shows. torch's own fill_uninitialized_memory does not reach tensors made here.
+// Set by tests (set_nan_filled_empty of each module): every byte 0xFF, a NaN in all floating dtypes, so that an element
+// never written shows. torch's own fill_uninitialized_memory does not reach tensors made here.
 inline bool nan_filled_empty = false;
 
 // CONTRACT section 5: an allocation that fails names the op and the bytes. In double, since the product may overflow.

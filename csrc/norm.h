@@ -1,4 +1,5 @@
-// What layer_norm and rms_norm share on the host, on the CPU: allocation and threads. Arithmetic: kernels/cpu/norm_rows.h.
+// What layer_norm and rms_norm share on the host, on the CPU: allocation and threads. Arithmetic:
+// kernels/cpu/norm_rows.h.
 #pragma once
 
 #include "cpu/norm.h"

@@ -1,11 +1,12 @@
 // The coefficients of GELU's tail and of the tail of its derivative in float, for the erf and the tanh form: segments
-// on [0, 63/16), and the factors beside an exponential that hold beyond. One home for the CPU and the GPU, which so give
-// the same bits.
+// on [0, 63/16), and the factors beside an exponential that hold beyond. One home for the CPU and the GPU, which so
+// give the same bits.
 //
 // A segment of width 1/8 has a polynomial of degree 5 in u = t - centre, |u| <= 1/16, whose coefficients are looked up
-// by the segment's number: minimax in relative error, 2^-27 at worst, with the constant term rounded to float first. The
-// subtraction that gives u is exact. Centres are k / 8 for `tail` and k / 8 + shift for `slope`, where the shift moves
-// one of them onto the root of gelu' (to 2^-20), so that the derivative keeps its relative accuracy down to its zero.
+// by the segment's number: minimax in relative error, 2^-27 at worst, with the constant term rounded to float first.
+// The subtraction that gives u is exact. Centres are k / 8 for `tail` and k / 8 + shift for `slope`, where the shift
+// moves one of them onto the root of gelu' (to 2^-20), so that the derivative keeps its relative accuracy down to its
+// zero.
 #pragma once
 
 namespace transfuse {
@@ -164,7 +165,8 @@ struct TanhSegments {
      0x1.1df5acp-10f}}};
 };
 
-// Beyond: kernels/cpu/gelu_far.h has the formulas. Where t is above `cut` it is cut there: every result has long been 0.
+// Beyond: kernels/cpu/gelu_far.h has the formulas. Where t is above `cut` it is cut there: every result has long been
+// 0.
 struct FarFactors {
   float tail[7], slope[7];
 };

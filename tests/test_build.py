@@ -49,7 +49,8 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_the_package_and_needs_no_compiler(wheel, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     for module in MODULES:
-        assert any(re.fullmatch(rf"transfuse/{module}\.cpython-\d+-.*\.so", name) for name in names), f"{module} is missing"
+        pattern = rf"transfuse/{module}\.cpython-\d+-.*\.so"
+        assert any(re.fullmatch(pattern, name) for name in names), f"{module} is missing"
     assert "transfuse/kernels/triton/__init__.py" in names and "transfuse/py.typed" in names
     assert "transfuse/promises/masks.json" in names
     assert not [name for name in names if name.startswith(("tests/", "bench/", "kernels/"))]

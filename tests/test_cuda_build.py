@@ -39,20 +39,27 @@ X = torch.zeros(3, 5)
 ROWS = torch.zeros(2, 3, 4, 8)
 TABLE = torch.zeros(4, 4)
 REFUSALS = (
-    ("layer_norm_forward", (X, torch.ones(4), None, 1, 1e-5), "layer_norm: weight has shape (4,), expected the last dimensions of input's (3, 5)"),
-    ("layer_norm_forward", (X.double(), None, None, 1, 1e-5), "layer_norm: input has dtype float64, expected float32, bfloat16 or float16"),
-    ("layer_norm_forward", (X, None, None, 3, 1e-5), "layer_norm: normalized_ndim is 3, expected 1 to 2 (input's number of dimensions)"),
+    ("layer_norm_forward", (X, torch.ones(4), None, 1, 1e-5),
+     "layer_norm: weight has shape (4,), expected the last dimensions of input's (3, 5)"),
+    ("layer_norm_forward", (X.double(), None, None, 1, 1e-5),
+     "layer_norm: input has dtype float64, expected float32, bfloat16 or float16"),
+    ("layer_norm_forward", (X, None, None, 3, 1e-5),
+     "layer_norm: normalized_ndim is 3, expected 1 to 2 (input's number of dimensions)"),
     ("layer_norm_forward", (X, None, None, 1, 1e-5), "layer_norm: input is on another device, expected cuda"),
     ("rms_norm_forward", (X, torch.ones(5).half(), 1, 1e-5), "rms_norm: weight has dtype float16, expected float32"),
-    ("rms_norm_backward", (X, None, X, None, 1, 1e-5, True, True), "rms_norm_backward: input is on another device, expected cuda"),
+    ("rms_norm_backward", (X, None, X, None, 1, 1e-5, True, True),
+     "rms_norm_backward: input is on another device, expected cuda"),
     ("gelu_forward", (X, torch.zeros(4), False), "gelu: bias has shape (4,), expected (5,) (input's last dimension)"),
     ("gelu_backward", (X.half(), X, None, False, False), "gelu: grad_output has dtype float16, expected float32"),
     ("gelu_forward", (X, None, False), "gelu: input is on another device, expected cuda"),
-    ("masked_softmax_forward", (X, X[:2], 1.0, False, False), "masked_softmax: mask has shape (2, 5), expected (3, 5) (input's)"),
-    ("masked_softmax_forward", (X, None, float("inf"), False, False), "masked_softmax: scale is inf, expected a finite float32"),
+    ("masked_softmax_forward", (X, X[:2], 1.0, False, False),
+     "masked_softmax: mask has shape (2, 5), expected (3, 5) (input's)"),
+    ("masked_softmax_forward", (X, None, float("inf"), False, False),
+     "masked_softmax: scale is inf, expected a finite float32"),
     ("masked_softmax_backward", (X, X, 1.0), "masked_softmax: output is on another device, expected cuda"),
     ("rotary_forward", (ROWS, TABLE[:3], TABLE, False, False), "rotary: input is on another device, expected cuda"),
-    ("rotary_forward", (ROWS[0], TABLE, TABLE, False, False), "rotary: input has shape (3, 4, 8), expected 4 dimensions"),
+    ("rotary_forward", (ROWS[0], TABLE, TABLE, False, False),
+     "rotary: input has shape (3, 4, 8), expected 4 dimensions"),
 )  # fmt: skip
 
 
@@ -84,7 +91,11 @@ def test_unloadable_module_is_told(tmp_path):
         "import transfuse; print(transfuse.backends()['cuda']); print(transfuse.backends()['cpu'])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr
     reason, cpu = done.stdout.splitlines()
@@ -95,8 +106,9 @@ def test_unloadable_module_is_told(tmp_path):
 @pytest.mark.parametrize(
     "architecture,capability,runs",
     [
-        ("8.0", (8, 0), True), ("8.0", (8, 6), True), ("8.6", (8, 0), False), ("8.0", (9, 0), False), ("8.0+PTX", (9, 0), True),
-        ("9.0a", (9, 0), True), ("9.0a", (10, 0), False), ("9.0a+PTX", (10, 0), False), ("12.0+PTX", (12, 1), True),
+        ("8.0", (8, 0), True), ("8.0", (8, 6), True), ("8.6", (8, 0), False), ("8.0", (9, 0), False),
+        ("8.0+PTX", (9, 0), True), ("9.0a", (9, 0), True), ("9.0a", (10, 0), False), ("9.0a+PTX", (10, 0), False),
+        ("12.0+PTX", (12, 1), True),
     ],
 )  # fmt: skip
 def test_which_gpus_an_architecture_serves(architecture, capability, runs):
@@ -109,10 +121,18 @@ def _configure(tmp_path, path, **variables):
     project.mkdir(exist_ok=True)
     (project / "CMakeLists.txt").write_text(
         f'cmake_minimum_required(VERSION 3.20)\nproject(p LANGUAGES CXX)\ninclude("{ROOT / "cmake/cuda.cmake"}")\n'
-        'message(STATUS "BUILD=${TRANSFUSE_CUDA_BUILD} COMPILER=${CMAKE_CUDA_COMPILER} ARCH=${CMAKE_CUDA_ARCHITECTURES}")\n'
+        'message(STATUS "BUILD=${TRANSFUSE_CUDA_BUILD} COMPILER=${CMAKE_CUDA_COMPILER} '
+        'ARCH=${CMAKE_CUDA_ARCHITECTURES}")\n'
         'cmake_architectures("8.0 9.0a+PTX" narrowed)\nmessage(STATUS "NARROWED=${narrowed}")\n'
     )
-    command = [shutil.which("cmake"), "-S", project, "-B", tmp_path / "build", *(f"-D{k}={v}" for k, v in variables.items())]
+    command = [
+        shutil.which("cmake"),
+        "-S",
+        project,
+        "-B",
+        tmp_path / "build",
+        *(f"-D{k}={v}" for k, v in variables.items()),
+    ]
     environment = {key: value for key, value in os.environ.items() if key not in ("CUDACXX", "CUDA_PATH")}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**environment, "PATH": path})
     return done.returncode, " ".join((done.stdout + done.stderr).split())
@@ -122,7 +142,24 @@ def _configure(tmp_path, path, **variables):
 def path_without_nvcc(tmp_path):
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name in ("c++", "g++", "cc", "gcc", "make", "ninja", "ld", "ar", "ranlib", "as", "nm", "strip", "objdump", "objcopy", "readelf", "uname"):
+    for name in (
+        "c++",
+        "g++",
+        "cc",
+        "gcc",
+        "make",
+        "ninja",
+        "ld",
+        "ar",
+        "ranlib",
+        "as",
+        "nm",
+        "strip",
+        "objdump",
+        "objcopy",
+        "readelf",
+        "uname",
+    ):
         if shutil.which(name):
             (tools / name).symlink_to(shutil.which(name))
     return str(tools)
@@ -130,7 +167,11 @@ def path_without_nvcc(tmp_path):
 
 def test_a_missing_nvcc_is_an_error_only_when_cuda_is_asked_for(tmp_path, path_without_nvcc):
     code, text = _configure(tmp_path, path_without_nvcc, TRANSFUSE_CUDA="1")
-    assert code != 0 and "TRANSFUSE_CUDA=1 asks for _C_cuda, and no nvcc was found." in text and "pip install nvidia-cuda-nvcc" in text
+    assert (
+        code != 0
+        and "TRANSFUSE_CUDA=1 asks for _C_cuda, and no nvcc was found." in text
+        and "pip install nvidia-cuda-nvcc" in text
+    )
     code, text = _configure(tmp_path, path_without_nvcc, TRANSFUSE_CUDA="")
     assert code == 0 and "BUILD=not built: no nvcc was found COMPILER= " in text
 

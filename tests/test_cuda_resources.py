@@ -11,14 +11,17 @@ spec = importlib.util.spec_from_file_location("cuda_resources", ROOT / "bench" /
 cuda_resources = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cuda_resources)
 
-# Static shared memory that a block may have on every architecture, and that leaves a multiprocessor room for four blocks.
+# Static shared memory that a block may have on every architecture, and that leaves a multiprocessor room for four
+# blocks.
 MAX_SHARED_BYTES = 40 * 1024
 ELEMENT_BYTES = {"float": 4, "bf16": 2, "f16": 2}
 
 
 @pytest.fixture(scope="module")
 def resources():
-    assert cuda_resources.tool("cuobjdump"), "cuobjdump is missing: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+    assert cuda_resources.tool("cuobjdump"), (
+        "cuobjdump is missing: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+    )
     return cuda_resources.resources(cuda_resources.module_path())
 
 
@@ -29,7 +32,9 @@ def accesses(resources):
 
 
 def test_no_kernel_spills(resources):
-    spilling = [f"{kernel} on {arch}: {figures}" for (arch, kernel), figures in resources.items() if figures["stack_bytes"]]
+    spilling = [
+        f"{kernel} on {arch}: {figures}" for (arch, kernel), figures in resources.items() if figures["stack_bytes"]
+    ]
     assert not spilling, "registers spilled to memory:\n" + "\n".join(spilling)
 
 
@@ -42,7 +47,11 @@ def test_shared_memory_and_registers_leave_room(resources):
 def test_every_row_kernel_exists_for_every_type(resources):
     for name in cuda_resources.VECTOR_KERNELS:
         for element in ELEMENT_BYTES:
-            found = [kernel for _, kernel in resources if kernel.startswith(f"{name}<") and re.search(rf"\b{element}\b", kernel)]
+            found = [
+                kernel
+                for _, kernel in resources
+                if kernel.startswith(f"{name}<") and re.search(rf"\b{element}\b", kernel)
+            ]
             assert found, f"{name} has no kernel for {element}"
 
 

@@ -147,7 +147,8 @@ def test_ops_agree_between_levels_emulated(simde):
     """All ops with the AVX-512 levels compiled for AVX2 through emulated intrinsics, in a build of their own."""
     build, package = ROOT / "build/emulated", ROOT / "build/emulated/package"
     _run("cmake", "-G", "Ninja", "-S", ROOT, "-B", build, "-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}",
-         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DTORCH_ROOT={Path(torch.__file__).parent}", "-DTRANSFUSE_CUDA=0",
+         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DTORCH_ROOT={Path(torch.__file__).parent}",
+         "-DTRANSFUSE_CUDA=0",
          f"-DTRANSFUSE_EMULATED_INTRINSICS={EMULATION}", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     _run("cmake", "--build", build, "-j", os.cpu_count())
     package.mkdir(exist_ok=True)

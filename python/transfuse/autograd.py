@@ -42,7 +42,8 @@ def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
         return
     for tensor in tensors:
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(f"{op}: the {tensor.device.type} backend has no forward-mode derivative; {_REFERENCE_HAS}")
+            backend = tensor.device.type
+            raise RuntimeError(f"{op}: the {backend} backend has no forward-mode derivative; {_REFERENCE_HAS}")
 
 
 def first_derivative(op: str, backward: Callable[..., Any], *arguments: Any) -> Any:

@@ -164,7 +164,8 @@ def unserved_gpu() -> str:
     major, minor = torch.cuda.get_device_capability()
     if any(serves(name, major, minor) for name in built):
         return ""
-    return f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, the kernels are built for {', '.join(built)}"
+    name = torch.cuda.get_device_name()
+    return f"{name} has compute capability {major}.{minor}, the kernels are built for {', '.join(built)}"
 
 
 def serves(architecture: str, major: int, minor: int) -> bool:

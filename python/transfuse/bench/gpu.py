@@ -43,7 +43,7 @@ PAST_INT32 = (1 << 32) + 8  # elements: beyond every 32-bit offset
 
 
 def promises_of(backend):
-    """What a backend is held to: agreement with the float64 reference, and every promise of the ops it has kernels for."""
+    """What a backend is held to: agreement with the float64 reference, and every promise of its ops."""
     found = list(agreement.PROMISES)
     if backend == "cuda":
         hard = (promise for promise in every() if promise.op in CUDA_OPS and promise.section in HARD_SECTIONS)
@@ -80,7 +80,8 @@ def check_past_int32(run, op):
     """An op on more than 2^32 elements: its last rows have the bits that they have alone."""
     columns = 1024
     rows = PAST_INT32 // columns + 1
-    facts = {"op": op, "peer": "transfuse cuda", "variant": "numel beyond 2^32", "shape": {"rows": rows, "columns": columns}}
+    shape = {"rows": rows, "columns": columns}
+    facts = {"op": op, "peer": "transfuse cuda", "variant": "numel beyond 2^32", "shape": shape}
     call = {
         "gelu": transfuse.gelu,
         "layer_norm": lambda x: transfuse.layer_norm(x, (columns,)),
@@ -90,7 +91,8 @@ def check_past_int32(run, op):
         x = torch.zeros(rows, columns, dtype=torch.bfloat16, device=run.device)
         last = x[-3:].normal_()
         same = torch.equal(call(x)[-3:], call(last.clone()))
-        run.add(**facts, status="ok" if same else "failed", reason="" if same else "the last rows differ from the same rows alone")
+        reason = "" if same else "the last rows differ from the same rows alone"
+        run.add(**facts, status="ok" if same else "failed", reason=reason)
     torch.cuda.empty_cache()
 
 

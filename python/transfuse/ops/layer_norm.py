@@ -254,7 +254,8 @@ def _gradients(op, ctx, grad_output, grad_sum, wanted):
     return tuple(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True))
 
 
-# ---- the raw ops of csrc/layer_norm.cpp and csrc/cuda_layer_norm.cpp, and their fake kernels: shapes and dtypes without data ----
+# ---- the raw ops of csrc/layer_norm.cpp and csrc/cuda_layer_norm.cpp ----
+# Their fake kernels: shapes and dtypes without data.
 
 if extension._C is not None:
     _forward = torch.ops.transfuse.layer_norm_forward.default

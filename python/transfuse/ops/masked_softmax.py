@@ -1,5 +1,6 @@
-"""masked_softmax: the public function, what runs it, and its gradient. The arithmetic is kernels/cpu/masked_softmax.cpp and
-kernels/cuda/masked_softmax.cu.
+"""masked_softmax: the public function, what runs it, and its gradient.
+
+The arithmetic is kernels/cpu/masked_softmax.cpp and kernels/cuda/masked_softmax.cu.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """rms_norm and add_rms_norm: the public functions, what runs them, and their gradient.
 
-The sister of ops/layer_norm.py, with neither mean nor bias. The arithmetic is kernels/cpu/rms_norm.cpp and kernels/cuda/rms_norm.cu.
+The sister of ops/layer_norm.py, with neither mean nor bias. The arithmetic is kernels/cpu/rms_norm.cpp and
+kernels/cuda/rms_norm.cu.
 """
 
 from __future__ import annotations
@@ -234,7 +235,8 @@ def _gradients(op, ctx, grad_output, grad_sum, wanted):
     return tuple(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True))
 
 
-# ---- the raw ops of csrc/rms_norm.cpp and csrc/cuda_rms_norm.cpp, and their fake kernels: shapes and dtypes without data ----
+# ---- the raw ops of csrc/rms_norm.cpp and csrc/cuda_rms_norm.cpp ----
+# Their fake kernels: shapes and dtypes without data.
 
 if extension._C is not None:
     _forward = torch.ops.transfuse.rms_norm_forward.default
