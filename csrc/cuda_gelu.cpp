@@ -1,6 +1,7 @@
 // gelu on a GPU: the raw ops of gelu.cpp, registered for CUDA. The arithmetic is kernels/cuda/gelu.cu.
 #include "cuda/gelu.cuh"
 
+#include <algorithm>
 #include <tuple>
 
 #include "cuda_device.h"
@@ -48,7 +49,8 @@ std::tuple<Tensor, Tensor> gelu_backward(Tensor grad_output, Tensor input, std::
   const Tensor grad_bias = call.empty({need_bias_grad ? operands.columns : 0}, (bias ? *bias : input).scalar_type());
   cuda::GeluParams p = params_of(operands, input, bias, tanh, grad_input);
   p.grad_output = grad_output.const_data_ptr();
-  const Tensor lines = call.empty({need_bias_grad ? p.chunks * p.columns : 0}, ScalarType::Float);
+  const int64_t line_size = std::max<int64_t>(1, p.chunks) * p.columns;  // lines are there without rows: sums of 0
+  const Tensor lines = call.empty({need_bias_grad ? line_size : 0}, ScalarType::Float);
   if (need_bias_grad) {
     p.bias_lines = static_cast<float*>(lines.mutable_data_ptr());
     p.grad_bias = grad_bias.mutable_data_ptr();

@@ -305,7 +305,7 @@ GeluParams rest_from(const GeluParams& p, int64_t begin) {
 
 template <class Direction>
 cudaError_t run_gelu(const GeluParams& p, DType dtype, cudaStream_t stream) {
-  if (p.size == 0) return cudaSuccess;
+  if (p.columns == 0) return cudaSuccess;
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const auto on_boundary = [&](const void* data) {
@@ -322,9 +322,10 @@ cudaError_t run_gelu(const GeluParams& p, DType dtype, cudaStream_t stream) {
       if (body.size > 0) error = launch_gelu<Direction, T, true>(body, stream);
       if (error == cudaSuccess && body.size < p.size)
         error = launch_gelu<Direction, T, false>(rest_from<T>(p, body.size), stream);
-    } else {
+    } else if (p.size > 0) {
       error = launch_gelu<Direction, T, false>(p, stream);
     }
+    // Without rows too: the gradient of the bias is then the sum of no lines.
     if (error != cudaSuccess || p.bias_lines == nullptr) return error;
     return add_lines<T>({p.bias_lines, p.grad_bias, p.chunks, p.columns, p.float_bias}, stream);
   });

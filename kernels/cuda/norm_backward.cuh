@@ -1,7 +1,7 @@
 // Gradients of LayerNorm and RMSNorm on a GPU. With g = grad_output * weight and xhat the normalised row,
 //
-//   grad_input  = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_sum, without mean(g) where the norm is not
-//   centered grad_weight = sum over rows of grad_output * xhat,   grad_bias = sum over rows of grad_output
+//   grad_input  = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_sum, without mean(g) unless the norm is centered
+//   grad_weight = sum over rows of grad_output * xhat,   grad_bias = sum over rows of grad_output
 //
 // Policy: x and grad_output are read once, and the statistics taken anew from x: saved ones would be rounded. A block
 // owns a chunk of rows and keeps its part of the sums over rows in registers, one group of threads every
@@ -62,7 +62,8 @@ __device__ __forceinline__ void write_grad_input(const NormBackwardParams& p, bo
   if (has_past_norm) unpack<T>(load_vector(row_of<T>(p.grad_sum, row), begin, p.cols, whole), past_norm);
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    const float g = Norm::centered ? fmaf(grad[i], weight[i], -means.g) : grad[i] * weight[i];
+    const float product = grad[i] * weight[i];  // rounded as in the mean: a row of one element has the gradient 0
+    const float g = Norm::centered ? product - means.g : product;
     const float projected = fmaf(-xhat[i], means.g_xhat, g) * by.rest;
     grad[i] = has_past_norm ? fmaf(projected, by.scale, past_norm[i]) : projected * by.scale;
   }

@@ -109,6 +109,15 @@ def test_gelu_has_the_bits_of_the_cpu(tanh, dtype):
 
 
 @pytest.mark.parametrize("dtype", emulated_ops.DTYPES, ids=dtype_name)
+def test_a_row_of_one_element_has_the_gradient_zero(dtype):
+    input, weight = (torch.randn(size, 1).to(dtype).requires_grad_() for size in (5, 1))
+    with emulated_ops.EmulatedKernels():
+        output = transfuse.layer_norm(input, (1,), weight[0])
+        (grad_input,) = torch.autograd.grad(output, input, torch.randn(5, 1).to(dtype))
+    assert not grad_input.any()
+
+
+@pytest.mark.parametrize("dtype", emulated_ops.DTYPES, ids=dtype_name)
 def test_rows_further_apart_than_an_int32_counts(dtype):
     """Memory that is reserved and not there: three rows of 100 in more than 2^32 elements."""
     rows, cols, stride = 3, 100, (1 << 31) + 8
