@@ -26,7 +26,6 @@ from torch.nn.modules import module as torch_module
 from transfuse.models.packed_linear import PackedLinears, Product, may_pack
 from transfuse.models.swap import is_exchanged, stock_class
 from transfuse.nn.hooks import unhooked
-from transfuse.ops.gelu import gelu
 from transfuse.ops.layer_norm import add_layer_norm_into
 
 PART_TOKENS = 1024
@@ -146,10 +145,9 @@ def _run_layer(hidden: Tensor, layer: EncoderLayer, products: list[Product], att
     attended = attention_output(attend(layer.attention, query_key_value(hidden)))
     _add_norm_into(attended, attended, hidden, layer.attention_norm)
 
-    form, bias = gelu_form(layer.activation), layer.intermediate.bias
+    form = gelu_form(layer.activation)
     for rows in attended.split(PIECE_ROWS):
-        wide = gelu(intermediate(rows, bias=False), form, bias=bias)
-        _add_norm_into(rows, output(wide), rows, layer.output_norm)
+        _add_norm_into(rows, output(intermediate(rows, form)), rows, layer.output_norm)
     return attended
 
 
