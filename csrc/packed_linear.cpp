@@ -1,5 +1,5 @@
 // Linear layers on packed weights: checks, allocation, threads. The arithmetic is kernels/cpu/packed_linear.cpp.
-#include "cpu/packed_linear.h"
+#include "packed_linear.h"
 
 #include <algorithm>
 
@@ -19,8 +19,10 @@ int64_t panels_per_task(const cpu::PackedLinearParams& p) {
   return std::max<int64_t>(1, least / (rows * std::max<int64_t>(1, p.in) * cpu::packed_linear_columns));
 }
 
-Tensor run(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
-           cpu::Activation activation) {
+}  // namespace
+
+Tensor packed_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
+                     cpu::Activation activation) {
   check_cpu(op, "input", input);
   check_cpu(op, "weight", weight);
   check(input.dim() == 2, op, ": input has shape ", shape_of(input), ", expected (rows, in)");
@@ -58,13 +60,15 @@ Tensor run(const Tensor& input, const Tensor& weight, const std::optional<Tensor
   return output;
 }
 
-Tensor packed_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features) {
-  return run(input, weight, bias, out_features, cpu::Activation::none);
+namespace {
+
+Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features) {
+  return packed_linear(input, weight, bias, out_features, cpu::Activation::none);
 }
 
-Tensor packed_linear_gelu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                          int64_t out_features, bool tanh) {
-  return run(input, weight, bias, out_features, tanh ? cpu::Activation::gelu_tanh : cpu::Activation::gelu_erf);
+Tensor linear_gelu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
+                   bool tanh) {
+  return packed_linear(input, weight, bias, out_features, cpu::gelu_activation(tanh));
 }
 
 }  // namespace
@@ -75,8 +79,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transfuse, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(transfuse, CPU, m) {
-  m.impl("packed_linear", TORCH_BOX(&packed_linear));
-  m.impl("packed_linear_gelu", TORCH_BOX(&packed_linear_gelu));
+  m.impl("packed_linear", TORCH_BOX(&linear));
+  m.impl("packed_linear_gelu", TORCH_BOX(&linear_gelu));
 }
 
 }  // namespace transfuse

@@ -13,6 +13,7 @@
 namespace transfuse::cpu {
 
 enum class Activation : int { none, gelu_erf, gelu_tanh };
+constexpr Activation gelu_activation(bool tanh) { return tanh ? Activation::gelu_tanh : Activation::gelu_erf; }
 
 struct PackedLinearParams {
   const void* input;   // [rows, in] dtype
