@@ -76,13 +76,13 @@ def may_pack(layer: nn.Module) -> bool:
 def inference_on_cpu(input: Tensor) -> bool:
     """Whether a call with this input may use packed weights at all: no gradient, no tracing, no autocast."""
     return (
-        is_fast()
-        and input.device.type == "cpu"
+        input.device.type == "cpu"
         and input.dtype in DTYPES
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
+        and is_fast()  # last: Dynamo cannot trace it
     )
 
 
