@@ -8,8 +8,12 @@
 
 namespace transfuse {
 
-// input [rows, in] and the packed weight of [out_features, in], both float32 or bfloat16; bias [out_features] float32.
-Tensor packed_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
-                     cpu::Activation activation);
+// The layer of a packed weight of [out_features, in], checked; input, output and rows are still to be set.
+cpu::PackedLinearParams packed_linear_params(ScalarType type, int64_t in, const Tensor& weight,
+                                             const std::optional<Tensor>& bias, int64_t out_features,
+                                             cpu::Activation activation);
+
+// The output [rows, out] of input [rows, in] of the layer's own dtype.
+Tensor packed_linear(const Tensor& input, cpu::PackedLinearParams layer);
 
 }  // namespace transfuse

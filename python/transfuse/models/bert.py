@@ -44,8 +44,8 @@ from transfuse.models.swap import (
     stock_class,
 )
 from transfuse.nn.hooks import unhooked
-from transfuse.ops.encoder_layer import Sequences
 from transfuse.ops.attention import IMPLEMENTATIONS, scaled_dot_product_attention
+from transfuse.ops.encoder_layer import Sequences
 from transfuse.ops.gelu import gelu
 from transfuse.ops.layer_norm import add_layer_norm
 from transfuse.ops.packing import Packing, pack, unpack

@@ -1,7 +1,7 @@
 """Linear layers whose weights are kept a second time, in the layout that the CPU multiplies fastest.
 
-    packed = PackedLinears(groups, torch.float32)        # a group is one or several layers with the same input
-    query_key_value = packed.products[0](rows)           # [N, in] -> [N, out of all layers of the group]
+    packed = PackedLinears(groups, torch.float32)              # a group is one or several layers with the same input
+    query_key_value = packed_linear(rows, *packed.products[0])  # [N, in] -> [N, out of all layers of the group]
 
 A packed copy belongs to no module, so state_dict, pickle and deepcopy know nothing of it. It fits as long as every
 weight is the same memory at the same version with the same 64 sampled elements: an edit through ``.data`` changes
@@ -11,30 +11,34 @@ neither of the first two, and ``transfuse.repack`` is for edits that the sample 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from transfuse.ops.packed_linear import DTYPES, is_fast, pack, packed_linear
+from transfuse.ops.packed_linear import DTYPES, is_fast, pack
 
 Group = tuple[nn.Linear, ...]
 
 _SAMPLED_ELEMENTS = 64
 
 
-class Product:
-    """``F.linear`` with the weights of one group in ``dtype`` and its biases: rows [N, in] -> [N, sum of out]."""
+class Product(NamedTuple):
+    """The arguments of packed_linear() that stand for ``F.linear`` with all layers of a group side by side."""
 
-    def __init__(self, group: Group, dtype: torch.dtype):
+    weight: Tensor
+    bias: Tensor | None
+    out_features: int
+
+    @classmethod
+    def of(cls, group: Group, dtype: torch.dtype) -> Product:
         weights = [layer.weight.detach().to(dtype) for layer in group]
         biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in group]
-        self.bias = torch.cat(biases).float() if any(layer.bias is not None for layer in group) else None
-        self.weight = pack(torch.cat(weights) if len(weights) > 1 else weights[0])
-        self.out_features = sum(layer.out_features for layer in group)
-
-    def __call__(self, rows: Tensor, gelu: str | None = None) -> Tensor:
-        """gelu: the form of the GELU that follows, "none" or "tanh"."""
-        return packed_linear(rows, self.weight, self.bias, self.out_features, gelu)
+        return cls(
+            pack(torch.cat(weights) if len(weights) > 1 else weights[0]),
+            torch.cat(biases).float() if any(layer.bias is not None for layer in group) else None,
+            sum(layer.out_features for layer in group),
+        )
 
 
 class PackedLinears:
@@ -42,7 +46,7 @@ class PackedLinears:
 
     def __init__(self, groups: Sequence[Group], dtype: torch.dtype):
         self.dtype = dtype
-        self.products = [Product(group, dtype) for group in groups]
+        self.products = [Product.of(group, dtype) for group in groups]
         self.layers = [layer for group in groups for layer in group]
         tensors = self._tensors()
         self.states = [(tensor._version, tensor.data_ptr()) for tensor in tensors]
