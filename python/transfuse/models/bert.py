@@ -281,7 +281,7 @@ def _run_stack(
 ) -> torch.Tensor:
     """[1, T, H] of a Packing or [B, S, H] with the mask of transformers; ``states`` receives every layer's output."""
     shape, own_dtype = hidden_states.shape, hidden_states.dtype
-    hidden = hidden_states.reshape(-1, shape[-1]).to(stack.dtype)
+    hidden = hidden_states.reshape(-1, shape[-1]).to(stack.dtype).contiguous()
     if states is not None:
         of_layers: list[torch.Tensor] = []
         hidden = stack.run(hidden, _packed_sequences(mask), of_layers)

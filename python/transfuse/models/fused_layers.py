@@ -2,9 +2,7 @@
 
 Whole sequences go through all layers in parts of about a thousand tokens: their activations then live in memory that
 the allocator hands out again for the next layer and the next part, instead of in pages that the system must first
-clear; the wide activations of the feed-forward go in pieces that stay in the second-level cache; and the norms write
-where their own operands lie. No row's bits depend on any of that: products, norms and attention compute a row from its
-own sequence alone.
+clear. No row's bits depend on that: products, norms and attention compute a row from its own sequence alone.
 
 A model family says which modules make a layer (``EncoderLayer``) and which tokens belong together; see bert.py.
 """
@@ -22,6 +20,7 @@ from torch.nn.modules import module as torch_module
 from transfuse.models.packed_linear import PackedLinears, Product, may_pack
 from transfuse.models.swap import is_exchanged, stock_class
 from transfuse.nn.hooks import unhooked
+from transfuse.ops.attention_checks import MAX_HEAD_DIM
 from transfuse.ops.encoder_layer import Sequences, encoder_layer
 
 PART_TOKENS = 1024
@@ -54,6 +53,7 @@ class EncoderLayer(NamedTuple):
                 for norm in (self.attention_norm, self.output_norm)
             )
             and bool(gelu_form(self.activation))
+            and self.attention.attention_head_size <= MAX_HEAD_DIM
         )
 
 
