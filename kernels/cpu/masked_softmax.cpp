@@ -21,8 +21,6 @@ namespace {
 
 constexpr float infinity = __builtin_inff();
 constexpr float wide_score = 1024.0f;
-// A score within exp's reach of |m| <= 1024 has a residual below this; a weight of 0 must not be disturbed by its own.
-constexpr float largest_residual = 0x1p-12f;
 constexpr double lowest_exponent = -690.0;  // of exp(f64); rounds to a weight of 0
 // A double above this has a residual that its weight feels.
 constexpr double residual_counts = 0x1p40;
@@ -135,22 +133,33 @@ TRANSFUSE_INLINE float largest_score(const Row<T, M>& row, const Split<float>& s
   return reduce_max(largest);
 }
 
-// Writes exp(score - largest) to weights and returns their sum.
+// Writes exp(score - largest), up to a factor that all of them share, to weights and returns their sum. Four weights of
+// sixteen keys are added as they are, those sums in double; by key number alone, whatever the row's length.
 template <class T, class M>
 TRANSFUSE_INLINE double exponentials(const Row<T, M>& row, const Split<float>& scale, float largest, float* weights) {
-  wide sum = set1w(0.0);
-  const f32 shift = set1(-largest);
-  for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+  constexpr int64_t step = 4 * lanes;
+  const RowExponential exp(largest);
+  const auto weight_at = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     const Keys<T> keys = load_keys(row, i, n);
     const Score score = score_of<M>(keys, scale);
-    const f32 exponent = score.hi + shift;
-    // An infinite input makes its residual NaN; min and max give their second operand there.
-    f32 residual = score.lo + sum_residual(score.hi, shift, exponent);
-    residual = max(min(residual, set1(largest_residual)), set1(-largest_residual));
-    const f32 weight = select(keys.valid, exp_nonpositive(exponent, residual), zero());
+    const f32 counted = select(score.hi <= exp.lowest, zero(), exp(score.hi, score.lo));
+    const f32 weight = select(keys.valid, counted, zero());
     store_n(weights + i, weight, n);
-    sum = sum + widen(weight);
-  });
+    return weight;
+  };
+  wide sum = set1w(0.0);
+  int64_t i = 0;
+  for (; i + step <= row.length; i += step) {
+    const f32 two = weight_at(i, lanes) + weight_at(i + lanes, lanes);
+    sum = sum + widen(two + (weight_at(i + 2 * lanes, lanes) + weight_at(i + 3 * lanes, lanes)));
+  }
+  if (i < row.length) {
+    f32 four[4] = {zero(), zero(), zero(), zero()};
+    for_each_vec(row.length - i, [&](int64_t at, int64_t n) __attribute__((always_inline)) {
+      four[at / lanes] = weight_at(i + at, n);
+    });
+    sum = sum + widen((four[0] + four[1]) + (four[2] + four[3]));
+  }
   return reduce_add(sum);
 }
 
