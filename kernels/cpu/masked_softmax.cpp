@@ -51,6 +51,7 @@ TRANSFUSE_INLINE auto lanes_where(mask m) {
 template <class T, class M>
 struct Row {
   const T* input;
+  T* output;
   const M* mask;
   int64_t mask_stride;
   int64_t length;
@@ -133,14 +134,23 @@ TRANSFUSE_INLINE float largest_score(const Row<T, M>& row, const Split<float>& s
   return reduce_max(largest);
 }
 
+// What the next group of rows reads and this one writes is on its way while exponentials are taken.
+template <class T, class M>
+TRANSFUSE_INLINE void prefetch(const Row<T, M>& row, int64_t i, int64_t group) {
+  __builtin_prefetch(row.input + i + group);
+  __builtin_prefetch(row.output + i, 1);
+}
+
 // Writes exp(score - largest), up to a factor that all of them share, to weights and returns their sum. Four weights of
 // sixteen keys are added as they are, those sums in double; by key number alone, whatever the row's length.
 template <class T, class M>
-TRANSFUSE_INLINE double exponentials(const Row<T, M>& row, const Split<float>& scale, float largest, float* weights) {
+TRANSFUSE_INLINE double exponentials(const Row<T, M>& row, const Split<float>& scale, float largest, float* weights,
+                                    int64_t group = 0) {
   constexpr int64_t step = 4 * lanes;
   const RowExponential exp(largest);
   const auto weight_at = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     const Keys<T> keys = load_keys(row, i, n);
+    prefetch(row, i, group);
     const Score score = score_of<M>(keys, scale);
     const f32 counted = select(score.hi <= exp.lowest, zero(), exp(score.hi, score.lo));
     const f32 weight = select(keys.valid, counted, zero());
@@ -181,7 +191,8 @@ TRANSFUSE_INLINE float largest_number(const Row<T, M>& row, const Split<float>& 
 
 // As exponentials(), but all of them times 2^25.
 template <class T, class M>
-TRANSFUSE_INLINE double light_exponentials(const Row<T, M>& row, f32 scale, float largest, float* weights) {
+TRANSFUSE_INLINE double light_exponentials(const Row<T, M>& row, f32 scale, float largest, float* weights,
+                                          int64_t group) {
   constexpr int64_t block_keys = 8 * lanes;
   wide sum = set1w(0.0);
   for (int64_t block = 0; block < row.length; block += block_keys) {
@@ -190,6 +201,7 @@ TRANSFUSE_INLINE double light_exponentials(const Row<T, M>& row, f32 scale, floa
     for_each_vec(rest < block_keys ? rest : block_keys, [&](int64_t at, int64_t n) __attribute__((always_inline)) {
       const int64_t i = block + at;
       const Keys<T> keys = load_keys(row, i, n);
+      prefetch(row, i, group);
       const f32 weight = select(keys.valid, exp_times_2_25(fms(keys.x, scale, set1(largest))), zero());
       store_n(weights + i, weight, n);
       block_sum = block_sum + weight;
@@ -277,9 +289,9 @@ TRANSFUSE_INLINE void softmax_rows(const Row<T, M>* rows, int64_t count, double 
   for (int64_t r = 0; r < count; ++r) largest[r] = largest_number(rows[r], split);
   for (int64_t r = 0; r < count; ++r) {
     if constexpr (is_light<T, M>) {
-      sums[r] = light_exponentials(rows[r], split.hi, largest[r], scratch + r * keys);
+      sums[r] = light_exponentials(rows[r], split.hi, largest[r], scratch + r * keys, count * keys);
     } else {
-      sums[r] = exponentials(rows[r], split, largest[r], scratch + r * keys);
+      sums[r] = exponentials(rows[r], split, largest[r], scratch + r * keys, count * keys);
     }
   }
   for (int64_t r = 0; r < count; ++r) {
@@ -405,7 +417,7 @@ Row<T, M> input_row(const MaskedSoftmaxParams& p, int64_t i) {
     const int64_t visible = i % p.queries + p.causal_offset + 1;
     length = visible < 0 ? 0 : (visible < p.keys ? visible : p.keys);
   }
-  Row<T, M> row{static_cast<const T*>(p.input) + i * p.keys, nullptr, 0, length};
+  Row<T, M> row{static_cast<const T*>(p.input) + i * p.keys, static_cast<T*>(p.output) + i * p.keys, nullptr, 0, length};
   if (p.mask) {
     row.mask = static_cast<const M*>(p.mask) + mask_offset(p, i);
     row.mask_stride = p.mask_strides[p.outer_dims];
