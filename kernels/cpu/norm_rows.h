@@ -311,7 +311,7 @@ TRANSFUSE_INLINE void normalize_rows(const T* x, const Statistics* statistics, c
     const V offset = bias ? load_as<V>(bias + i, n) : splat<V>(0);
     for (int64_t r = 0; r < count; ++r) {
       const V normalized = rows[r].normalize(load_as<V>(x + r * cols + i, n));
-      if (count == 1) __builtin_prefetch(x + cols + i);
+      __builtin_prefetch(x + (r + (count == 1 ? 1 : group_rows)) * cols + i);
       store_as(output + r * cols + i, Norm::centered ? fma(normalized, scale, offset) : normalized * scale, n);
     }
   });
@@ -489,10 +489,8 @@ TRANSFUSE_INLINE void differentiate_rows(const NormBackwardParams& p, int64_t ro
       const V grad = load_as<V>(grad_output + at, n);
       weight_sum = fma(grad, xhat, weight_sum);
       bias_sum = bias_sum + grad;
-      if (count == 1) {
-        __builtin_prefetch(x + cols + i);
-        __builtin_prefetch(grad_output + cols + i);
-      }
+      __builtin_prefetch(x + count * cols + at);
+      __builtin_prefetch(grad_output + count * cols + at);
       if (!grad_input) continue;
       const V product = grad * scale;  // rounded as in the mean, so that a row of one element has the gradient 0
       const V g = Norm::centered ? product - splat<V>(rows[r].mean_g) : product;
