@@ -204,7 +204,7 @@ template <class Function, class T, class B>
       } else if (n == lanes) {
         gather(results + i, table.values, at);
       } else {
-        for (int64_t lane = 0; lane < n; ++lane) results[i + lane] = table.values[at[lane].bits];
+        for (int64_t k = 0; k < n; ++k) results[i + k] = table.values[at[k].bits];
       }
     });
   });

@@ -1,8 +1,9 @@
 // Masked softmax of rows: y_j = exp(s_j - m) / sum, s = scale * x + mask over the valid keys of the row, 0 elsewhere.
 //
-// A score is carried as hi + lo, so that neither scale * x, nor the mask's addition, nor s - m loses a bit that exp would
-// magnify: at logits around 100 a rounded score alone costs 60 ULP of its weight. The weights are summed in double and
-// the quotient is one rounding. Error <= 3 ULP per element (exp 0.9, its share in the sum, the quotient 0.5).
+// A score is carried as hi + lo, so that neither scale * x nor the mask's addition loses a bit that exp would magnify: at
+// logits around 100 a rounded score alone costs 60 ULP of its weight. s and m meet as powers of two alone, whose
+// difference is exact. The weights are summed in double, four of them at a time, and the quotient is one rounding. Error
+// <= 3 ULP per element (exp 1.2, its share in the sum, the quotient 0.5).
 //
 // Rows by their largest score m:  no valid key: 0.  m NaN or infinite: NaN at the valid keys.  |m| > 1024: the residuals
 // are no longer small, the row is done in double.  Else: sixteen floats at a time. Rows of doubles are done in double
@@ -47,7 +48,7 @@ TRANSFUSE_INLINE auto lanes_where(mask m) {
   }
 }
 
-// The valid keys of one row: [0, length) where the mask keeps them.
+// One row, and its valid keys: [0, length) where the mask keeps them.
 template <class T, class M>
 struct Row {
   const T* input;
@@ -254,23 +255,23 @@ TRANSFUSE_INLINE void fill_zero(T* output, int64_t begin, int64_t end) {
 
 // A row whose largest score is NaN or infinite.
 template <class T, class M>
-TRANSFUSE_INLINE void fill_nan(const Row<T, M>& row, T* output) {
+TRANSFUSE_INLINE void fill_nan(const Row<T, M>& row) {
   const VecOf<T> nan = splat<VecOf<T>>(__builtin_nan(""));
   for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    store_as(output + i, select(load_keys(row, i, n).valid, nan, splat<VecOf<T>>(0.0)), n);
+    store_as(row.output + i, select(load_keys(row, i, n).valid, nan, splat<VecOf<T>>(0.0)), n);
   });
 }
 
 // A row that takes more than the usual one: without a valid key, with a NaN, with large or infinite scores.
 template <class T, class M>
-[[gnu::noinline]] void unusual_row(const Row<T, M>& row, const Split<float>& scale, T* output, float* weights) {
+[[gnu::noinline]] void unusual_row(const Row<T, M>& row, const Split<float>& scale, float* weights) {
   bool any_valid = false;
   const float largest = largest_score(row, scale, any_valid);
-  if (!any_valid) return fill_zero(output, 0, row.length);
-  if (!(__builtin_fabsf(largest) < infinity)) return fill_nan(row, output);
+  if (!any_valid) return fill_zero(row.output, 0, row.length);
+  if (!(__builtin_fabsf(largest) < infinity)) return fill_nan(row);
   const double sum = __builtin_fabsf(largest) <= wide_score ? exponentials(row, scale, largest, weights)
                                                             : wide_exponentials(row, scale, weights);
-  divide<T>(weights, sum, output, row.length);
+  divide(weights, sum, row.output, row.length);
 }
 
 // Rows that are short go in groups, stage by stage: a stage of the next row begins while a reduction of this one ends.
@@ -281,8 +282,8 @@ TRANSFUSE_INLINE int64_t rows_at_once(int64_t keys, int64_t rows_left) {
 }
 
 template <class T, class M>
-TRANSFUSE_INLINE void softmax_rows(const Row<T, M>* rows, int64_t count, double scale, T* const* outputs,
-                                   float* scratch, int64_t keys) {
+TRANSFUSE_INLINE void softmax_rows(const Row<T, M>* rows, int64_t count, double scale, float* scratch,
+                                   int64_t keys) {
   const Split<float> split(scale);
   float largest[group_rows];
   double sums[group_rows];
@@ -296,9 +297,9 @@ TRANSFUSE_INLINE void softmax_rows(const Row<T, M>* rows, int64_t count, double 
   }
   for (int64_t r = 0; r < count; ++r) {
     if (__builtin_fabsf(largest[r]) <= wide_score && sums[r] == sums[r])
-      divide<T>(scratch + r * keys, sums[r], outputs[r], rows[r].length);
+      divide(scratch + r * keys, sums[r], rows[r].output, rows[r].length);
     else
-      unusual_row(rows[r], split, outputs[r], scratch + r * keys);
+      unusual_row(rows[r], split, scratch + r * keys);
   }
 }
 
@@ -352,7 +353,8 @@ TRANSFUSE_INLINE double sum_of_lanes(wide sum, wide lost) {
 }
 
 template <class M>
-TRANSFUSE_INLINE void softmax_row(const Row<double, M>& row, double scale, double* output) {
+TRANSFUSE_INLINE void softmax_row(const Row<double, M>& row, double scale) {
+  double* output = row.output;
   const wide lowest = set1w(-infinity);
   wide largest_lanes = lowest;
   wide_mask seen = first_n_wide(0);
@@ -363,7 +365,7 @@ TRANSFUSE_INLINE void softmax_row(const Row<double, M>& row, double scale, doubl
   });
   const double largest = reduce_max(largest_lanes);
   if (!any(seen)) return fill_zero(output, 0, row.length);
-  if (!(__builtin_fabs(largest) < __builtin_inf())) return fill_nan(row, output);
+  if (!(__builtin_fabs(largest) < __builtin_inf())) return fill_nan(row);
 
   // Between scores beyond exp's reach of each other the residual of the largest decides nothing; near 2^53 it does.
   double largest_rest = 0.0;
@@ -396,9 +398,8 @@ TRANSFUSE_INLINE void softmax_row(const Row<double, M>& row, double scale, doubl
 }
 
 template <class M>
-TRANSFUSE_INLINE void softmax_rows(const Row<double, M>* rows, int64_t count, double scale, double* const* outputs,
-                                   float*, int64_t) {
-  for (int64_t r = 0; r < count; ++r) softmax_row(rows[r], scale, outputs[r]);
+TRANSFUSE_INLINE void softmax_rows(const Row<double, M>* rows, int64_t count, double scale, float*, int64_t) {
+  for (int64_t r = 0; r < count; ++r) softmax_row(rows[r], scale);
 }
 
 TRANSFUSE_INLINE int64_t mask_offset(const MaskedSoftmaxParams& p, int64_t row) {
@@ -411,13 +412,14 @@ TRANSFUSE_INLINE int64_t mask_offset(const MaskedSoftmaxParams& p, int64_t row) 
 }
 
 template <class T, class M>
-Row<T, M> input_row(const MaskedSoftmaxParams& p, int64_t i) {
+Row<T, M> row_of(const MaskedSoftmaxParams& p, int64_t i) {
   int64_t length = p.keys;
   if (p.causal) {
     const int64_t visible = i % p.queries + p.causal_offset + 1;
     length = visible < 0 ? 0 : (visible < p.keys ? visible : p.keys);
   }
-  Row<T, M> row{static_cast<const T*>(p.input) + i * p.keys, static_cast<T*>(p.output) + i * p.keys, nullptr, 0, length};
+  const T* input = static_cast<const T*>(p.input) + i * p.keys;
+  Row<T, M> row{input, static_cast<T*>(p.output) + i * p.keys, nullptr, 0, length};
   if (p.mask) {
     row.mask = static_cast<const M*>(p.mask) + mask_offset(p, i);
     row.mask_stride = p.mask_strides[p.outer_dims];
@@ -430,13 +432,9 @@ void forward_rows(const MaskedSoftmaxParams& p, int64_t begin, int64_t end, floa
   for (int64_t i = begin, count; i < end; i += count) {
     count = rows_at_once(p.keys, end - i);
     Row<T, M> rows[group_rows];
-    T* outputs[group_rows];
-    for (int64_t r = 0; r < count; ++r) {
-      rows[r] = input_row<T, M>(p, i + r);
-      outputs[r] = static_cast<T*>(p.output) + (i + r) * p.keys;
-    }
-    softmax_rows(rows, count, p.scale, outputs, scratch, p.keys);
-    for (int64_t r = 0; r < count; ++r) fill_zero(outputs[r], rows[r].length, p.keys);
+    for (int64_t r = 0; r < count; ++r) rows[r] = row_of<T, M>(p, i + r);
+    softmax_rows(rows, count, p.scale, scratch, p.keys);
+    for (int64_t r = 0; r < count; ++r) fill_zero(rows[r].output, rows[r].length, p.keys);
   }
 }
 

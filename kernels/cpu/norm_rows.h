@@ -311,7 +311,7 @@ TRANSFUSE_INLINE void normalize_rows(const T* x, const Statistics* statistics, c
     const V offset = bias ? load_as<V>(bias + i, n) : splat<V>(0);
     for (int64_t r = 0; r < count; ++r) {
       const V normalized = rows[r].normalize(load_as<V>(x + r * cols + i, n));
-      __builtin_prefetch(x + (r + (count == 1 ? 1 : group_rows)) * cols + i);
+      if (count == 1) __builtin_prefetch(x + cols + i);
       store_as(output + r * cols + i, Norm::centered ? fma(normalized, scale, offset) : normalized * scale, n);
     }
   });

@@ -56,7 +56,8 @@ TRANSFUSE_INLINE void gather(T* out, const T* table, const T* x) {
 }
 TRANSFUSE_INLINE __m128 gather4(const float* table, const void* x) {
   const __m128 two = _mm_insert_ps(_mm_load_ss(entry(table, x, 0)), _mm_load_ss(entry(table, x, 1)), 0x10);
-  return _mm_insert_ps(_mm_insert_ps(two, _mm_load_ss(entry(table, x, 2)), 0x20), _mm_load_ss(entry(table, x, 3)), 0x30);
+  const __m128 three = _mm_insert_ps(two, _mm_load_ss(entry(table, x, 2)), 0x20);
+  return _mm_insert_ps(three, _mm_load_ss(entry(table, x, 3)), 0x30);
 }
 template <class T>
 TRANSFUSE_INLINE f32 gather(const float* table, const T* x) {
