@@ -96,9 +96,9 @@ TRANSFUSE_INLINE f32 exp_times_2_25(f32 x) {
   return p * from_bits(shift_left<23>(bits(shifted)));
 }
 
-// For the ratios of exponentials in a row: e^(x + residual) * 2^(25 - p), p the power of two in e^largest. The powers are
-// subtracted as integers: there is no x - largest to round. Below `lowest`, where ratios round to 0, the result is any
-// number.
+// For the ratios of exponentials in a row: e^(x + residual) * 2^(25 - p), p the power of two in e^largest. The powers
+// are subtracted as integers: there is no x - largest to round. Below `lowest`, where ratios round to 0, the result is
+// any number.
 struct RowExponential {
   f32 integer, lowest;
 

@@ -34,8 +34,8 @@ struct Tanh {
   using Full = TanhFull;
 };
 
-// The two functions of (x, grad_output). In float: `core`, and `far` for the lanes that is_far names. In double: `full`,
-// of grad_output 1.
+// The two functions. In float, of (x, grad_output): `core`, and `far` for the lanes that is_far names. In double, of x
+// where grad_output is 1: `full`.
 
 TRANSFUSE_INLINE mask is_far(f32 x) { return abs(x) >= set1(segments_end); }
 
@@ -170,10 +170,16 @@ struct Table {
   }
 };
 
+template <class Function, class T>
+[[gnu::noinline]] const typename Table<Function, T>::Entry* table_of() {
+  static const Table<Function, T> table;
+  return table.values;
+}
+
 template <class Function, class T, class B>
 [[gnu::noinline]] void run_rows_of_16_bits(const GeluParams& p, int64_t begin, int64_t end, double* bias_sum) {
   constexpr int64_t ahead = block;  // elements to prefetch: the many loads of a table leave the prefetchers behind
-  static const Table<Function, T> table;
+  const auto* table = table_of<Function, T>();
   const T* input = static_cast<const T*>(p.input);
   const T* grad_output = static_cast<const T*>(p.grad_output);
   const B* bias = static_cast<const B*>(p.bias);
@@ -189,22 +195,21 @@ template <class Function, class T, class B>
       x = sums;
     }
     for_each_vec(length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-      T padded[lanes] = {};
-      if (n < lanes) __builtin_memcpy(padded, x + i, static_cast<size_t>(n) * sizeof(T));
-      const T* at = n < lanes ? padded : x + i;
       if (i % (2 * lanes) == 0) {
         __builtin_prefetch(input + first + i + ahead);
         __builtin_prefetch(results + i + ahead, 1);
         if (Function::takes_gradient) __builtin_prefetch(grad_output + first + i + ahead);
       }
       if constexpr (Function::takes_gradient) {
-        const f32 y = load_n(grad_output + first + i, n) * gather(table.values, at);
+        T padded[lanes] = {};
+        if (n < lanes) __builtin_memcpy(padded, x + i, static_cast<size_t>(n) * sizeof(T));
+        const f32 slope = gather(table, n < lanes ? padded : x + i), y = load_n(grad_output + first + i, n) * slope;
         store_n(results + i, y, n);
         if (bias_sum != nullptr) add_to(bias_sum + column + i, widen(y), n);
       } else if (n == lanes) {
-        gather(results + i, table.values, at);
+        gather(results + i, table, x + i);
       } else {
-        for (int64_t k = 0; k < n; ++k) results[i + k] = table.values[at[k].bits];
+        for (int64_t k = 0; k < n; ++k) results[i + k] = table[x[i + k].bits];
       }
     });
   });

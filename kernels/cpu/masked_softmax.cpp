@@ -1,9 +1,9 @@
 // Masked softmax of rows: y_j = exp(s_j - m) / sum, s = scale * x + mask over the valid keys of the row, 0 elsewhere.
 //
-// A score is carried as hi + lo, so that neither scale * x nor the mask's addition loses a bit that exp would magnify: at
-// logits around 100 a rounded score alone costs 60 ULP of its weight. s and m meet as powers of two alone, whose
-// difference is exact. The weights are summed in double, four of them at a time, and the quotient is one rounding. Error
-// <= 3 ULP per element (exp 1.2, its share in the sum, the quotient 0.5).
+// A score is carried as hi + lo, so that neither scale * x nor the mask's addition loses a bit that exp would magnify:
+// at logits around 100 a rounded score alone costs 60 ULP of its weight. s and m meet as powers of two alone, whose
+// difference is exact. The weights are summed in double, four of them at a time, and the quotient is one rounding.
+// Error <= 3 ULP per element (exp 1.2, its share in the sum, the quotient 0.5).
 //
 // Rows by their largest score m:  no valid key: 0.  m NaN or infinite: NaN at the valid keys.  |m| > 1024: the residuals
 // are no longer small, the row is done in double.  Else: sixteen floats at a time. Rows of doubles are done in double
