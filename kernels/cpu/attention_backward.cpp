@@ -171,11 +171,12 @@ Maximum score_panel(const Tile& t, int64_t r) {
 vec weigh_panel(const Tile& t, int64_t r, vec maximum) {
   const ScaledExp weight(logit_scale(t.p));
   const vec shift = select(maximum == fill(-infinity), fill(0), maximum);  // where every score is -inf: weights of 0
-  vec sums[4] = {fill(0), fill(0), fill(0), fill(0)};
+  vec total[4] = {fill(0), fill(0), fill(0), fill(0)};
   t.for_each_block([&](int64_t key, int64_t n) {
     real* weights = t.weights(r) + key * panel;
     const real* keep = t.keep(r) + key * panel;
-    with_constant(t.takes_all(r, key, n), [&](auto plain) {
+    with_constant(t.takes_all(r, key, n), [&](auto plain) __attribute__((always_inline)) {
+      vec sums[4] = {total[0], total[1], total[2], total[3]};  // not captured by anything that is called: in registers
       for_each_in_fours(n, [&](int64_t j, auto u) __attribute__((always_inline)) {
         if (u == 0) t.prefetch.step();
         vec w = weight(load_row(weights + j * panel) - shift);
@@ -183,9 +184,10 @@ vec weigh_panel(const Tile& t, int64_t r, vec maximum) {
         sums[u] = sums[u] + w;
         store_row(weights + j * panel, w);
       });
+      for (int u = 0; u < 4; ++u) total[u] = sums[u];
     });
   });
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  return (total[0] + total[1]) + (total[2] + total[3]);
 }
 
 // The rows' entries of a [B, H, L] statistic, absent rows 0.
