@@ -200,7 +200,7 @@ struct Problem {
   }
   // Cuts the queries into tasks: long blocks use a packed key most often, short ones give every thread something to do.
   void finish() {
-    constexpr int64_t longest = 128, shortest = 32, tasks_per_thread = 4;
+    constexpr int64_t longest = 256, shortest = 32, tasks_per_thread = 4;
     const int64_t enough = tasks_per_thread * num_threads();
     for (params.query_block = longest;; params.query_block /= 2) {
       tasks = 0;

@@ -74,6 +74,28 @@ TRANSFUSE_INLINE vec load_row(const real* p) { return load_as<vec>(p, panel); }
 TRANSFUSE_INLINE void store_row(real* p, vec x) { store_as(p, x, panel); }
 TRANSFUSE_INLINE vec lane_index() { return to_vec(to_float(iota())); }
 
+// body(j, u) for j in [0, n), u = j % 4 as a constant: sums that body keeps per u stay in registers.
+template <class Body>
+TRANSFUSE_INLINE void for_each_in_fours(int64_t n, Body body) {
+  const auto one = [&](int64_t j, auto u) __attribute__((always_inline)) { body(j, u); };
+  int64_t j = 0;
+  for (; j + 4 <= n; j += 4) {
+    one(j, std::integral_constant<int, 0>());
+    one(j + 1, std::integral_constant<int, 1>());
+    one(j + 2, std::integral_constant<int, 2>());
+    one(j + 3, std::integral_constant<int, 3>());
+  }
+  if (j < n) one(j, std::integral_constant<int, 0>());
+  if (j + 1 < n) one(j + 1, std::integral_constant<int, 1>());
+  if (j + 2 < n) one(j + 2, std::integral_constant<int, 2>());
+}
+
+// body(truth) with `truth` as a constant, for loops that are compiled once for each.
+template <class Body>
+TRANSFUSE_INLINE auto with_constant(bool truth, Body body) {
+  return truth ? body(std::true_type()) : body(std::false_type());
+}
+
 // Hands out pieces of the caller's scratch, whole panel rows each; without memory it only counts.
 struct Arena {
   real* memory;
