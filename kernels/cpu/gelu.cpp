@@ -15,41 +15,20 @@
 
 #include <type_traits>
 
-#include "gelu_f64.h"
-#include "gelu_far.h"
-#include "gelu_segments.h"
+#include "gelu_value.h"
 #include "vec.h"
 
 namespace transfuse::cpu::TRANSFUSE_ISA {
 namespace {
 
-struct Erf {
-  using Core = ErfSegments;
-  using Far = ErfFar;
-  using Full = ErfFull;
-};
-struct Tanh {
-  using Core = TanhSegments;
-  using Far = TanhFar;
-  using Full = TanhFull;
-};
-
 // The two functions. In float, of (x, grad_output): `core`, and `far` for the lanes that is_far names. In double, of x
 // where grad_output is 1: `full`.
-
-TRANSFUSE_INLINE mask is_far(f32 x) { return abs(x) >= set1(segments_end); }
 
 template <class Form>
 struct Forward {
   static constexpr bool takes_gradient = false;
-  TRANSFUSE_INLINE static f32 core(f32 x, f32) {
-    const f32 t = abs(x);
-    return fnma(t, evaluate(Form::Core::tail, t), max(zero(), x));
-  }
-  TRANSFUSE_INLINE static f32 far(f32 x, f32) {
-    const f32 y = value(Form::Far::tail(min(set1(Form::Far::cut), abs(x))));
-    return select(x < zero(), -y, x - y);
-  }
+  TRANSFUSE_INLINE static f32 core(f32 x, f32) { return GeluValue<Form>::core(x); }
+  TRANSFUSE_INLINE static f32 far(f32 x, f32) { return GeluValue<Form>::far(x); }
   TRANSFUSE_INLINE static f64 full(f64 x) { return gelu_full<typename Form::Full>(x); }
 };
 

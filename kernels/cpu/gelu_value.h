@@ -1,6 +1,7 @@
-// GELU of one vector in float, for kernels that apply it to a value they hold. Arithmetic: gelu.cpp.
+// GELU of a vector in float, in the pieces gelu.cpp takes and in one for kernels that hold the value. Arithmetic: gelu.cpp.
 #pragma once
 
+#include "gelu_f64.h"
 #include "gelu_far.h"
 #include "gelu_segments.h"
 #include "vec.h"
@@ -11,11 +12,16 @@ namespace {
 struct Erf {
   using Core = ErfSegments;
   using Far = ErfFar;
+  using Full = ErfFull;
 };
 struct Tanh {
   using Core = TanhSegments;
   using Far = TanhFar;
+  using Full = TanhFull;
 };
+
+// Lanes for which `far` has the value, not `core`.
+TRANSFUSE_INLINE mask is_far(f32 x) { return abs(x) >= set1(segments_end); }
 
 template <class Form>
 struct GeluValue {
@@ -23,7 +29,6 @@ struct GeluValue {
     const f32 t = abs(x);
     return fnma(t, evaluate(Form::Core::tail, t), max(zero(), x));
   }
-  TRANSFUSE_INLINE static mask is_far(f32 x) { return abs(x) >= set1(segments_end); }
   TRANSFUSE_INLINE static f32 far(f32 x) {
     const f32 y = value(Form::Far::tail(min(set1(Form::Far::cut), abs(x))));
     return select(x < zero(), -y, x - y);
