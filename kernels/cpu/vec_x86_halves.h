@@ -36,7 +36,7 @@ TRANSFUSE_INLINE double reduce_max(f64 x) {
 template <class Table>
 TRANSFUSE_INLINE auto entry(const Table* table, const void* x, int i) {
   uint32_t two;
-  __builtin_memcpy(&two, static_cast<const uint32_t*>(x) + i / 2, sizeof two);
+  __builtin_memcpy(&two, static_cast<const char*>(x) + i / 2 * sizeof two, sizeof two);
   return table + (i % 2 ? two >> 16 : two & 0xFFFF);
 }
 TRANSFUSE_INLINE __m128i gather8(const uint16_t* table, const void* x) {
