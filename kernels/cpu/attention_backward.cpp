@@ -176,7 +176,7 @@ vec weigh_panel(const Tile& t, int64_t r, vec maximum) {
     real* weights = t.weights(r) + key * panel;
     const real* keep = t.keep(r) + key * panel;
     with_constant(t.takes_all(r, key, n), [&](auto plain) __attribute__((always_inline)) {
-      vec sums[4] = {total[0], total[1], total[2], total[3]};  // not captured by anything that is called: in registers
+      vec sums[4] = {total[0], total[1], total[2], total[3]};  // local, so that they stay in registers
       for_each_in_fours(n, [&](int64_t j, auto u) __attribute__((always_inline)) {
         if (u == 0) t.prefetch.step();
         vec w = weight(load_row(weights + j * panel) - shift);
@@ -257,6 +257,13 @@ void find_grad_weights(const Tile& t, int64_t r, int64_t key, int64_t n, real* o
   }
 }
 
+// V at an excluded key may be anything, and the normaliser of a NaN row is NaN.
+TRANSFUSE_INLINE void clear_excluded(const real* keep, vec& weight, vec& grad) {
+  const vec_mask kept = load_row(keep) > fill(0);
+  weight = select(kept, weight, fill(0));
+  grad = select(kept, grad, fill(0));
+}
+
 // weights(r) become P, or P * D with dropout, and grad_scores(r) become dS.
 void differentiate_panel(Tile& t, int64_t r, Maximum maximum, vec sum) {
   Scratch& s = t.s;
@@ -289,17 +296,13 @@ void differentiate_panel(Tile& t, int64_t r, Maximum maximum, vec sum) {
     const real* draws = drops ? t.draws(r) + key * panel : nullptr;
     find_grad_weights(t, r, key, n, grad_weights);
     const bool takes_all = t.takes_all(r, key, n);
-    with_constant(takes_all && !drops, [&](auto plain) {
+    with_constant(takes_all && !drops, [&](auto plain) __attribute__((always_inline)) {
       for_each_in_fours(n, [&](int64_t j, auto u) __attribute__((always_inline)) {
         if (u == 0) t.prefetch.step();
         vec w = load_row(weights + j * panel) * normaliser;
         vec g = load_row(grad_weights + j * panel);
         if (!plain) {
-          if (!takes_all) {  // V at an excluded key may be anything; the normaliser of a NaN row is NaN
-            const vec_mask kept = load_row(keep + j * panel) > fill(0);
-            w = select(kept, w, fill(0));
-            g = select(kept, g, fill(0));
-          }
+          if (!takes_all) clear_excluded(keep + j * panel, w, g);
           if (draws) g = g * load_row(draws + j * panel);
           store_row(grad_weights + j * panel, g);
         }
@@ -322,16 +325,12 @@ void differentiate_panel(Tile& t, int64_t r, Maximum maximum, vec sum) {
     const real* keep = t.keep(r) + key * panel;
     const real* draws = drops ? t.draws(r) + key * panel : nullptr;
     const bool takes_all = t.takes_all(r, key, n);
-    with_constant(takes_all && !drops, [&](auto plain) {
+    with_constant(takes_all && !drops, [&](auto plain) __attribute__((always_inline)) {
       for_each_in_fours(n, [&](int64_t j, auto) __attribute__((always_inline)) {
         vec w = load_row(weights + j * panel) * normaliser;
         vec g = w * (load_row(grad_scores + j * panel) - delta);
         if (!plain) {
-          if (!takes_all) {
-            const vec_mask kept = load_row(keep + j * panel) > fill(0);
-            w = select(kept, w, fill(0));
-            g = select(kept, g, fill(0));
-          }
+          if (!takes_all) clear_excluded(keep + j * panel, w, g);
           if (draws) w = w * load_row(draws + j * panel);
         }
         store_row(weights + j * panel, w);

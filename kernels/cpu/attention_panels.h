@@ -77,17 +77,20 @@ TRANSFUSE_INLINE vec lane_index() { return to_vec(to_float(iota())); }
 // body(j, u) for j in [0, n), u = j % 4 as a constant: sums that body keeps per u stay in registers.
 template <class Body>
 TRANSFUSE_INLINE void for_each_in_fours(int64_t n, Body body) {
-  const auto one = [&](int64_t j, auto u) __attribute__((always_inline)) { body(j, u); };
+  const std::integral_constant<int, 0> zeroth;
+  const std::integral_constant<int, 1> first;
+  const std::integral_constant<int, 2> second;
+  const std::integral_constant<int, 3> third;
   int64_t j = 0;
   for (; j + 4 <= n; j += 4) {
-    one(j, std::integral_constant<int, 0>());
-    one(j + 1, std::integral_constant<int, 1>());
-    one(j + 2, std::integral_constant<int, 2>());
-    one(j + 3, std::integral_constant<int, 3>());
+    body(j, zeroth);
+    body(j + 1, first);
+    body(j + 2, second);
+    body(j + 3, third);
   }
-  if (j < n) one(j, std::integral_constant<int, 0>());
-  if (j + 1 < n) one(j + 1, std::integral_constant<int, 1>());
-  if (j + 2 < n) one(j + 2, std::integral_constant<int, 2>());
+  if (j < n) body(j, zeroth);
+  if (j + 1 < n) body(j + 1, first);
+  if (j + 2 < n) body(j + 2, second);
 }
 
 // body(truth) with `truth` as a constant, for loops that are compiled once for each.
