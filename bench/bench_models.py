@@ -32,7 +32,6 @@ from transfuse.bench.harness import write_json
 from transfuse.bench.machine import environment, installed
 from transfuse.bench.turns import ContenderLost, take_turns
 from transfuse.cli.output import table
-from transfuse.models.packed_linear import HAS_PACKED_PRODUCTS
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu" / "models.json"
 SETTLE_SECONDS = 0.02  # before each turn: the last contender's threads have gone to sleep
@@ -318,7 +317,7 @@ def run_all(run):
     wanted = [workload for workload in workloads.WORKLOADS if not run.options.only or workload.name in run.options.only]
     if run.options.quick:
         wanted = [workload for workload in wanted if workload.quick_passages is not None]
-    run.facts["product_packed"] = HAS_PACKED_PRODUCTS
+    run.facts["product_packed"] = product_peak.HAS_PACKED_PRODUCTS
     models = workloads.model_folders(dict.fromkeys(workload.model for workload in wanted), run.folder)
     from transformers import AutoTokenizer
 

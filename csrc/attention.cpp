@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "allocate.h"
+#include "attention.h"
 #include "attention_checks.h"
 #include "cpu/attention.h"
 #include "parallel.h"
@@ -54,12 +55,8 @@ Tensor allocate_heads(const char* op, int64_t batch, int64_t heads, int64_t leng
                       bool zero) {
   const std::vector<int64_t> shape{batch, length, heads, dim};
   const Tensor memory = zero ? zeros_cpu(op, shape, type) : empty_cpu(op, shape, type);
-  // torch::stable::transpose goes through the dispatcher, 2 us.
-  const int64_t sizes[] = {batch, heads, length, dim};
-  const int64_t strides[] = {memory.stride(0), memory.stride(2), memory.stride(1), memory.stride(3)};
-  AtenTensorHandle transposed = nullptr;
-  check(!aoti_torch__reinterpret_tensor(memory.get(), 4, sizes, strides, 0, &transposed), op, ": could not make a view");
-  return Tensor(transposed);
+  return view_of(op, memory, {batch, heads, length, dim},
+                 {memory.stride(0), memory.stride(2), memory.stride(1), memory.stride(3)});
 }
 
 ScalarType statistics_type(const Tensor& query) {
@@ -202,7 +199,7 @@ struct Problem {
   }
   // Cuts the queries into tasks: long blocks use a packed key most often, short ones give every thread something to do.
   void finish() {
-    constexpr int64_t longest = 128, shortest = 32, tasks_per_thread = 4;
+    constexpr int64_t longest = 256, shortest = 32, tasks_per_thread = 4;
     const int64_t enough = tasks_per_thread * num_threads();
     for (params.query_block = longest;; params.query_block /= 2) {
       tasks = 0;
@@ -366,6 +363,8 @@ void run_forward(const char* op, const Problem& problem, const Tensor& query, co
             [&](char* scratch, int64_t begin, int64_t end) { kernels.forward(params, scratch, begin, end); });
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> attention_forward(const Tensor query, const Tensor key, const Tensor value,
                                              std::optional<Tensor> bias, std::optional<Tensor> mask,
                                              std::optional<Tensor> seqlens_k, std::optional<Tensor> alibi_slopes,
@@ -400,6 +399,8 @@ std::tuple<Tensor, Tensor> varlen_attention_forward(const Tensor query, const Te
   run_forward(op, problem, query, output, lse, packed_dims, packed_lse_dims);
   return {output, lse};
 }
+
+namespace {
 
 // ---- backward ----
 

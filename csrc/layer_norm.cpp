@@ -23,12 +23,6 @@ std::tuple<Tensor, Tensor> add_layer_norm_forward(const Tensor& input, const Ten
   return {result.output, result.sum};
 }
 
-void add_layer_norm_into(const Tensor& input, const Tensor& residual, const std::optional<Tensor>& weight,
-                         const std::optional<Tensor>& bias, int64_t normalized_ndim, double eps, const Tensor& out) {
-  const NormOperands operands(Backend::cpu, "add_layer_norm_into", input, weight, bias, normalized_ndim, eps);
-  norm_forward(operands, residual, cpu::pick_layer_norm_kernels(), out);
-}
-
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output, const std::optional<Tensor>& grad_sum,
                                                        const Tensor& input, const std::optional<Tensor>& weight,
                                                        const std::optional<Tensor>& bias, int64_t normalized_ndim,
@@ -46,9 +40,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transfuse, m) {
       "add_layer_norm_forward(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, int normalized_ndim,"
       " float eps) -> (Tensor, Tensor)");
   m.def(
-      "add_layer_norm_into(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, int normalized_ndim, float eps,"
-      " Tensor(a!) out) -> ()");
-  m.def(
       "layer_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor input, Tensor? weight, Tensor? bias,"
       " int normalized_ndim, float eps, bool need_input, bool need_weight, bool need_bias)"
       " -> (Tensor, Tensor, Tensor)");
@@ -57,7 +48,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(transfuse, m) {
 STABLE_TORCH_LIBRARY_IMPL(transfuse, CPU, m) {
   m.impl("layer_norm_forward", TORCH_BOX(&layer_norm_forward));
   m.impl("add_layer_norm_forward", TORCH_BOX(&add_layer_norm_forward));
-  m.impl("add_layer_norm_into", TORCH_BOX(&add_layer_norm_into));
   m.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward));
 }
 

@@ -18,40 +18,39 @@ inline int64_t norm_grain(int64_t elements_per_unit) {
   return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, elements_per_unit));
 }
 
+// The norm of `operands`, whose weight and bias are contiguous; input, residual, sum and output are still to be set.
+inline cpu::NormForwardParams norm_forward_params(const NormOperands& operands) {
+  cpu::NormForwardParams params{};
+  params.weight = data_of(operands.weight);
+  params.bias = data_of(operands.bias);
+  params.cols = operands.matrix.cols;
+  params.eps = operands.eps;
+  params.dtype = operands.dtype;
+  params.param_dtype = operands.param_dtype;
+  return params;
+}
+
 struct NormForwardResult {
   Tensor output, sum;  // sum where there is a residual
 };
 
-// Where `into` is given, it is the output and nothing else is allocated: the sum of a row lies in the output's row
-// until it is normalised there.
 inline NormForwardResult norm_forward(const NormOperands& operands, const std::optional<Tensor>& residual,
-                                      const cpu::NormKernels& kernels,
-                                      const std::optional<Tensor>& into = std::nullopt) {
+                                      const cpu::NormKernels& kernels) {
   const char* op = operands.op;
-  const NormMatrix& matrix = operands.matrix;
   operands.check_like_input("residual", residual);
-  operands.check_like_input("out", into);
-  check(!into || into->is_contiguous(), op, ": out is not contiguous, expected a contiguous tensor");
   const Tensor x = contiguous(op, operands.input);
   const std::optional<Tensor> y = contiguous(op, residual);
-  const std::optional<Tensor> w = contiguous(op, operands.weight), b = contiguous(op, operands.bias);
   NormForwardResult result;
-  cpu::NormForwardParams params{};
-  result.output = into ? *into : empty_like_dense(op, operands.input);
+  cpu::NormForwardParams params = norm_forward_params(operands);
+  result.output = empty_like_dense(op, operands.input);
   if (residual) {
-    result.sum = into ? *into : empty_like_dense(op, operands.input);
+    result.sum = empty_like_dense(op, operands.input);
     params.sum = result.sum.mutable_data_ptr();
   }
   params.input = x.const_data_ptr();
   params.residual = data_of(y);
-  params.weight = data_of(w);
-  params.bias = data_of(b);
   params.output = result.output.mutable_data_ptr();
-  params.cols = matrix.cols;
-  params.eps = operands.eps;
-  params.dtype = operands.dtype;
-  params.param_dtype = operands.param_dtype;
-  parallel_for(0, matrix.rows, norm_grain(matrix.cols),
+  parallel_for(0, operands.matrix.rows, norm_grain(operands.matrix.cols),
                [&](int64_t begin, int64_t end) { kernels.forward(params, begin, end); });
   return result;
 }
@@ -69,7 +68,7 @@ inline NormBackwardResult norm_backward(const NormOperands& operands, const Tens
   operands.check_like_input("grad_output", grad_output);
   operands.check_like_input("grad_sum", grad_sum);
   const Tensor x = contiguous(op, operands.input), grad = contiguous(op, grad_output);
-  const std::optional<Tensor> grad_past_norm = contiguous(op, grad_sum), w = contiguous(op, operands.weight);
+  const std::optional<Tensor> grad_past_norm = contiguous(op, grad_sum);
 
   const int64_t chunks = cpu::norm_chunks(matrix.rows), padded_cols = cpu::norm_padded_cols(matrix.cols);
   const std::vector<int64_t> nothing{0}, lines{(need_weight + need_bias) * chunks * padded_cols};
@@ -84,7 +83,7 @@ inline NormBackwardResult norm_backward(const NormOperands& operands, const Tens
   params.grad_output = grad.const_data_ptr();
   params.grad_sum = data_of(grad_past_norm);
   params.input = x.const_data_ptr();
-  params.weight = data_of(w);
+  params.weight = data_of(operands.weight);
   params.grad_input = need_input ? grad_input.mutable_data_ptr() : nullptr;
   params.weight_sums = need_weight ? line : nullptr;
   params.bias_sums = need_bias ? line + need_weight * chunks * padded_cols : nullptr;

@@ -4,6 +4,7 @@
 #include <optional>
 #include <vector>
 
+#include "allocate.h"
 #include "checks.h"
 
 namespace transfuse {
@@ -22,7 +23,8 @@ struct NormMatrix {
   }
 };
 
-// Input, weight and bias of one call, checked; bias is always absent in a norm without one.
+// Input, weight and bias of one call, checked, on the CPU the latter two contiguous; bias is absent in a norm without
+// one.
 struct NormOperands {
   const char* op;
   Tensor input;
@@ -47,6 +49,10 @@ struct NormOperands {
     if (bias) check_parameter("bias", *bias);
     if (weight && bias) check_dtype(op, "bias", *bias, weight->scalar_type());
     check_device(op, "input", input, backend);
+    if (backend == Backend::cpu) {
+      this->weight = contiguous(op, weight);
+      this->bias = contiguous(op, bias);
+    }
     if (!weight && !bias) return;
     param_type = (weight ? *weight : *bias).scalar_type();
     param_dtype = dtype_of(weight ? *weight : *bias);

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "transfuse"
-OPS = re.search(r"^set\(OPS ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text(), re.M).group(1).split()
+_LISTS = dict(re.findall(r"^set\((OPS|FUSED_PARTS) ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text(), re.M))
+OPS, FUSED_PARTS = (_LISTS[name].split() for name in ("OPS", "FUSED_PARTS"))
 
 ROOMS = (
     "csrc/{op}.cpp",
@@ -52,6 +53,12 @@ def test_every_op_has_its_room(op, room):
     path = room.format(op=op)
     exists = (ROOT / path).is_file()
     assert exists != (path in NOT_YET_BUILT), f"{path} {'exists: take it off NOT_YET_BUILT' if exists else 'is missing'}"
+
+
+@pytest.mark.parametrize("room", ["csrc/{part}.cpp", "python/transfuse/ops/{part}.py", "tests/test_{part}.py"])
+@pytest.mark.parametrize("part", FUSED_PARTS)
+def test_every_part_of_the_fused_layers_has_its_room(part, room):
+    assert (ROOT / room.format(part=part)).is_file()
 
 
 def test_every_page_of_nn_has_its_op():

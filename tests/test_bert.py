@@ -308,6 +308,19 @@ def test_wrong_attention_shows(monkeypatch, padding_free, by_module, mutant):
         return padded(query, key, value * (1.001 if mutant == "value" else 1), None if mutant == "mask" else attn_mask,
                       *dropout_p, scale=scale * (1.01 if mutant == "scale" else 1))
 
+    def wrong_layer(hidden, sequences, heads, head_dim, scale, *parameters):
+        parameters = list(parameters)
+        if mutant == "mask":
+            tokens, cu_seqlens = len(hidden), sequences.cu_seqlens
+            together = None if cu_seqlens is None else cu_seqlens[[0, -1]]
+            sequences = sequences._replace(cu_seqlens=together, mask=None,
+                                           max_seqlen=sequences.max_seqlen if together is None else tokens)
+        if mutant == "value":
+            parameters[2] = parameters[2] * 1.001  # the product that takes the context
+        return layer(hidden, sequences, heads, head_dim, scale * (1.01 if mutant == "scale" else 1), *parameters)
+
+    layer = transfuse.models.fused_layers.encoder_layer
+    monkeypatch.setattr(transfuse.models.fused_layers, "encoder_layer", wrong_layer)
     monkeypatch.setattr(transfuse.models.bert, "varlen_attention", wrong_varlen)
     monkeypatch.setattr(transfuse.models.bert, "scaled_dot_product_attention", wrong_padded)
     with torch.no_grad(), pytest.raises(AssertionError, match="allowed"):

@@ -183,13 +183,14 @@ def _test_files(*stems):
 @pytest.mark.parametrize("level", [level if level == "baseline" else pytest.param(level, marks=pytest.mark.slow) for level in LEVELS])
 def test_op_tests_pass_on_every_level(level):
     """The op tests again with the level forced. The levels with FMA have the same bits: in CI the one without is enough."""
-    files = _test_files(*(f"{op}*" for op in OPS), "norms", "varlen_attention", "decode_attention")
+    files = _test_files(*(f"{op}*" for op in OPS), "norms", "varlen_attention", "decode_attention",
+                        "packed_linear", "encoder_layer")
     _assert_tests_pass(level, "", *files)
 
 
 def test_bfloat16_attention_without_products_of_pairs():
     """Where the CPU multiplies pairs of bfloat16 the rest of the suite runs that path alone; this is every other CPU's."""
-    _assert_tests_pass("avx2", "and bfloat16", *_test_files("attention*", "varlen_attention"))
+    _assert_tests_pass("avx2", "and bfloat16", *_test_files("attention*", "varlen_attention", "packed_linear"))
 
 
 @pytest.mark.slow

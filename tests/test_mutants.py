@@ -1,18 +1,12 @@
 """A suite is trusted after it has killed mutants: each mistake here must turn a check red that is green without it.
 
-The first part puts mistakes between the Python pages and the compiled ops: one row per mistake, which raw op it
-touches, what it does to arguments or results (by their names in the schema), and the checks that must see it. The
-checks are those of the house: parity with the float64 reference in the budgets of transfuse.testing, and the golden
-masks. The second part (slow) puts mistakes into the sources of a copy of the tree, compiles it and runs the tests of
-that file.
+Mistakes are put between the Python pages and the compiled ops: one row per mistake, which raw op it touches, what it
+does to arguments or results (by their names in the schema), and the checks that must see it. The checks are those of
+the house: parity with the float64 reference in the budgets of transfuse.testing, and the golden masks. Mistakes within the sources: test_mutants_of_sources.py.
 """
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -20,8 +14,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import transfuse
-from transfuse import _C, use_backend
-from transfuse.ops.layer_norm import add_layer_norm_into
+from transfuse import use_backend
+from transfuse.ops.encoder_layer import Sequences, encoder_layer
+from transfuse.ops.packed_linear import pack, packed_linear
 from transfuse.promises import masks
 from transfuse.promises.promise import NoKernel
 from transfuse.testing import assert_close, assert_matches_reference, draw
@@ -143,13 +138,47 @@ def add_norm():
     assert_matches_reference(transfuse.add_layer_norm, input, residual, (LENGTH,), weight, bias, 0.3, num_terms=LENGTH)
 
 
-def add_norm_into():
-    """The same bits as add_layer_norm's first result."""
-    input, residual = (draw(9, LENGTH, seed=i, shift=0.5) for i in (1, 4))
-    weight, bias = (draw(LENGTH, seed=i, shift=1.0) for i in (2, 3))
-    out = torch.full_like(input, math.nan)
-    add_layer_norm_into(input, residual, weight, bias, 0.3, out)
-    assert torch.equal(out, transfuse.add_layer_norm(input, residual, (LENGTH,), weight, bias, 0.3)[0])
+def linear(approximate=None):
+    def check():
+        x, weight, bias = draw(9, LENGTH, seed=1), draw(40, LENGTH, seed=2), draw(40, seed=3)
+        expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+        if approximate:
+            expected = torch.nn.functional.gelu(expected, approximate=approximate)
+        assert_close(packed_linear(x, pack(weight), bias, 40, approximate), expected, num_terms=LENGTH)
+
+    return check
+
+
+def layer(sequences):
+    """An encoder layer of two heads, written out in float64."""
+
+    def check():
+        hidden = draw(LENGTH, 16, seed=1)
+        weights = [draw(*shape, seed=i, scale=0.4) for i, shape in enumerate(((48, 16), (16, 16), (40, 16), (16, 40)))]
+        biases = [draw(len(weight), seed=10 + i) for i, weight in enumerate(weights)]
+        norms = [draw(16, seed=20 + i, shift=1.0) for i in range(4)]
+        packed = [pack(weight) for weight in weights]
+        actual = encoder_layer(
+            hidden, sequences, 2, 8, 0.3, packed[0], biases[0], packed[1], biases[1], *norms[:2], 0.3, packed[2],
+            biases[2], packed[3], biases[3], *norms[2:], 0.2, 40, False,
+        )
+        functional, (x, *rest) = torch.nn.functional, (t.double() for t in (hidden, *weights, *biases, *norms))
+        w, b, n = rest[:4], rest[4:8], rest[8:]
+        query, key, value = functional.linear(x, w[0], b[0]).view(LENGTH, 3, 2, 8).permute(1, 2, 0, 3)
+        scores = 0.3 * query @ key.mT
+        if sequences.mask is not None:
+            mask = sequences.mask[0]
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
+        else:
+            of_token = torch.bucketize(torch.arange(LENGTH), sequences.cu_seqlens[1:], right=True)
+            scores = scores.masked_fill(of_token[:, None] != of_token, -torch.inf)
+        context = (scores.softmax(-1) @ value).transpose(0, 1).reshape(LENGTH, 16)
+        x = functional.layer_norm(functional.linear(context, w[1], b[1]) + x, (16,), n[0], n[1], 0.3)
+        wide = functional.gelu(functional.linear(x, w[2], b[2]))
+        x = functional.layer_norm(functional.linear(wide, w[3], b[3]) + x, (16,), n[2], n[3], 0.2)
+        assert_close(actual, x, num_terms=4 * LENGTH)
+
+    return check
 
 
 def rms_norm():
@@ -217,7 +246,12 @@ CHECKS = {
     "softmax, causal": softmax(is_causal=True),
     "layer_norm": norm,
     "add_layer_norm": add_norm,
-    "add_layer_norm_into": add_norm_into,
+    "packed_linear": linear(),
+    "packed_linear, gelu": linear("none"),
+    "packed_linear, tanh": linear("tanh"),
+    "encoder_layer, packed": layer(Sequences(torch.tensor([0, 5, 6, LENGTH]), 3, 15)),
+    "encoder_layer, boolean mask": layer(Sequences(None, 1, LENGTH, KEEP[:1])),
+    "encoder_layer, float mask": layer(Sequences(None, 1, LENGTH, draw(1, 1, LENGTH, LENGTH, seed=5))),
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
     "rotary": rotary(),
@@ -329,7 +363,8 @@ DECODE = "decode_attention_forward"
 SOFTMAX = "masked_softmax_forward"
 RMS, ADD_RMS, RMS_GRAD = "rms_norm_forward", "add_rms_norm_forward", "rms_norm_backward"
 NORM, ADD_NORM, NORM_GRAD = "layer_norm_forward", "add_layer_norm_forward", "layer_norm_backward"
-ADD_NORM_INTO = "add_layer_norm_into"
+LINEAR, LINEAR_GELU, LAYER = "packed_linear", "packed_linear_gelu", "encoder_layer"
+LAYERS = tuple(f"encoder_layer, {kind}" for kind in ("packed", "boolean mask", "float mask"))
 
 MUTANTS = (
     Mutant(ATTENTION, "scale * 1.01", ("attention", "attention, scaled"), scaled("scale", 1.01)),
@@ -458,9 +493,23 @@ MUTANTS = (
     Mutant(ADD_NORM, "residual dropped from the sum alone", ("add_layer_norm",), None,
            lambda given, results: [results[0], given["input"].clone(), *results[2:]]),
     Mutant(ADD_NORM, "eps wrong", ("add_layer_norm",), set_to("eps", 1e-5)),
-    Mutant(ADD_NORM_INTO, "residual dropped", ("add_layer_norm_into",), scaled("residual", 0.0)),
-    Mutant(ADD_NORM_INTO, "eps wrong", ("add_layer_norm_into",), set_to("eps", 1e-5)),
-    Mutant(ADD_NORM_INTO, "bias dropped", ("add_layer_norm_into",), dropped("bias")),
+    Mutant(LINEAR, "bias dropped", ("packed_linear",), dropped("bias")),
+    Mutant(LINEAR, "output * 1.001", ("packed_linear",), None, times(0, 1.001)),
+    Mutant(LINEAR, "last input channel dropped", ("packed_linear",),
+           lambda given: {"input": torch.cat((given["input"][:, :-1], 0 * given["input"][:, -1:]), 1)}),
+    Mutant(LINEAR_GELU, "the other form", ("packed_linear, gelu", "packed_linear, tanh"), flipped("tanh")),
+    Mutant(LINEAR_GELU, "bias dropped", ("packed_linear, gelu",), dropped("bias")),
+    Mutant(LAYER, "scale * 1.01", LAYERS, scaled("scale", 1.01)),
+    Mutant(LAYER, "values * 1.001", LAYERS, scaled("context_weight", 1.001)),
+    Mutant(LAYER, "boolean mask dropped", LAYERS[1:2], dropped("mask")),
+    Mutant(LAYER, "float mask dropped", LAYERS[2:], dropped("bias")),
+    Mutant(LAYER, "sequences run together", LAYERS[:1],
+           lambda given: {"cu_seqlens": given["cu_seqlens"][[0, -1]], "max_seqlen": LENGTH}),
+    Mutant(LAYER, "bias of the context dropped", LAYERS, dropped("context_bias")),
+    Mutant(LAYER, "bias of the last product dropped", LAYERS, dropped("narrow_bias")),
+    Mutant(LAYER, "norms share an eps", LAYERS, lambda given: {"output_norm_eps": given["attention_norm_eps"]}),
+    Mutant(LAYER, "norms share a weight", LAYERS, lambda given: {"output_norm_weight": given["attention_norm_weight"]}),
+    Mutant(LAYER, "tanh form taken for erf", LAYERS, flipped("tanh")),
     Mutant(RMS, "eps wrong", ("rms_norm",), set_to("eps", 1e-5)),
     Mutant(RMS, "weight ignored", ("rms_norm",), dropped("weight")),
     Mutant(RMS, "output * 1.001", ("rms_norm",), None, times(0, 1.001)),
@@ -513,167 +562,3 @@ def test_every_op_has_mutants():
     ops = {name.removeprefix("transfuse::") for name in registered if name.startswith("transfuse::")}
     assert ops <= {mutant.op for mutant in MUTANTS}
     assert {name for mutant in MUTANTS for name in mutant.seen_by} == set(CHECKS), "a check that kills nothing"
-
-
-# ---- mistakes in the sources: make test FULL=1 ----
-
-ROOT = Path(__file__).resolve().parent.parent
-TREE = ROOT / "build" / "mutants"
-
-
-class Patch(NamedTuple):
-    """One mistake in one file, and the tests (pytest's arguments) of which one must fail."""
-
-    file: str
-    what: str
-    old: str
-    new: str
-    tests: str
-
-
-KERNELS, PAGES = "kernels/cpu", "python/transfuse"
-PATCHES = (
-    Patch("kernels/gelu_tables.h", "tail cut at 6", "constexpr float cut = 18.0f;", "constexpr float cut = 6.0f;",
-          "test_gelu.py"),
-    Patch("kernels/gelu_tables.h", "polynomial used beyond its interval", "segments_end = 63.0f / 16;",
-          "segments_end = 75.0f / 16;", "test_gelu.py"),
-    Patch(f"{KERNELS}/gelu.cpp", "a gathered lane is never written", "for (int64_t lane = 0; lane < n; ++lane) results",
-          "for (int64_t lane = 1; lane < n; ++lane) results", "test_gelu.py"),
-    Patch(f"{KERNELS}/gelu.cpp", "gradient of the wrong side",
-          "return grad_output * select(x < zero(), h, set1(1.0f) - h);",
-          "return grad_output * select(zero() < x, h, set1(1.0f) - h);", "test_gelu.py"),
-    Patch(f"{KERNELS}/masked_softmax.cpp", "causal row one key short", "i % p.queries + p.causal_offset + 1;",
-          "i % p.queries + p.causal_offset;", "test_masked_softmax.py"),
-    Patch(f"{KERNELS}/masked_softmax.cpp", "causal tail not written",
-          "fill_zero(outputs[r], rows[r].length, p.keys);", "fill_zero(outputs[r], rows[r].length, rows[r].length);",
-          "test_masked_softmax.py"),
-    Patch(f"{KERNELS}/masked_softmax.cpp", "0 * inf of an excluded key", "? sum : sum_of_products<true>(row);",
-          "? sum : sum;", "test_masked_softmax.py"),
-    Patch(f"{KERNELS}/norm_rows.h", "unbiased variance", "variance = mean_square - offset * offset;",
-          "variance = (mean_square - offset * offset) * cols / (cols - 1);", "test_layer_norm.py"),
-    Patch(f"{KERNELS}/norm_rows.h", "eps outside the root", "1 / __builtin_sqrt(variance + eps)};",
-          "1 / (__builtin_sqrt(variance) + eps)};", "test_rms_norm.py"),
-    Patch(f"{KERNELS}/norm_rows.h", "grad_bias of the last row of a group", "bias_sum = bias_sum + grad;",
-          "bias_sum = grad;", "test_layer_norm.py"),
-    Patch(f"{KERNELS}/norm_rows.h", "grad_sum past the norm dropped",
-          "grad_sum ? load_as<V>(grad_sum + at, n) : splat<V>(0);", "splat<V>(0);", "test_rms_norm.py"),
-    Patch(f"{KERNELS}/attention.cpp", "query heads grouped wrongly", "kv_head = head / group;",
-          "kv_head = head % p.num_kv_heads;", "test_attention.py"),
-    Patch(f"{KERNELS}/attention.cpp", "no rescaling when the maximum rises",
-          "select(same, fill(1), weight(before - maximum));", "fill(1);", "test_attention.py"),
-    Patch(f"{KERNELS}/attention.cpp", "0 * NaN of an excluded value", "if (ordinary || !excludes)",
-          "if (ordinary || !excludes || excludes)", "test_attention.py"),
-    Patch(f"{KERNELS}/attention.cpp", "sink left out of the division", "    sums[i] = static_cast<real>(total);\n", "",
-          "test_attention_features.py"),
-    Patch(f"{KERNELS}/attention_scores.h", "window and causality one key short",
-          "diagonal(p, s) + p.window_right + 1, s.seqlen_k", "diagonal(p, s) + p.window_right, s.seqlen_k",
-          "test_attention.py"),
-    Patch(f"{KERNELS}/attention_scores.h", "ALiBi of a signed distance", "? fnma(slope, abs(distance), score)",
-          "? fnma(slope, distance, score)", "test_attention_features.py"),
-    Patch(f"{KERNELS}/attention_backward.cpp", "delta not subtracted",
-          "w * (load_row(grad_scores + j * panel) - delta);", "w * load_row(grad_scores + j * panel);",
-          "test_attention.py"),
-    Patch(f"{KERNELS}/attention_backward.cpp", "grad_lse ignored",
-          "delta = delta - load_statistic(t, t.params.grad_lse, r);", "delta = delta - fill(0);", "test_attention.py"),
-    Patch(f"{KERNELS}/attention_dropout.h", "half the probability", "__builtin_ceil(dropout.probability * 0x1p32);",
-          "__builtin_ceil(dropout.probability * 0x1p31);", "test_attention_dropout.py"),
-    Patch(f"{KERNELS}/philox.h", "seven rounds", "constexpr int rounds = 10;", "constexpr int rounds = 7;",
-          "test_attention_dropout.py"),
-    Patch(f"{KERNELS}/attention_decode.cpp", "every query at the last position",
-          "p.lengths[t.batch] - p.seqlen_q + row.query;", "p.lengths[t.batch] - 1;",
-          "test_decode_attention.py -k reference"),
-    Patch(f"{KERNELS}/attention_decode.cpp", "chunks folded without the new maximum",
-          "state.sum[r] * f.first + partial.sum[r] * f.second;", "state.sum[r] + partial.sum[r] * f.second;",
-          "test_decode_attention.py -k reference"),
-    Patch(f"{KERNELS}/rotary.cpp", "never inverse", "const wide sine = p.inverse ? -s : s;", "const wide sine = s;",
-          "test_rotary.py"),
-    Patch(f"{KERNELS}/rotary.cpp", "last column not copied", "for (int64_t c = 2 * p.pairs; c < p.head_dim; ++c)",
-          "for (int64_t c = 2 * p.pairs; c < p.head_dim - 1; ++c)", "test_rotary.py"),
-    Patch(f"{PAGES}/ops/attention.py", "default scale 1", "scale = head_dim**-0.5 if", "scale = 1.0 if",
-          "test_attention.py"),
-    Patch(f"{PAGES}/nn/transformer.py", "residual of the norm", "return x + self._ff_block(normed)",
-          "return normed + self._ff_block(normed)", "test_transformer.py"),
-    Patch(f"{PAGES}/nn/transformer.py", "bias of linear1 dropped", "form, bias=first.bias)", "form)",
-          "test_transformer.py"),
-    Patch(f"{PAGES}/nn/transformer.py", "tanh form taken for erf", "return activation.approximate if",
-          'return "none" if', "test_transformer.py"),
-    Patch(f"{PAGES}/nn/transformer.py", "padding ignored", '"key_padding_mask": src_key_padding_mask, "is',
-          '"key_padding_mask": None, "is', "test_transformer.py"),
-    Patch(f"{PAGES}/nn/transformer.py", "a hook is not heard", "torch.nn.LayerNorm) and unhooked(norm)",
-          "torch.nn.LayerNorm)", "test_transformer.py"),
-    Patch(f"{PAGES}/nn/attention.py", "padding kept instead of ignored", "keep = given.logical_not()",
-          "keep = given.clone()", "test_attention_module.py"),
-)  # fmt: skip
-
-
-def copy_sources():
-    """Brings TREE's sources to ROOT's, touching only what differs, so that Ninja compiles only that."""
-    for name in ("CMakeLists.txt", "setup.py", "cmake", "csrc", "kernels", "python"):
-        files = {}
-        for root in (ROOT, TREE):
-            found = [root / name] if (root / name).is_file() else (root / name).rglob("*")
-            sources = (path for path in found if path.is_file() and path.suffix not in (".so", ".pyc"))
-            files[root] = {path.relative_to(root) for path in sources}
-        for path in files[TREE] - files[ROOT]:
-            (TREE / path).unlink()
-        for path in files[ROOT]:
-            text = (ROOT / path).read_bytes()
-            if path not in files[TREE] or (TREE / path).read_bytes() != text:
-                (TREE / path).parent.mkdir(parents=True, exist_ok=True)
-                (TREE / path).write_bytes(text)
-
-
-def environment(**more):
-    """Without the settings of whoever runs the tests: these would choose other kernels than those that were built."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("TRANSFUSE_")}
-    return {**kept, "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}", **more}
-
-
-def build():
-    """Compiles TREE for one ISA level, the widest of this machine."""
-    done = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=TREE, capture_output=True, text=True,
-        env=environment(TRANSFUSE_ISA_LEVELS=_C.cpu_isa_levels()[-1], TRANSFUSE_CUDA="0"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-def run_tests(tests):
-    """pytest's exit code on TREE's package: 0 all green, 1 some red. Anything else is an error of this test."""
-    where = "import transfuse; print(transfuse.__file__)"
-    paths = environment(PYTHONPATH=os.pathsep.join([str(TREE / "python"), os.environ.get("PYTHONPATH", "")]))
-    found = subprocess.run([sys.executable, "-c", where], cwd=TREE, capture_output=True, text=True, env=paths).stdout
-    assert found.startswith(str(TREE)), f"the copy is not what is imported, but {found}"
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests.split()]
-    done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, env=paths, timeout=900)
-    assert done.returncode in (0, 1), done.stdout[-3000:] + done.stderr[-3000:]
-    return done.returncode, done.stdout
-
-
-@pytest.fixture(scope="module")
-def tree():
-    """The copy, built; every test that a mutant must turn red is green on it."""
-    copy_sources()
-    build()
-    for tests in sorted({patch.tests for patch in PATCHES}):
-        code, output = run_tests(tests)
-        assert code == 0, output[-3000:]
-
-
-@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: f"{patch.file}: {patch.what}")
-def test_patches_apply(patch):
-    """Each text stands exactly once in its file: a mistake that is put nowhere proves nothing."""
-    assert (ROOT / patch.file).read_text().count(patch.old) == 1 and patch.old != patch.new
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: f"{patch.file}: {patch.what}")
-def test_mutants_of_the_sources_are_seen(patch, tree):
-    path, text = TREE / patch.file, (ROOT / patch.file).read_text()
-    try:
-        path.write_text(text.replace(patch.old, patch.new))
-        build()
-        code, _ = run_tests(patch.tests)
-        assert code == 1, f"{patch.tests} is green although {patch.what}"
-    finally:
-        path.write_text(text)

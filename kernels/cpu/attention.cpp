@@ -74,18 +74,15 @@ void softmax_panel(const ScorePanel& t, const ScoreOperands& operands, const Scr
   const vec shift = select(maximum == fill(-infinity), fill(0), maximum);  // where every score is -inf: weights of 0
 
   vec sums[4] = {fill(0), fill(0), fill(0), fill(0)};
-  const auto emit = [&](int64_t j, vec& sum) {
-    vec w = weight(load_row(scores + j * panel) - shift);
-    if (keep) w = select(load_row(keep + j * panel) > fill(0), w, fill(0));
-    sum = sum + w;
-    store_row(scores + j * panel, w);
-  };
-  int64_t j = 0;
-  for (; j + keys_per_step <= t.keys; j += keys_per_step) {
-    prefetch.step();
-    for (int64_t u = 0; u < keys_per_step; ++u) emit(j + u, sums[u]);
-  }
-  for (int64_t u = 0; j < t.keys; ++j, ++u) emit(j, sums[u]);
+  with_constant(!keep, [&](auto plain) __attribute__((always_inline)) {
+    for_each_in_fours(t.keys, [&](int64_t j, auto u) __attribute__((always_inline)) {
+      if (u == 0) prefetch.step();
+      vec w = weight(load_row(scores + j * panel) - shift);
+      if (!plain) w = select(load_row(keep + j * panel) > fill(0), w, fill(0));
+      sums[u] = sums[u] + w;
+      store_row(scores + j * panel, w);
+    });
+  });
   const vec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
 
   store_row(s.maximum + r, maximum);

@@ -171,20 +171,23 @@ Maximum score_panel(const Tile& t, int64_t r) {
 vec weigh_panel(const Tile& t, int64_t r, vec maximum) {
   const ScaledExp weight(logit_scale(t.p));
   const vec shift = select(maximum == fill(-infinity), fill(0), maximum);  // where every score is -inf: weights of 0
-  vec sums[4] = {fill(0), fill(0), fill(0), fill(0)};
+  vec total[4] = {fill(0), fill(0), fill(0), fill(0)};
   t.for_each_block([&](int64_t key, int64_t n) {
     real* weights = t.weights(r) + key * panel;
     const real* keep = t.keep(r) + key * panel;
-    const bool plain = t.takes_all(r, key, n);
-    for (int64_t j = 0; j < n; ++j) {
-      if (j % keys_per_step == 0) t.prefetch.step();
-      vec w = weight(load_row(weights + j * panel) - shift);
-      if (!plain) w = select(load_row(keep + j * panel) > fill(0), w, fill(0));
-      sums[j % 4] = sums[j % 4] + w;
-      store_row(weights + j * panel, w);
-    }
+    with_constant(t.takes_all(r, key, n), [&](auto plain) __attribute__((always_inline)) {
+      vec sums[4] = {total[0], total[1], total[2], total[3]};  // local, so that they stay in registers
+      for_each_in_fours(n, [&](int64_t j, auto u) __attribute__((always_inline)) {
+        if (u == 0) t.prefetch.step();
+        vec w = weight(load_row(weights + j * panel) - shift);
+        if (!plain) w = select(load_row(keep + j * panel) > fill(0), w, fill(0));
+        sums[u] = sums[u] + w;
+        store_row(weights + j * panel, w);
+      });
+      for (int u = 0; u < 4; ++u) total[u] = sums[u];
+    });
   });
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  return (total[0] + total[1]) + (total[2] + total[3]);
 }
 
 // The rows' entries of a [B, H, L] statistic, absent rows 0.
@@ -254,6 +257,13 @@ void find_grad_weights(const Tile& t, int64_t r, int64_t key, int64_t n, real* o
   }
 }
 
+// V at an excluded key may be anything, and the normaliser of a NaN row is NaN.
+TRANSFUSE_INLINE void clear_excluded(const real* keep, vec& weight, vec& grad) {
+  const vec_mask kept = load_row(keep) > fill(0);
+  weight = select(kept, weight, fill(0));
+  grad = select(kept, grad, fill(0));
+}
+
 // weights(r) become P, or P * D with dropout, and grad_scores(r) become dS.
 void differentiate_panel(Tile& t, int64_t r, Maximum maximum, vec sum) {
   Scratch& s = t.s;
@@ -285,21 +295,20 @@ void differentiate_panel(Tile& t, int64_t r, Maximum maximum, vec sum) {
     const real* keep = t.keep(r) + key * panel;
     const real* draws = drops ? t.draws(r) + key * panel : nullptr;
     find_grad_weights(t, r, key, n, grad_weights);
-    const bool plain = t.takes_all(r, key, n);
-    for (int64_t j = 0; j < n; ++j) {
-      if (j % keys_per_step == 0) t.prefetch.step();
-      vec w = load_row(weights + j * panel) * normaliser;
-      vec g = load_row(grad_weights + j * panel);
-      if (!plain) {  // V at an excluded key may be anything; the normaliser of a NaN row is NaN
-        const vec_mask kept = load_row(keep + j * panel) > fill(0);
-        w = select(kept, w, fill(0));
-        g = select(kept, g, fill(0));
-        store_row(grad_weights + j * panel, g);
-      }
-      if (draws) store_row(grad_weights + j * panel, g = g * load_row(draws + j * panel));
-      store_row(weights + j * panel, w);
-      deltas[j % 2] = fma(w, g, deltas[j % 2]);
-    }
+    const bool takes_all = t.takes_all(r, key, n);
+    with_constant(takes_all && !drops, [&](auto plain) __attribute__((always_inline)) {
+      for_each_in_fours(n, [&](int64_t j, auto u) __attribute__((always_inline)) {
+        if (u == 0) t.prefetch.step();
+        vec w = load_row(weights + j * panel) * normaliser;
+        vec g = load_row(grad_weights + j * panel);
+        if (!plain) {
+          if (!takes_all) clear_excluded(keep + j * panel, w, g);
+          if (draws) g = g * load_row(draws + j * panel);
+          store_row(grad_weights + j * panel, g);
+        }
+        deltas[u % 2] = fma(w, g, deltas[u % 2]);
+      });
+    });
   });
   vec delta = deltas[0] + deltas[1];
   if (!all(whole)) {
@@ -315,14 +324,19 @@ void differentiate_panel(Tile& t, int64_t r, Maximum maximum, vec sum) {
     real* grad_scores = t.grad_scores(r) + key * panel;
     const real* keep = t.keep(r) + key * panel;
     const real* draws = drops ? t.draws(r) + key * panel : nullptr;
-    const bool plain = t.takes_all(r, key, n);
-    for (int64_t j = 0; j < n; ++j) {
-      const vec w = load_row(weights + j * panel);
-      vec g = w * (load_row(grad_scores + j * panel) - delta);
-      if (!plain) g = select(load_row(keep + j * panel) > fill(0), g, fill(0));
-      if (draws) store_row(weights + j * panel, w * load_row(draws + j * panel));
-      store_row(grad_scores + j * panel, g);
-    }
+    const bool takes_all = t.takes_all(r, key, n);
+    with_constant(takes_all && !drops, [&](auto plain) __attribute__((always_inline)) {
+      for_each_in_fours(n, [&](int64_t j, auto) __attribute__((always_inline)) {
+        vec w = load_row(weights + j * panel) * normaliser;
+        vec g = w * (load_row(grad_scores + j * panel) - delta);
+        if (!plain) {
+          if (!takes_all) clear_excluded(keep + j * panel, w, g);
+          if (draws) w = w * load_row(draws + j * panel);
+        }
+        store_row(weights + j * panel, w);
+        store_row(grad_scores + j * panel, g);
+      });
+    });
   });
 }
 

@@ -74,6 +74,31 @@ TRANSFUSE_INLINE vec load_row(const real* p) { return load_as<vec>(p, panel); }
 TRANSFUSE_INLINE void store_row(real* p, vec x) { store_as(p, x, panel); }
 TRANSFUSE_INLINE vec lane_index() { return to_vec(to_float(iota())); }
 
+// body(j, u) for j in [0, n), u = j % 4 as a constant: sums that body keeps per u stay in registers.
+template <class Body>
+TRANSFUSE_INLINE void for_each_in_fours(int64_t n, Body body) {
+  const std::integral_constant<int, 0> zeroth;
+  const std::integral_constant<int, 1> first;
+  const std::integral_constant<int, 2> second;
+  const std::integral_constant<int, 3> third;
+  int64_t j = 0;
+  for (; j + 4 <= n; j += 4) {
+    body(j, zeroth);
+    body(j + 1, first);
+    body(j + 2, second);
+    body(j + 3, third);
+  }
+  if (j < n) body(j, zeroth);
+  if (j + 1 < n) body(j + 1, first);
+  if (j + 2 < n) body(j + 2, second);
+}
+
+// body(truth) with `truth` as a constant, for loops that are compiled once for each.
+template <class Body>
+TRANSFUSE_INLINE auto with_constant(bool truth, Body body) {
+  return truth ? body(std::true_type()) : body(std::false_type());
+}
+
 // Hands out pieces of the caller's scratch, whole panel rows each; without memory it only counts.
 struct Arena {
   real* memory;

@@ -4,8 +4,8 @@
 // |--------------------------------|----------------|----------|-------------------------------------------------|
 // | exp(x)                         | (-inf, 88.72]  | <= 1 ULP | exp(0) = 1, exp(-inf) = 0, above inf, NaN stays |
 // | exp(x, residual)               | (-inf, 88.72]  | <= 1 ULP | |residual| <= 1e-4 and finite                   |
-// | exp_nonpositive(x[, residual]) | (-inf, 70]     | <= 1 ULP | the bits of exp, fewer instructions             |
 // | exp_times_2_25(x)              | (-inf, 60]     | 2^-18    | for results rounded to 16 bits; NaN stays       |
+// | RowExponential(m)(x, residual) | [m - 104.5, m] | <= 1.2   | e^x over a power of two of m's; |m| <= 1024     |
 // | exp(f64 x)                     | [-690, 690]    | 2^-40    | for results rounded to float later; NaN stays   |
 // | exp_full(f64 x[, residual])    | (-inf, 709.78] | <= 1 ULP | of double; as exp(x); |residual| <= 2^-10       |
 //
@@ -73,19 +73,11 @@ TRANSFUSE_INLINE f32 exp(f32 x, f32 residual) {
   return scale_by_power(fraction, bits(shifted) - bits(set1(exp_integer)));
 }
 
-TRANSFUSE_INLINE f32 exp_nonpositive(f32 x, f32 residual) {
-  // The exponent field of 2^(n + 25) comes straight from the low bits of the rounding sum; 2^-25 is applied last. At
-  // exp_lowest n is -152 and the field 0: a factor of 0, where an underflow to 0 would cost a hundred cycles.
-  const f32 integer = set1(exp_integer + 127.0f + 25.0f);
-  x = max(set1(exp_lowest), x);
-  const f32 shifted = fma(x, set1(exp_log2e), integer);
-  const f32 fraction = exp_fraction(x, shifted - integer, residual);
-  return (fraction * from_bits(shift_left<23>(bits(shifted)))) * set1(0x1p-25f);
-}
-
 // e^x * 2^25, never subnormal: for a caller whose next factor takes the power of two along. As exp_nonpositive, with a
 // polynomial of two terms less.
 TRANSFUSE_INLINE f32 exp_times_2_25(f32 x) {
+  // The exponent field of 2^(n + 25) comes straight from the low bits of the rounding sum. At exp_lowest n is -152 and
+  // the field 0: a factor of 0, where an underflow to 0 would cost a hundred cycles.
   const f32 integer = set1(exp_integer + 127.0f + 25.0f);
   x = max(set1(exp_lowest), x);
   const f32 shifted = fma(x, set1(exp_log2e), integer);
@@ -98,8 +90,25 @@ TRANSFUSE_INLINE f32 exp_times_2_25(f32 x) {
   return p * from_bits(shift_left<23>(bits(shifted)));
 }
 
+// For the ratios of exponentials in a row: e^(x + residual) * 2^(25 - p), p the power of two in e^largest. The powers
+// are subtracted as integers: there is no x - largest to round. Below `lowest`, where ratios round to 0, the result is
+// any number.
+struct RowExponential {
+  f32 integer, lowest;
+
+  explicit RowExponential(float largest) : lowest(set1(largest - 104.5f)) {
+    const float power = (largest * exp_log2e + exp_integer) - exp_integer;
+    integer = set1(exp_integer + 127.0f + 25.0f - power);
+  }
+  TRANSFUSE_INLINE f32 operator()(f32 x, f32 residual) const {
+    const f32 shifted = fma(x, set1(exp_log2e), integer), n = shifted - integer;
+    // 13 bits of ln 2, so that n * ln2_hi is exact for |n| < 2^11, and the rest.
+    const f32 r = fnma(n, set1(0x1.0bfbe8p-15f), fnma(n, set1(0x1.62ep-1f), x)) + residual;
+    return exp_polynomial(r) * from_bits(shift_left<23>(bits(shifted)));
+  }
+};
+
 TRANSFUSE_INLINE f32 exp(f32 x) { return exp(x, zero()); }
-TRANSFUSE_INLINE f32 exp_nonpositive(f32 x) { return exp_nonpositive(x, zero()); }
 
 TRANSFUSE_INLINE f64 exp(f64 x) {
   const f64 integer = set1d(0x1.8p52);  // adding it rounds to an integer

@@ -6,77 +6,38 @@
 // Nothing cancels for x < 0, where the result is -t * tail(t) alone, so the tail keeps its relative accuracy down to
 // the last subnormal. Likewise gelu'(x) = h(t) for x < 0 and 1 - h(t) for x >= 0 with h(t) = tail(t) - t * density(t).
 //
-// Most inputs lie in |x| < 63/16, where both tails are polynomials in float (gelu_segments.h). The lanes beyond, one in
-// twenty where x has standard deviation 2, are gathered and evaluated sixteen at a time, in float too (gelu_far.h). A
-// bfloat16 is rounded from either float: none of its inputs lies so near the middle of two results that the float's error
-// chooses the wrong one. Lanes of float16 that lie so near are evaluated again, in double.
+// Most floats lie in |x| < 63/16, where both tails are polynomials in float (gelu_segments.h). The lanes beyond, one in
+// twenty where x has standard deviation 2, are gathered and evaluated sixteen at a time, in float too (gelu_far.h).
+//
+// A 16-bit type has 65,536 inputs: its gelu and gelu' are tables, filled in double where first used. The inputs of a
+// layer share their few exponents, so that what is read of a table, 5 KB for bfloat16, stays in L1.
 #include "gelu.h"
 
 #include <type_traits>
 
-#include "gelu_f64.h"
-#include "gelu_far.h"
-#include "gelu_segments.h"
+#include "gelu_value.h"
 #include "vec.h"
 
 namespace transfuse::cpu::TRANSFUSE_ISA {
 namespace {
 
-struct Erf {
-  using Core = ErfSegments;
-  using Far = ErfFar;
-  using Full = ErfFull;
-};
-struct Tanh {
-  using Core = TanhSegments;
-  using Far = TanhFar;
-  using Full = TanhFull;
-};
-
-// Lanes whose float y may round to the wrong float16. Subnormal float16s are 2^-24 apart, as the floats' upper bits
-// are from 2^-14 on.
-TRANSFUSE_INLINE mask near_middle_of_f16(f32 y) {
-  constexpr int32_t cut_bits = (1 << 13) - 1, middle = 1 << 12, error = 8;
-  const f32 size = abs(y), least_normal = set1(0x1p-14f);
-  const f32 shown = select(size < least_normal, size + least_normal, size);
-  return less_unsigned((bits(shown) & set1i(cut_bits)) - set1i(middle - error), set1i(2 * error));
-}
-
-// The two functions of (x, grad_output). In float: `core`, and `far` for the lanes that is_far names. In double: `full`.
+// The two functions. In float, of (x, grad_output): `core`, and `far` for the lanes that is_far names. In double, of x
+// where grad_output is 1: `full`.
 
 template <class Form>
 struct Forward {
   static constexpr bool takes_gradient = false;
-  // A 16-bit x from segments_end on is its own gelu: the tail is below half its last place.
-  template <class T>
-  TRANSFUSE_INLINE static f32 core(f32 x, f32, T) {
-    const f32 t = abs(x), y = fnma(t, evaluate(Form::Core::tail, t), max(zero(), x));
-    return std::is_same_v<T, float> ? y : select(x >= set1(segments_end), x, y);
-  }
-  template <class T>
-  TRANSFUSE_INLINE static mask is_far(f32 x, T) {
-    return std::is_same_v<T, float> ? abs(x) >= set1(segments_end) : x <= set1(-segments_end);
-  }
-  TRANSFUSE_INLINE static f32 far(f32 x, f32) {
-    const f32 y = value(Form::Far::tail(min(set1(Form::Far::cut), abs(x))));
-    return select(x < zero(), -y, x - y);
-  }
-  TRANSFUSE_INLINE static wide full(wide x, wide) {
-    return {gelu_full<typename Form::Full>(x.lo), gelu_full<typename Form::Full>(x.hi)};
-  }
+  TRANSFUSE_INLINE static f32 core(f32 x, f32) { return GeluValue<Form>::core(x); }
+  TRANSFUSE_INLINE static f32 far(f32 x, f32) { return GeluValue<Form>::far(x); }
+  TRANSFUSE_INLINE static f64 full(f64 x) { return gelu_full<typename Form::Full>(x); }
 };
 
 template <class Form>
 struct Backward {
   static constexpr bool takes_gradient = true;
-  template <class T>
-  TRANSFUSE_INLINE static f32 core(f32 x, f32 grad_output, T) {
+  TRANSFUSE_INLINE static f32 core(f32 x, f32 grad_output) {
     const f32 h = evaluate(Form::Core::slope, abs(x) - set1(Form::Core::shift));
     return grad_output * select(x < zero(), h, set1(1.0f) - h);
-  }
-  template <class T>
-  TRANSFUSE_INLINE static mask is_far(f32 x, T) {
-    return abs(x) >= set1(segments_end);
   }
   TRANSFUSE_INLINE static f32 far(f32 x, f32 grad_output) {
     const mask negative = x < zero();
@@ -84,10 +45,7 @@ struct Backward {
     const f32 h = value({slope.fraction * select(negative, grad_output, set1(1.0f)), slope.power});
     return select(negative, h, grad_output * (set1(1.0f) - h));
   }
-  TRANSFUSE_INLINE static wide full(wide x, wide grad_output) {
-    using Full = typename Form::Full;
-    return grad_output * wide{gelu_slope_full<Full>(x.lo), gelu_slope_full<Full>(x.hi)};
-  }
+  TRANSFUSE_INLINE static f64 full(f64 x) { return gelu_slope_full<typename Form::Full>(x); }
 };
 
 // The rows in pieces of at most `block` elements: piece(first, column, length), first the number of its first element.
@@ -123,13 +81,12 @@ struct GatheredLanes {
     store_compressed(at + count, at_lanes, which);
     count += __builtin_popcount(to_bits(which));
   }
-  // results[at] = evaluate(x, grad_output, at, n) of each lane, n lanes at a time. None is left.
-  template <class Evaluate>
-  TRANSFUSE_INLINE void scatter(float* results, Evaluate evaluate) {
+  // results[at] = Function::far(x, grad_output) of each lane. None is left.
+  TRANSFUSE_INLINE void scatter(float* results) {
     for_each_vec(count, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
       const f32 grad = Function::takes_gradient ? load_n(grad_output + i, n) : zero();
       alignas(64) float values[lanes];
-      store(values, evaluate(load_n(x + i, n), grad, load(at + i), n));
+      store(values, Function::far(load_n(x + i, n), grad));
       for (int64_t lane = 0; lane < n; ++lane) results[at[i + lane]] = values[lane];
     });
     count = 0;
@@ -137,17 +94,15 @@ struct GatheredLanes {
 };
 
 // A lane's method depends on its own values alone, and so do its bits.
-template <class Function, class T, class B>
-[[gnu::noinline]] void run_rows(const GeluParams& p, int64_t begin, int64_t end, double* bias_sum) {
-  constexpr bool is_f32 = std::is_same_v<T, float>, is_f16 = std::is_same_v<T, f16>;
-  const T* input = static_cast<const T*>(p.input);
-  const T* grad_output = static_cast<const T*>(p.grad_output);
-  const B* bias = static_cast<const B*>(p.bias);
-  T* output = static_cast<T*>(p.output);
-  alignas(64) float buffer[block];
-  GatheredLanes<Function> far, doubtful;
+template <class Function>
+[[gnu::noinline]] void run_rows_of_floats(const GeluParams& p, int64_t begin, int64_t end, double* bias_sum) {
+  const float* input = static_cast<const float*>(p.input);
+  const float* grad_output = static_cast<const float*>(p.grad_output);
+  const float* bias = static_cast<const float*>(p.bias);
+  float* output = static_cast<float*>(p.output);
+  GatheredLanes<Function> far;
   for_each_piece(p, begin, end, [&](int64_t first, int64_t column, int64_t length) __attribute__((always_inline)) {
-    float* results = is_f32 ? reinterpret_cast<float*>(output + first) : buffer;
+    float* results = output + first;
     const auto x_at = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
       return load_sum<f32>(input + first + i, bias, column + i, n);
     };
@@ -159,36 +114,82 @@ template <class Function, class T, class B>
       mask left = {};
       for_each_vec(group_end, [&](int64_t in_group, int64_t n) __attribute__((always_inline)) {
         const int64_t i = group + in_group;
-        const f32 x = x_at(i, n), y = Function::core(x, grad_at(i, n), T{});
-        store_n(results + i, y, n);
-        left = left | Function::is_far(x, T{});
-        if constexpr (is_f16) left = left | near_middle_of_f16(y);
+        const f32 x = x_at(i, n);
+        store_n(results + i, Function::core(x, grad_at(i, n)), n);
+        left = left | is_far(x);
       });
       if (!any(left)) continue;
       for_each_vec(group_end, [&](int64_t in_group, int64_t n) __attribute__((always_inline)) {
         const int64_t i = group + in_group;
-        const f32 x = x_at(i, n), grad = grad_at(i, n);
-        const mask is_far = Function::is_far(x, T{});
-        const i32 at = iota() + set1i(static_cast<int32_t>(i));
-        far.add(is_far, x, grad, at);
-        if constexpr (is_f16) doubtful.add(near_middle_of_f16(load_n(results + i, n)) & ~is_far, x, grad, at);
+        const f32 x = x_at(i, n);
+        far.add(is_far(x), x, grad_at(i, n), iota() + set1i(static_cast<int32_t>(i)));
       });
     }
-    far.scatter(results, [&](f32 x, f32 grad, i32 at, int64_t n) __attribute__((always_inline)) {
-      const f32 y = Function::far(x, grad);
-      if constexpr (is_f16) doubtful.add(near_middle_of_f16(y) & first_n(n), x, grad, at);
-      return y;
-    });
-    if constexpr (is_f16) {
-      doubtful.scatter(results, [](f32 x, f32 grad, i32, int64_t) __attribute__((always_inline)) {
-        return narrow_to_odd(Function::full(widen(x), widen(grad)));
-      });
-    }
-    if (is_f32 && bias_sum == nullptr) return;
+    far.scatter(results);
+    if (bias_sum == nullptr) return;
     for_each_vec(length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-      const f32 y = load_n(results + i, n);
-      if constexpr (!is_f32) store_n(output + first + i, y, n);
-      if (bias_sum != nullptr) add_to(bias_sum + column + i, widen(y), n);
+      add_to(bias_sum + column + i, widen(load_n(results + i, n)), n);
+    });
+  });
+}
+
+// Function::full of every T: rounded to T what the forward gives; as floats what grad_output is multiplied with. These
+// are rounded to odd, so that the product with a power of two is one rounding of the double.
+template <class Function, class T>
+struct Table {
+  using Entry = std::conditional_t<Function::takes_gradient, float, T>;
+  alignas(64) Entry values[1 << 16];
+
+  Table() {
+    for (int32_t i = 0; i < 1 << 16; i += lanes) {
+      T x[lanes];
+      for (int32_t lane = 0; lane < lanes; ++lane) x[lane].bits = static_cast<uint16_t>(i + lane);
+      store(values + i, narrow_to_odd(wide{Function::full(load64(x)), Function::full(load64(x + lanes64))}));
+    }
+  }
+};
+
+template <class Function, class T>
+[[gnu::noinline]] const typename Table<Function, T>::Entry* table_of() {
+  static const Table<Function, T> table;
+  return table.values;
+}
+
+template <class Function, class T, class B>
+[[gnu::noinline]] void run_rows_of_16_bits(const GeluParams& p, int64_t begin, int64_t end, double* bias_sum) {
+  constexpr int64_t ahead = block;  // elements to prefetch: the many loads of a table leave the prefetchers behind
+  const auto* table = table_of<Function, T>();
+  const T* input = static_cast<const T*>(p.input);
+  const T* grad_output = static_cast<const T*>(p.grad_output);
+  const B* bias = static_cast<const B*>(p.bias);
+  T* output = static_cast<T*>(p.output);
+  alignas(64) T sums[block];
+  for_each_piece(p, begin, end, [&](int64_t first, int64_t column, int64_t length) __attribute__((always_inline)) {
+    const T* x = input + first;
+    T* results = output + first;
+    if (bias) {
+      for_each_vec(length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+        store_n(sums + i, load_n(x + i, n) + load_n(bias + column + i, n), n);
+      });
+      x = sums;
+    }
+    for_each_vec(length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+      if (i % (2 * lanes) == 0) {
+        __builtin_prefetch(input + first + i + ahead);
+        __builtin_prefetch(results + i + ahead, 1);
+        if (Function::takes_gradient) __builtin_prefetch(grad_output + first + i + ahead);
+      }
+      if constexpr (Function::takes_gradient) {
+        T padded[lanes] = {};
+        if (n < lanes) __builtin_memcpy(padded, x + i, static_cast<size_t>(n) * sizeof(T));
+        const f32 slope = gather(table, n < lanes ? padded : x + i), y = load_n(grad_output + first + i, n) * slope;
+        store_n(results + i, y, n);
+        if (bias_sum != nullptr) add_to(bias_sum + column + i, widen(y), n);
+      } else if (n == lanes) {
+        gather(results + i, table, x + i);
+      } else {
+        for (int64_t k = 0; k < n; ++k) results[i + k] = table[x[i + k].bits];
+      }
     });
   });
 }
@@ -202,8 +203,8 @@ template <class Function>
   for_each_piece(p, begin, end, [&](int64_t first, int64_t column, int64_t length) __attribute__((always_inline)) {
     for_each_vec(length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
       const wide x = load_sum<wide>(input + first + i, bias, column + i, n);
-      const wide grad = Function::takes_gradient ? load_wide(grad_output + first + i, n) : x;
-      const wide y = Function::full(x, grad);
+      wide y = {Function::full(x.lo), Function::full(x.hi)};
+      if (Function::takes_gradient) y = load_wide(grad_output + first + i, n) * y;
       store_wide(output + first + i, y, n);
       if (bias_sum != nullptr) add_to(bias_sum + column + i, y, n);
     });
@@ -240,8 +241,10 @@ void run(const GeluParams& p, int64_t begin, int64_t end, double* bias_sum) {
     using T = decltype(type);
     if constexpr (std::is_same_v<T, double>) {
       run_rows_of_doubles<F>(p, begin, end, bias_sum);
+    } else if constexpr (std::is_same_v<T, float>) {
+      run_rows_of_floats<F>(p, begin, end, bias_sum);
     } else {
-      run_rows<F, T, decltype(bias_type)>(p, begin, end, bias_sum);
+      run_rows_of_16_bits<F, T, decltype(bias_type)>(p, begin, end, bias_sum);
     }
   });
 }

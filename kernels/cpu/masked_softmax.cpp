@@ -1,8 +1,9 @@
 // Masked softmax of rows: y_j = exp(s_j - m) / sum, s = scale * x + mask over the valid keys of the row, 0 elsewhere.
 //
-// A score is carried as hi + lo, so that neither scale * x, nor the mask's addition, nor s - m loses a bit that exp would
-// magnify: at logits around 100 a rounded score alone costs 60 ULP of its weight. The weights are summed in double and
-// the quotient is one rounding. Error <= 3 ULP per element (exp 0.9, its share in the sum, the quotient 0.5).
+// A score is carried as hi + lo, so that neither scale * x nor the mask's addition loses a bit that exp would magnify:
+// at logits around 100 a rounded score alone costs 60 ULP of its weight. s and m meet as powers of two alone, whose
+// difference is exact. The weights are summed in double, four of them at a time, and the quotient is one rounding.
+// Error <= 3 ULP per element (exp 1.2, its share in the sum, the quotient 0.5).
 //
 // Rows by their largest score m:  no valid key: 0.  m NaN or infinite: NaN at the valid keys.  |m| > 1024: the residuals
 // are no longer small, the row is done in double.  Else: sixteen floats at a time. Rows of doubles are done in double
@@ -21,8 +22,6 @@ namespace {
 
 constexpr float infinity = __builtin_inff();
 constexpr float wide_score = 1024.0f;
-// A score within exp's reach of |m| <= 1024 has a residual below this; a weight of 0 must not be disturbed by its own.
-constexpr float largest_residual = 0x1p-12f;
 constexpr double lowest_exponent = -690.0;  // of exp(f64); rounds to a weight of 0
 // A double above this has a residual that its weight feels.
 constexpr double residual_counts = 0x1p40;
@@ -49,10 +48,11 @@ TRANSFUSE_INLINE auto lanes_where(mask m) {
   }
 }
 
-// The valid keys of one row: [0, length) where the mask keeps them.
+// One row, and its valid keys: [0, length) where the mask keeps them.
 template <class T, class M>
 struct Row {
   const T* input;
+  T* output;
   const M* mask;
   int64_t mask_stride;
   int64_t length;
@@ -135,22 +135,42 @@ TRANSFUSE_INLINE float largest_score(const Row<T, M>& row, const Split<float>& s
   return reduce_max(largest);
 }
 
-// Writes exp(score - largest) to weights and returns their sum.
+// What the next group of rows reads and this one writes is on its way while exponentials are taken.
 template <class T, class M>
-TRANSFUSE_INLINE double exponentials(const Row<T, M>& row, const Split<float>& scale, float largest, float* weights) {
-  wide sum = set1w(0.0);
-  const f32 shift = set1(-largest);
-  for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+TRANSFUSE_INLINE void prefetch(const Row<T, M>& row, int64_t i, int64_t group) {
+  __builtin_prefetch(row.input + i + group);
+  __builtin_prefetch(row.output + i, 1);
+}
+
+// Writes exp(score - largest), up to a factor that all of them share, to weights and returns their sum. Four weights of
+// sixteen keys are added as they are, those sums in double; by key number alone, whatever the row's length.
+template <class T, class M>
+TRANSFUSE_INLINE double exponentials(const Row<T, M>& row, const Split<float>& scale, float largest, float* weights,
+                                    int64_t group = 0) {
+  constexpr int64_t step = 4 * lanes;
+  const RowExponential exp(largest);
+  const auto weight_at = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     const Keys<T> keys = load_keys(row, i, n);
+    prefetch(row, i, group);
     const Score score = score_of<M>(keys, scale);
-    const f32 exponent = score.hi + shift;
-    // An infinite input makes its residual NaN; min and max give their second operand there.
-    f32 residual = score.lo + sum_residual(score.hi, shift, exponent);
-    residual = max(min(residual, set1(largest_residual)), set1(-largest_residual));
-    const f32 weight = select(keys.valid, exp_nonpositive(exponent, residual), zero());
+    const f32 counted = select(score.hi <= exp.lowest, zero(), exp(score.hi, score.lo));
+    const f32 weight = select(keys.valid, counted, zero());
     store_n(weights + i, weight, n);
-    sum = sum + widen(weight);
-  });
+    return weight;
+  };
+  wide sum = set1w(0.0);
+  int64_t i = 0;
+  for (; i + step <= row.length; i += step) {
+    const f32 two = weight_at(i, lanes) + weight_at(i + lanes, lanes);
+    sum = sum + widen(two + (weight_at(i + 2 * lanes, lanes) + weight_at(i + 3 * lanes, lanes)));
+  }
+  if (i < row.length) {
+    f32 four[4] = {zero(), zero(), zero(), zero()};
+    for_each_vec(row.length - i, [&](int64_t at, int64_t n) __attribute__((always_inline)) {
+      four[at / lanes] = weight_at(i + at, n);
+    });
+    sum = sum + widen((four[0] + four[1]) + (four[2] + four[3]));
+  }
   return reduce_add(sum);
 }
 
@@ -172,7 +192,8 @@ TRANSFUSE_INLINE float largest_number(const Row<T, M>& row, const Split<float>& 
 
 // As exponentials(), but all of them times 2^25.
 template <class T, class M>
-TRANSFUSE_INLINE double light_exponentials(const Row<T, M>& row, f32 scale, float largest, float* weights) {
+TRANSFUSE_INLINE double light_exponentials(const Row<T, M>& row, f32 scale, float largest, float* weights,
+                                          int64_t group) {
   constexpr int64_t block_keys = 8 * lanes;
   wide sum = set1w(0.0);
   for (int64_t block = 0; block < row.length; block += block_keys) {
@@ -181,6 +202,7 @@ TRANSFUSE_INLINE double light_exponentials(const Row<T, M>& row, f32 scale, floa
     for_each_vec(rest < block_keys ? rest : block_keys, [&](int64_t at, int64_t n) __attribute__((always_inline)) {
       const int64_t i = block + at;
       const Keys<T> keys = load_keys(row, i, n);
+      prefetch(row, i, group);
       const f32 weight = select(keys.valid, exp_times_2_25(fms(keys.x, scale, set1(largest))), zero());
       store_n(weights + i, weight, n);
       block_sum = block_sum + weight;
@@ -233,23 +255,23 @@ TRANSFUSE_INLINE void fill_zero(T* output, int64_t begin, int64_t end) {
 
 // A row whose largest score is NaN or infinite.
 template <class T, class M>
-TRANSFUSE_INLINE void fill_nan(const Row<T, M>& row, T* output) {
+TRANSFUSE_INLINE void fill_nan(const Row<T, M>& row) {
   const VecOf<T> nan = splat<VecOf<T>>(__builtin_nan(""));
   for_each_vec(row.length, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    store_as(output + i, select(load_keys(row, i, n).valid, nan, splat<VecOf<T>>(0.0)), n);
+    store_as(row.output + i, select(load_keys(row, i, n).valid, nan, splat<VecOf<T>>(0.0)), n);
   });
 }
 
 // A row that takes more than the usual one: without a valid key, with a NaN, with large or infinite scores.
 template <class T, class M>
-[[gnu::noinline]] void unusual_row(const Row<T, M>& row, const Split<float>& scale, T* output, float* weights) {
+[[gnu::noinline]] void unusual_row(const Row<T, M>& row, const Split<float>& scale, float* weights) {
   bool any_valid = false;
   const float largest = largest_score(row, scale, any_valid);
-  if (!any_valid) return fill_zero(output, 0, row.length);
-  if (!(__builtin_fabsf(largest) < infinity)) return fill_nan(row, output);
+  if (!any_valid) return fill_zero(row.output, 0, row.length);
+  if (!(__builtin_fabsf(largest) < infinity)) return fill_nan(row);
   const double sum = __builtin_fabsf(largest) <= wide_score ? exponentials(row, scale, largest, weights)
                                                             : wide_exponentials(row, scale, weights);
-  divide<T>(weights, sum, output, row.length);
+  divide(weights, sum, row.output, row.length);
 }
 
 // Rows that are short go in groups, stage by stage: a stage of the next row begins while a reduction of this one ends.
@@ -260,24 +282,24 @@ TRANSFUSE_INLINE int64_t rows_at_once(int64_t keys, int64_t rows_left) {
 }
 
 template <class T, class M>
-TRANSFUSE_INLINE void softmax_rows(const Row<T, M>* rows, int64_t count, double scale, T* const* outputs,
-                                   float* scratch, int64_t keys) {
+TRANSFUSE_INLINE void softmax_rows(const Row<T, M>* rows, int64_t count, double scale, float* scratch,
+                                   int64_t keys) {
   const Split<float> split(scale);
   float largest[group_rows];
   double sums[group_rows];
   for (int64_t r = 0; r < count; ++r) largest[r] = largest_number(rows[r], split);
   for (int64_t r = 0; r < count; ++r) {
     if constexpr (is_light<T, M>) {
-      sums[r] = light_exponentials(rows[r], split.hi, largest[r], scratch + r * keys);
+      sums[r] = light_exponentials(rows[r], split.hi, largest[r], scratch + r * keys, count * keys);
     } else {
-      sums[r] = exponentials(rows[r], split, largest[r], scratch + r * keys);
+      sums[r] = exponentials(rows[r], split, largest[r], scratch + r * keys, count * keys);
     }
   }
   for (int64_t r = 0; r < count; ++r) {
     if (__builtin_fabsf(largest[r]) <= wide_score && sums[r] == sums[r])
-      divide<T>(scratch + r * keys, sums[r], outputs[r], rows[r].length);
+      divide(scratch + r * keys, sums[r], rows[r].output, rows[r].length);
     else
-      unusual_row(rows[r], split, outputs[r], scratch + r * keys);
+      unusual_row(rows[r], split, scratch + r * keys);
   }
 }
 
@@ -331,7 +353,8 @@ TRANSFUSE_INLINE double sum_of_lanes(wide sum, wide lost) {
 }
 
 template <class M>
-TRANSFUSE_INLINE void softmax_row(const Row<double, M>& row, double scale, double* output) {
+TRANSFUSE_INLINE void softmax_row(const Row<double, M>& row, double scale) {
+  double* output = row.output;
   const wide lowest = set1w(-infinity);
   wide largest_lanes = lowest;
   wide_mask seen = first_n_wide(0);
@@ -342,7 +365,7 @@ TRANSFUSE_INLINE void softmax_row(const Row<double, M>& row, double scale, doubl
   });
   const double largest = reduce_max(largest_lanes);
   if (!any(seen)) return fill_zero(output, 0, row.length);
-  if (!(__builtin_fabs(largest) < __builtin_inf())) return fill_nan(row, output);
+  if (!(__builtin_fabs(largest) < __builtin_inf())) return fill_nan(row);
 
   // Between scores beyond exp's reach of each other the residual of the largest decides nothing; near 2^53 it does.
   double largest_rest = 0.0;
@@ -375,9 +398,8 @@ TRANSFUSE_INLINE void softmax_row(const Row<double, M>& row, double scale, doubl
 }
 
 template <class M>
-TRANSFUSE_INLINE void softmax_rows(const Row<double, M>* rows, int64_t count, double scale, double* const* outputs,
-                                   float*, int64_t) {
-  for (int64_t r = 0; r < count; ++r) softmax_row(rows[r], scale, outputs[r]);
+TRANSFUSE_INLINE void softmax_rows(const Row<double, M>* rows, int64_t count, double scale, float*, int64_t) {
+  for (int64_t r = 0; r < count; ++r) softmax_row(rows[r], scale);
 }
 
 TRANSFUSE_INLINE int64_t mask_offset(const MaskedSoftmaxParams& p, int64_t row) {
@@ -390,13 +412,14 @@ TRANSFUSE_INLINE int64_t mask_offset(const MaskedSoftmaxParams& p, int64_t row) 
 }
 
 template <class T, class M>
-Row<T, M> input_row(const MaskedSoftmaxParams& p, int64_t i) {
+Row<T, M> row_of(const MaskedSoftmaxParams& p, int64_t i) {
   int64_t length = p.keys;
   if (p.causal) {
     const int64_t visible = i % p.queries + p.causal_offset + 1;
     length = visible < 0 ? 0 : (visible < p.keys ? visible : p.keys);
   }
-  Row<T, M> row{static_cast<const T*>(p.input) + i * p.keys, nullptr, 0, length};
+  const T* input = static_cast<const T*>(p.input) + i * p.keys;
+  Row<T, M> row{input, static_cast<T*>(p.output) + i * p.keys, nullptr, 0, length};
   if (p.mask) {
     row.mask = static_cast<const M*>(p.mask) + mask_offset(p, i);
     row.mask_stride = p.mask_strides[p.outer_dims];
@@ -409,13 +432,9 @@ void forward_rows(const MaskedSoftmaxParams& p, int64_t begin, int64_t end, floa
   for (int64_t i = begin, count; i < end; i += count) {
     count = rows_at_once(p.keys, end - i);
     Row<T, M> rows[group_rows];
-    T* outputs[group_rows];
-    for (int64_t r = 0; r < count; ++r) {
-      rows[r] = input_row<T, M>(p, i + r);
-      outputs[r] = static_cast<T*>(p.output) + (i + r) * p.keys;
-    }
-    softmax_rows(rows, count, p.scale, outputs, scratch, p.keys);
-    for (int64_t r = 0; r < count; ++r) fill_zero(outputs[r], rows[r].length, p.keys);
+    for (int64_t r = 0; r < count; ++r) rows[r] = row_of<T, M>(p, i + r);
+    softmax_rows(rows, count, p.scale, scratch, p.keys);
+    for (int64_t r = 0; r < count; ++r) fill_zero(rows[r].output, rows[r].length, p.keys);
   }
 }
 

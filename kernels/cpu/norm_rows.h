@@ -489,10 +489,8 @@ TRANSFUSE_INLINE void differentiate_rows(const NormBackwardParams& p, int64_t ro
       const V grad = load_as<V>(grad_output + at, n);
       weight_sum = fma(grad, xhat, weight_sum);
       bias_sum = bias_sum + grad;
-      if (count == 1) {
-        __builtin_prefetch(x + cols + i);
-        __builtin_prefetch(grad_output + cols + i);
-      }
+      __builtin_prefetch(x + count * cols + at);
+      __builtin_prefetch(grad_output + count * cols + at);
       if (!grad_input) continue;
       const V product = grad * scale;  // rounded as in the mean, so that a row of one element has the gradient 0
       const V g = Norm::centered ? product - splat<V>(rows[r].mean_g) : product;

@@ -307,6 +307,7 @@ TRANSFUSE_INLINE f32 abs(f32 x) {
 
 TRANSFUSE_INLINE __m256 half0(f32 x) { return x.a; }
 TRANSFUSE_INLINE __m256 half1(f32 x) { return x.b; }
+TRANSFUSE_INLINE f32 from_halves(__m256 lo, __m256 hi) { return {lo, hi}; }
 TRANSFUSE_INLINE __m256d half0(f64 x) { return x.a; }
 TRANSFUSE_INLINE __m256d half1(f64 x) { return x.b; }
 

@@ -211,6 +211,9 @@ TRANSFUSE_INLINE i32 round_to_pairs(f32 even, f32 odd) {
 // The halves, for vec_x86_halves.h.
 TRANSFUSE_INLINE __m256 half0(f32 a) { return _mm512_castps512_ps256(a.v); }
 TRANSFUSE_INLINE __m256 half1(f32 a) { return _mm512_extractf32x8_ps(a.v, 1); }
+TRANSFUSE_INLINE f32 from_halves(__m256 lo, __m256 hi) {
+  return {_mm512_insertf32x8(_mm512_castps256_ps512(lo), hi, 1)};
+}
 TRANSFUSE_INLINE __m256d half0(f64 a) { return _mm512_castpd512_pd256(a.v); }
 TRANSFUSE_INLINE __m256d half1(f64 a) { return _mm512_extractf64x4_pd(a.v, 1); }
 

@@ -306,6 +306,15 @@ TRANSFUSE_INLINE double reduce_max(f64 x) {
   for (int i = 1; i < 8; ++i) most = x.v[i] > most ? x.v[i] : most;
   return most;
 }
+// table[x] of sixteen 16-bit x, whose bits are its index.
+template <class T>
+TRANSFUSE_INLINE void gather(T* out, const T* table, const T* x) {
+  for (int i = 0; i < 16; ++i) out[i] = table[x[i].bits];
+}
+template <class T>
+TRANSFUSE_INLINE f32 gather(const float* table, const T* x) {
+  return {TRANSFUSE_EACH16(f32x16, table[x[i].bits])};
+}
 // Sixteen rows as columns: out[16 c + r] = rows[r][c] for c in [0, n).
 TRANSFUSE_INLINE void store_transposed(float* out, const f32* rows, int64_t n) {
   float buffer[16][16];

@@ -32,6 +32,41 @@ TRANSFUSE_INLINE double reduce_max(f64 x) {
   return _mm_cvtsd_f64(_mm_max_sd(m2, _mm_unpackhi_pd(m2, m2)));
 }
 
+// table[x] of sixteen 16-bit x, whose bits are its index. One load for each entry: a gather instruction takes longer.
+template <class Table>
+TRANSFUSE_INLINE auto entry(const Table* table, const void* x, int i) {
+  uint32_t two;
+  __builtin_memcpy(&two, static_cast<const char*>(x) + i / 2 * sizeof two, sizeof two);
+  return table + (i % 2 ? two >> 16 : two & 0xFFFF);
+}
+TRANSFUSE_INLINE __m128i gather8(const uint16_t* table, const void* x) {
+  __m128i found = _mm_insert_epi16(_mm_setzero_si128(), *entry(table, x, 0), 0);
+  found = _mm_insert_epi16(found, *entry(table, x, 1), 1);
+  found = _mm_insert_epi16(found, *entry(table, x, 2), 2);
+  found = _mm_insert_epi16(found, *entry(table, x, 3), 3);
+  found = _mm_insert_epi16(found, *entry(table, x, 4), 4);
+  found = _mm_insert_epi16(found, *entry(table, x, 5), 5);
+  found = _mm_insert_epi16(found, *entry(table, x, 6), 6);
+  return _mm_insert_epi16(found, *entry(table, x, 7), 7);
+}
+template <class T>
+TRANSFUSE_INLINE void gather(T* out, const T* table, const T* x) {
+  for (int64_t i = 0; i < lanes; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), gather8(&table->bits, x + i));
+}
+TRANSFUSE_INLINE __m128 gather4(const float* table, const void* x) {
+  const __m128 two = _mm_insert_ps(_mm_load_ss(entry(table, x, 0)), _mm_load_ss(entry(table, x, 1)), 0x10);
+  const __m128 three = _mm_insert_ps(two, _mm_load_ss(entry(table, x, 2)), 0x20);
+  return _mm_insert_ps(three, _mm_load_ss(entry(table, x, 3)), 0x30);
+}
+template <class T>
+TRANSFUSE_INLINE f32 gather(const float* table, const T* x) {
+  const auto half = [&](int64_t i) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(gather4(table, x + i)), gather4(table, x + i + 4), 1);
+  };
+  return from_halves(half(0), half(8));
+}
+
 TRANSFUSE_INLINE void transpose8(__m256* x) {
   __m256 a[8], b[8];
   for (int i = 0; i < 8; i += 2) {

@@ -3,8 +3,9 @@
 //   gelu(x) = max(x, 0) - t * tail(t),   gelu'(x) = h(t) for x < 0 and 1 - h(t) for x >= 0
 //
 // where tail and h are polynomials in float on |x| < 63/16 and an exponential in float beyond (gelu_far.cuh). Constants
-// and operations are the CPU's, and so are the bits. Float16 results too near the middle of two are evaluated again in
-// double, far more precisely than a float16 needs.
+// and operations are those of the CPU's floats, and so are the bits. 16-bit types, which have tables on the CPU, are
+// rounded from these floats: no bfloat16 input lies so near the middle of two results that the float's error chooses
+// the wrong one; float16 results that do are evaluated again in double.
 //
 // Policy: a thread owns one vector of columns and goes down the rows of its block's chunk; so the bias is loaded once
 // and the bias gradient stays in registers. The table of coefficients lies in shared memory once per lane: a lookup by

@@ -45,6 +45,14 @@ int main() {
   for (int i = 0; i < lookup_size; ++i) table[i] = i * 0.37f - 5;
   mix(lookup(table, bits(a)));  // by the low bits of an index of any size
   mix(lookup(table, iota() + set1i(lookup_size - 3)));
+  static float entries[1 << 16];
+  static bf16 numbers[1 << 16];
+  for (int i = 0; i < 1 << 16; ++i) numbers[i].bits = static_cast<uint16_t>(i * 40503 + 11), entries[i] = i * 0.37f - 5;
+  bf16 at[lanes], found[lanes];
+  store(at, a);
+  gather(found, numbers, at);
+  mix(gather(entries, at));
+  mix(load(found));
   float kept[lanes] = {};
   int32_t kept_numbers[lanes] = {};
   store_compressed(kept, a, a < b);

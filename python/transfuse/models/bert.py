@@ -27,7 +27,6 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from transfuse import dispatch
 from transfuse.models.fused_layers import (
     PART_TOKENS,
-    Attend,
     EncoderLayer,
     FusedStack,
     forget,
@@ -46,6 +45,7 @@ from transfuse.models.swap import (
 )
 from transfuse.nn.hooks import unhooked
 from transfuse.ops.attention import IMPLEMENTATIONS, scaled_dot_product_attention
+from transfuse.ops.encoder_layer import Sequences
 from transfuse.ops.gelu import gelu
 from transfuse.ops.layer_norm import add_layer_norm
 from transfuse.ops.packing import Packing, pack, unpack
@@ -281,42 +281,21 @@ def _run_stack(
 ) -> torch.Tensor:
     """[1, T, H] of a Packing or [B, S, H] with the mask of transformers; ``states`` receives every layer's output."""
     shape, own_dtype = hidden_states.shape, hidden_states.dtype
-    hidden = hidden_states.reshape(-1, shape[-1]).to(stack.dtype)
+    hidden = hidden_states.reshape(-1, shape[-1]).to(stack.dtype).contiguous()
     if states is not None:
         of_layers: list[torch.Tensor] = []
-        hidden = stack.run(hidden, _varlen(mask), of_layers)
+        hidden = stack.run(hidden, _packed_sequences(mask), of_layers)
         states.extend(x.view(shape).to(own_dtype) for x in of_layers)
     elif isinstance(mask, Packing):
-        parts = [stack.run(hidden[rows], _varlen(part)) for rows, part in mask.parts(PART_TOKENS)]
+        parts = [stack.run(hidden[rows], _packed_sequences(part)) for rows, part in mask.parts(PART_TOKENS)]
         hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
     else:
-        hidden = stack.run(hidden, _dense(shape, mask))
+        hidden = stack.run(hidden, Sequences(None, *shape[:2], mask))
     return hidden.view(shape).to(own_dtype)
 
 
-def _varlen(packing: Packing) -> Attend:
-    """Attention within the sequences of packed tokens, on views of the one product: the kernels take strides."""
-
-    def attend(module: nn.Module, query_key_value: torch.Tensor) -> torch.Tensor:
-        heads = query_key_value.view(-1, 3, module.num_attention_heads, module.attention_head_size)
-        query, key, value = heads.unbind(1)
-        return varlen_attention(
-            query, key, value, packing.cu_seqlens, max_seqlen_q=packing.max_seqlen, scale=module.scaling
-        ).flatten(1)
-
-    return attend
-
-
-def _dense(shape: torch.Size, mask: torch.Tensor | None) -> Attend:
-    """Attention within the rows of a padded batch."""
-
-    def attend(module: nn.Module, query_key_value: torch.Tensor) -> torch.Tensor:
-        heads = query_key_value.view(*shape[:2], 3, module.num_attention_heads, module.attention_head_size)
-        query, key, value = heads.permute(2, 0, 3, 1, 4)
-        output = scaled_dot_product_attention(query, key, value, mask, scale=module.scaling)
-        return output.transpose(1, 2).reshape(-1, module.all_head_size)
-
-    return attend
+def _packed_sequences(packing: Packing) -> Sequences:
+    return Sequences(packing.cu_seqlens, packing.cu_seqlens.shape[0] - 1, packing.max_seqlen)
 
 
 class Layer(Swapped):

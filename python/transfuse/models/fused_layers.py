@@ -1,16 +1,10 @@
-"""A stack of post-norm encoder layers for inference on the CPU: six calls a layer, weights packed, nothing copied.
-
-    query, key, value = one product of hidden           attention on strided views of it
-    hidden = LayerNorm(product of the context + hidden)
-    hidden = LayerNorm(product of GELU(product of hidden + bias) + hidden)
+"""A stack of post-norm encoder layers for inference on the CPU: one call a layer (ops/encoder_layer.py), weights packed.
 
 Whole sequences go through all layers in parts of about a thousand tokens: their activations then live in memory that
 the allocator hands out again for the next layer and the next part, instead of in pages that the system must first
-clear; the wide activations of the feed-forward go in pieces that stay in the second-level cache; and the norms write
-where their own operands lie. No row's bits depend on any of that: products, norms and attention compute a row from its
-own sequence alone.
+clear. No row's bits depend on that: products, norms and attention compute a row from its own sequence alone.
 
-A model family says which modules make a layer (``EncoderLayer``) and how a part attends; see bert.py.
+A model family says which modules make a layer (``EncoderLayer``) and which tokens belong together; see bert.py.
 """
 
 from __future__ import annotations
@@ -26,18 +20,14 @@ from torch.nn.modules import module as torch_module
 from transfuse.models.packed_linear import PackedLinears, Product, may_pack
 from transfuse.models.swap import is_exchanged, stock_class
 from transfuse.nn.hooks import unhooked
-from transfuse.ops.gelu import gelu
-from transfuse.ops.layer_norm import add_layer_norm_into
+from transfuse.ops.attention_checks import MAX_HEAD_DIM
+from transfuse.ops.encoder_layer import Sequences, encoder_layer
 
 PART_TOKENS = 1024
-PIECE_ROWS = 256
-
-# (the layer's attention module, query, key and value side by side [tokens, 3 * H]) -> context [tokens, H]
-Attend = Callable[[nn.Module, Tensor], Tensor]
 
 
 class EncoderLayer(NamedTuple):
-    """The modules that do one layer's arithmetic, and the one that says how it attends."""
+    """The modules that do one layer's arithmetic, and the one that says with how many heads and at what scale."""
 
     attention: nn.Module
     query: nn.Linear
@@ -63,6 +53,7 @@ class EncoderLayer(NamedTuple):
                 for norm in (self.attention_norm, self.output_norm)
             )
             and bool(gelu_form(self.activation))
+            and self.attention.attention_head_size <= MAX_HEAD_DIM
         )
 
 
@@ -87,10 +78,11 @@ class FusedStack:
                 return False
         return self.packed.fits()
 
-    def run(self, hidden: Tensor, attend: Attend, states: list[Tensor] | None = None) -> Tensor:
+    def run(self, hidden: Tensor, sequences: Sequences, states: list[Tensor] | None = None) -> Tensor:
         """[tokens, H] in the stack's dtype through all layers; ``states`` receives the output of each."""
         for index, layer in enumerate(self.layers):
-            hidden = _run_layer(hidden, layer, self.packed.products[4 * index : 4 * index + 4], attend)
+            products = self.packed.products[4 * index : 4 * index + 4]
+            hidden = encoder_layer(hidden, sequences, *_parameters(layer, *products))
             if states is not None:
                 states.append(hidden)
         return hidden
@@ -141,17 +133,16 @@ def _is_quiet(module: nn.Module) -> bool:
     return not module.training and unhooked(module)
 
 
-def _run_layer(hidden: Tensor, layer: EncoderLayer, products: list[Product], attend: Attend) -> Tensor:
-    query_key_value, attention_output, intermediate, output = products
-    attended = attention_output(attend(layer.attention, query_key_value(hidden)))
-    _add_norm_into(attended, attended, hidden, layer.attention_norm)
-
-    form, bias = gelu_form(layer.activation), layer.intermediate.bias
-    for rows in attended.split(PIECE_ROWS):
-        wide = gelu(intermediate(rows, bias=False), form, bias=bias)
-        _add_norm_into(rows, output(wide), rows, layer.output_norm)
-    return attended
-
-
-def _add_norm_into(out: Tensor, update: Tensor, residual: Tensor, norm: nn.LayerNorm) -> None:
-    add_layer_norm_into(update, residual, norm.weight, norm.bias, norm.eps, out)
+def _parameters(
+    layer: EncoderLayer, query_key_value: Product, context: Product, wide: Product, narrow: Product
+) -> tuple[int | float | bool | Tensor | None, ...]:
+    """What encoder_layer() takes after the tokens; read at every call, since modules may be edited."""
+    attention, attention_norm, output_norm = layer.attention, layer.attention_norm, layer.output_norm
+    return (
+        attention.num_attention_heads, attention.attention_head_size, attention.scaling,
+        query_key_value.weight, query_key_value.bias, context.weight, context.bias,
+        attention_norm.weight, attention_norm.bias, attention_norm.eps,
+        wide.weight, wide.bias, narrow.weight, narrow.bias,
+        output_norm.weight, output_norm.bias, output_norm.eps,
+        wide.out_features, gelu_form(layer.activation) == "tanh",
+    )

@@ -1,45 +1,44 @@
-"""Linear layers whose weights are kept a second time, in the layout that oneDNN multiplies fastest on this CPU.
+"""Linear layers whose weights are kept a second time, in the layout that the CPU multiplies fastest.
 
-    packed = PackedLinears(groups, torch.float32)        # a group is one or several layers with the same input
-    query_key_value = packed.products[0](rows)           # [N, in] -> [N, out of all layers of the group]
+    packed = PackedLinears(groups, torch.float32)              # a group is one or several layers with the same input
+    query_key_value = packed_linear(rows, *packed.products[0])  # [N, in] -> [N, out of all layers of the group]
 
 A packed copy belongs to no module, so state_dict, pickle and deepcopy know nothing of it. It fits as long as every
 weight is the same memory at the same version with the same 64 sampled elements: an edit through ``.data`` changes
 neither of the first two, and ``transfuse.repack`` is for edits that the sample misses.
-
-oneDNN gives a row the same bits whatever the number of rows beside it, but for a single row, which runs as two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from transfuse.ops.packed_linear import DTYPES, is_fast, pack
 
 Group = tuple[nn.Linear, ...]
 
 _SAMPLED_ELEMENTS = 64
-_ROWS_HINT = 1024  # the number of rows that oneDNN chooses the layout for
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
-class Product:
-    """``F.linear`` with the weights of one group in ``dtype`` and its biases: rows [N, in] -> [N, sum of out]."""
+class Product(NamedTuple):
+    """The arguments of packed_linear() that stand for ``F.linear`` with all layers of a group side by side."""
 
-    def __init__(self, group: Group, dtype: torch.dtype):
+    weight: Tensor
+    bias: Tensor | None
+    out_features: int
+
+    @classmethod
+    def of(cls, group: Group, dtype: torch.dtype) -> Product:
         weights = [layer.weight.detach().to(dtype) for layer in group]
         biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in group]
-        self.bias = torch.cat(biases) if any(layer.bias is not None for layer in group) else None
-        self.weight = pack(torch.cat(weights) if len(weights) > 1 else weights[0].contiguous())
-
-    def __call__(self, rows: Tensor, bias: bool = True) -> Tensor:
-        """bias=False leaves the bias to a later pass."""
-        added = self.bias if bias else None
-        if rows.shape[0] == 1:
-            return multiply(rows.expand(2, -1).contiguous(), self.weight, added)[:1]
-        return multiply(rows, self.weight, added)
+        return cls(
+            pack(torch.cat(weights) if len(weights) > 1 else weights[0]),
+            torch.cat(biases).float() if any(layer.bias is not None for layer in group) else None,
+            sum(layer.out_features for layer in group),
+        )
 
 
 class PackedLinears:
@@ -47,7 +46,7 @@ class PackedLinears:
 
     def __init__(self, groups: Sequence[Group], dtype: torch.dtype):
         self.dtype = dtype
-        self.products = [Product(group, dtype) for group in groups]
+        self.products = [Product.of(group, dtype) for group in groups]
         self.layers = [layer for group in groups for layer in group]
         tensors = self._tensors()
         self.states = [(tensor._version, tensor.data_ptr()) for tensor in tensors]
@@ -72,7 +71,7 @@ def may_pack(layer: nn.Module) -> bool:
     return (
         type(layer) is nn.Linear
         and all(
-            tensor is None or type(tensor) is nn.Parameter and tensor.dtype in _DTYPES and tensor.device.type == "cpu"
+            tensor is None or type(tensor) is nn.Parameter and tensor.dtype in DTYPES and tensor.device.type == "cpu"
             for tensor in (layer.weight, layer.bias)
         )
     )
@@ -81,40 +80,16 @@ def may_pack(layer: nn.Module) -> bool:
 def inference_on_cpu(input: Tensor) -> bool:
     """Whether a call with this input may use packed weights at all: no gradient, no tracing, no autocast."""
     return (
-        HAS_PACKED_PRODUCTS
-        and input.device.type == "cpu"
-        and input.dtype in _DTYPES
+        input.device.type == "cpu"
+        and input.dtype in DTYPES
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
+        and is_fast()  # last: Dynamo cannot trace it
     )
 
 
 def _sample(tensor: Tensor) -> Tensor:
     flat = tensor.detach().view(-1) if tensor.is_contiguous() else tensor.detach().flatten()
     return flat[:: max(1, flat.shape[0] // _SAMPLED_ELEMENTS)]
-
-
-def pack(weight: Tensor) -> Tensor:
-    """A copy of a weight [out, in] in oneDNN's own layout, for `multiply` alone."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
-
-
-def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear(rows, w, bias) with weight = pack(w)."""
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-
-
-def _has_packed_products() -> bool:
-    """Both operators are private to torch: they are used where they are there and compute what F.linear computes."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    try:
-        rows, weight = torch.eye(3, 5), torch.arange(20.0).view(4, 5)
-        return torch.equal(multiply(rows, pack(weight), None), F.linear(rows, weight))
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-
-
-HAS_PACKED_PRODUCTS = _has_packed_products()

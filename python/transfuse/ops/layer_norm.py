@@ -97,24 +97,6 @@ def add_layer_norm(
     return chosen.run(input, residual, weight, bias, ndim, eps)
 
 
-def add_layer_norm_into(
-    input: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out: Tensor
-) -> None:
-    """``out[...] = add_layer_norm(input, residual, ...)[0]``, bit for bit, for inference within transfuse.
-
-    Nothing is allocated and the sum is not kept: two thirds of the memory traffic of add_layer_norm, which returns it.
-
-    Args:
-        input, residual: [..., H] on the CPU, of one dtype; neither is checked for gradients.
-        weight, bias: [H].
-        out: input's shape and dtype, contiguous: rows of a larger tensor, say; it may be ``input`` or ``residual``
-            itself, and must not overlap them otherwise.
-    Raises:
-        ValueError: another shape, dtype or device, or an ``out`` that is not contiguous.
-    """
-    _add_forward_into(input, residual, weight, bias, 1, eps, out)
-
-
 # ---- what runs it ----
 
 
@@ -260,7 +242,6 @@ def _gradients(op, ctx, grad_output, grad_sum, wanted):
 if extension._C is not None:
     _forward = torch.ops.transfuse.layer_norm_forward.default
     _add_forward = torch.ops.transfuse.add_layer_norm_forward.default
-    _add_forward_into = torch.ops.transfuse.add_layer_norm_into.default
     _backward = torch.ops.transfuse.layer_norm_backward.default
 
     @torch.library.register_fake("transfuse::layer_norm_forward")
@@ -270,10 +251,6 @@ if extension._C is not None:
     @torch.library.register_fake("transfuse::add_layer_norm_forward")
     def _(input, residual, weight, bias, normalized_ndim, eps):
         return input.new_empty(input.shape), input.new_empty(input.shape)
-
-    @torch.library.register_fake("transfuse::add_layer_norm_into")
-    def _(input, residual, weight, bias, normalized_ndim, eps, out):
-        return None
 
     @torch.library.register_fake("transfuse::layer_norm_backward")
     def _(grad_output, grad_sum, input, weight, bias, normalized_ndim, eps, need_input, need_weight, need_bias):
