@@ -140,7 +140,7 @@ struct Table {
   using Entry = std::conditional_t<Function::takes_gradient, float, T>;
   alignas(64) Entry values[1 << 16];
 
-  Table() noexcept {
+  Table() {
     for (int32_t i = 0; i < 1 << 16; i += lanes) {
       T x[lanes];
       for (int32_t lane = 0; lane < lanes; ++lane) x[lane].bits = static_cast<uint16_t>(i + lane);
