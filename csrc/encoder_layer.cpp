@@ -1,6 +1,7 @@
 // One post-norm encoder layer in one call: products, attention and norms of this folder, one after the other.
 //
 // Between them Python and its dispatcher would take longer than the arithmetic of a short text does.
+#include <algorithm>
 #include <optional>
 #include <tuple>
 
@@ -81,9 +82,16 @@ void run_rows(AfterAttention a, int64_t begin, int64_t end, void* scratch) {
   add_norm(a.output_norm, update, output, output);
 }
 
-// All rows, in blocks that take turns on every thread.
+// Rows whose wide activations stay in the second-level cache, but not so few that streaming the weights shows.
+int64_t block_rows(const cpu::PackedLinearParams& wide) {
+  constexpr int64_t bytes = int64_t{512} << 10, fewest = 84;
+  const int64_t rows = bytes / (wide.out * (wide.dtype == cpu::DType::f32 ? 4 : 2) + 1);
+  return std::clamp(rows, fewest, cpu::packed_linear_block_rows);
+}
+
+// All rows, in blocks of nearly one size, as many for every thread.
 void run_blocks(const AfterAttention& a, int64_t tokens, ScalarType type) {
-  const int64_t most = cpu::packed_linear_block_rows(a.wide.out, a.context.dtype), workers = num_threads();
+  const int64_t most = block_rows(a.wide), workers = num_threads();
   const int64_t blocks = (tokens + most * workers - 1) / (most * workers) * workers;
   const Tensor scratch = empty_cpu(op, {workers, most, a.wide.out + a.context.out}, type);
   void* memory = scratch.mutable_data_ptr();

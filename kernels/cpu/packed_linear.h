@@ -28,15 +28,9 @@ struct PackedLinearParams {
 constexpr int64_t packed_linear_columns = 32;  // of a panel
 constexpr int64_t packed_linear_panels(int64_t out) { return (out + packed_linear_columns - 1) / packed_linear_columns; }
 
-// Rows that pass a panel together: as many as leave room for it in the second-level cache.
-constexpr int64_t packed_linear_block_rows(int64_t in, DType dtype) {
-  constexpr int64_t bytes = int64_t{512} << 10, most = 252, least = 14;
-  const int64_t rows = bytes / ((in > 0 ? in : 1) * (dtype == DType::f32 ? 4 : 2));
-  return rows > most ? most : rows < least ? least : rows / least * least;
-}
+constexpr int64_t packed_linear_block_rows = 252;  // rows that pass a panel together, while it is in cache
 constexpr int64_t packed_linear_blocks(const PackedLinearParams& p) {
-  const int64_t rows = packed_linear_block_rows(p.in, p.dtype);
-  return (p.rows + rows - 1) / rows;
+  return (p.rows + packed_linear_block_rows - 1) / packed_linear_block_rows;
 }
 
 struct PackedLinearKernels {

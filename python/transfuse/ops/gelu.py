@@ -34,9 +34,9 @@ def gelu(input: Tensor, approximate: str = "none", *, bias: Tensor | None = None
         float32: within 3 ULP for every input (1.8 were seen), to the last subnormal of the negative tail; gelu(-inf) =
         -0, gelu(inf) = inf, NaN stays. Its gradient within 4 ULP (2.6 were seen), 1e-7 absolute around its root
         -0.75179, and finite for every finite input. bfloat16 and float16: every one of the 65,536 inputs correctly
-        rounded, forward and backward: on the CPU entries of a table filled in float64. float64: within 4 ULP, forward
-        and backward, around the root too. The gradient of bias is summed in float64, on a GPU in float32, in an order
-        that depends on the number of rows alone.
+        rounded; on the CPU from a table filled in float64, and its gradient is grad_output times the slope in float32,
+        correctly rounded for grad_output = 1. float64: within 4 ULP, forward and backward, around the root too. The
+        gradient of bias is summed in float64, on a GPU in float32, in an order that depends on the number of rows alone.
     Raises:
         TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape, another ``approximate``. RuntimeError:
         bias on another device; a second or forward-mode derivative of a compiled kernel.
