@@ -52,6 +52,14 @@ void* at(void* data, int64_t elements, cpu::DType dtype) {
   return static_cast<char*>(data) + elements * (dtype == cpu::DType::f32 ? 4 : 2);
 }
 
+// out = norm(update + residual), dense rows; the sum of a row lies in out until it is normalised there.
+cpu::NormForwardParams add_norm(cpu::NormForwardParams norm, const void* update, const void* residual, void* out) {
+  norm.input = update;
+  norm.residual = residual;
+  norm.sum = norm.output = out;
+  return norm;
+}
+
 // Rows [begin, end) on this thread alone, each product's result still in cache where the next step wants it. `scratch`
 // holds end - begin rows of both products of the feed-forward.
 void run_rows(AfterAttention a, int64_t begin, int64_t end, void* scratch) {
@@ -65,21 +73,15 @@ void run_rows(AfterAttention a, int64_t begin, int64_t end, void* scratch) {
     layer.rows = rows;
     kernels.forward(layer, 0, cpu::packed_linear_blocks(layer) * cpu::packed_linear_panels(layer.out));
   };
-  const auto add_norm = [&](cpu::NormForwardParams norm, const void* update, const void* residual, void* out) {
-    norm.input = update;
-    norm.residual = residual;
-    norm.sum = norm.output = out;  // the sum of a row lies there until it is normalised
-    norm_kernels.forward(norm, 0, rows);
-  };
   const void* context = at(const_cast<void*>(a.context.input), begin * a.context.in, dtype);
   const void* hidden = at(const_cast<void*>(a.attention_norm.residual), begin * width, dtype);
   void* output = at(a.context.output, begin * width, dtype);
   void* update = at(scratch, rows * a.wide.out, dtype);
   multiply(a.context, context, output);
-  add_norm(a.attention_norm, output, hidden, output);
+  norm_kernels.forward(add_norm(a.attention_norm, output, hidden, output), 0, rows);
   multiply(a.wide, output, scratch);
   multiply(a.narrow, scratch, update);
-  add_norm(a.output_norm, update, output, output);
+  norm_kernels.forward(add_norm(a.output_norm, update, output, output), 0, rows);
 }
 
 // Rows whose wide activations stay in the second-level cache, but not so few that streaming the weights shows.
@@ -105,16 +107,14 @@ void run_blocks(const AfterAttention& a, int64_t tokens, ScalarType type) {
 
 // All rows together, the columns of each product shared among the threads: for few rows, which read each weight once.
 void run_columns(const AfterAttention& a, const Tensor& context, const Tensor& output) {
-  const auto add_norm = [&](cpu::NormForwardParams norm, const Tensor& update, const void* residual) {
-    norm.input = update.const_data_ptr();
-    norm.residual = residual;
-    norm.sum = norm.output = output.mutable_data_ptr();
-    parallel_for(0, update.size(0), norm_grain(norm.cols), [&](int64_t begin, int64_t end) {
-      cpu::pick_layer_norm_kernels().forward(norm, begin, end);
+  const auto run_norm = [&](const cpu::NormForwardParams& norm, const Tensor& update, const void* residual) {
+    const cpu::NormForwardParams p = add_norm(norm, update.const_data_ptr(), residual, output.mutable_data_ptr());
+    parallel_for(0, update.size(0), norm_grain(p.cols), [&](int64_t begin, int64_t end) {
+      cpu::pick_layer_norm_kernels().forward(p, begin, end);
     });
   };
-  add_norm(a.attention_norm, packed_linear(context, a.context), a.attention_norm.residual);
-  add_norm(a.output_norm, packed_linear(packed_linear(output, a.wide), a.narrow), output.const_data_ptr());
+  run_norm(a.attention_norm, packed_linear(context, a.context), a.attention_norm.residual);
+  run_norm(a.output_norm, packed_linear(packed_linear(output, a.wide), a.narrow), output.const_data_ptr());
 }
 
 Tensor encoder_layer(const Tensor hidden, std::optional<Tensor> cu_seqlens, std::optional<Tensor> mask,
@@ -133,6 +133,7 @@ Tensor encoder_layer(const Tensor hidden, std::optional<Tensor> cu_seqlens, std:
   const int64_t tokens = hidden.size(0), width = hidden.size(1), context_width = num_heads * head_dim;
   check(cu_seqlens || batch * max_seqlen == tokens, op, ": hidden has ", tokens, " tokens, expected ", batch, " x ",
         max_seqlen);
+  check(!cu_seqlens || (!mask && !bias), op, ": mask or bias is given beside cu_seqlens, expected one of them");
   check_cpu(op, "hidden", hidden);
   const ScalarType type = hidden.scalar_type();
   const auto layer = [&](int64_t in, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out,

@@ -81,6 +81,8 @@ def test_refusals():
         "encoder_layer: hidden has shape (4, 40), expected a contiguous (tokens, hidden_size)": (
             hidden.T.contiguous().T, whole, HEADS, HEAD_DIM),
         "encoder_layer: hidden has 4 tokens, expected 3 x 2": (hidden, Sequences(None, 3, 2), HEADS, HEAD_DIM),
+        "encoder_layer: mask or bias is given beside cu_seqlens, expected one of them": (
+            hidden, whole._replace(mask=torch.ones(1, HEADS, 4, 4, dtype=torch.bool)), HEADS, HEAD_DIM),
         "encoder_layer: num_heads and head_dim are 0 and 16, expected at least 1": (hidden, whole, 0, HEAD_DIM),
         "varlen_attention: cu_seqlens_q[1] is 3, expected 4 (query's tokens)": (
             hidden, Sequences(torch.tensor([0, 3]), 1, 4), HEADS, HEAD_DIM),

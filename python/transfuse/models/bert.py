@@ -239,7 +239,7 @@ class Encoder(Swapped):
     def _why_by_module(self, hidden_states: torch.Tensor, attention_mask: Any, args: tuple, kwargs: dict) -> str:
         """The reason why a call runs module by module; empty when fused_layers.py may do it."""
         if not inference_on_cpu(hidden_states):
-            return "training, autocast, tracing, or a device that packs no weights"
+            return "training, autocast, tracing, or a CPU or device without packed products"
         if hidden_states.numel() == 0 or len(self.layer) == 0:
             return "the input or the encoder is empty"
         if dispatch.setting() not in ("auto", "cpu"):
