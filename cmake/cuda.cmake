@@ -1,6 +1,7 @@
 # Whether and for which GPUs _C_cuda is built. Decided by nvcc being found, never by a GPU being present:
 #   TRANSFUSE_CUDA          "" builds it where there is an nvcc, 1 must, 0 does not
 #   TORCH_CUDA_ARCH_LIST    architectures in torch's words ("8.0;9.0a+PTX"); empty: all below
+# nvcc is the one in CUDACXX, on the PATH, or of the Python package nvidia-cuda-nvcc.
 # Sets CMAKE_CUDA_COMPILER, CMAKE_CUDA_ARCHITECTURES and TRANSFUSE_CUDA_BUILD, which build_info() tells: what was built,
 # or why nothing was.
 set(TRANSFUSE_CUDA "" CACHE STRING "build _C_cuda: empty where nvcc is found, 1 always, 0 never")
@@ -11,7 +12,7 @@ set(OLDEST_CUDA 13.0)
 function(no_cuda reason)
   if(TRANSFUSE_CUDA STREQUAL "1")
     message(FATAL_ERROR "TRANSFUSE_CUDA=1 asks for _C_cuda, and ${reason}. "
-      "Put nvcc of CUDA >= ${OLDEST_CUDA} on the PATH (pip install nvidia-cuda-nvcc) or name it in CUDACXX.")
+      "Put nvcc of CUDA >= ${OLDEST_CUDA} on the PATH, name it in CUDACXX, or pip install nvidia-cuda-nvcc nvidia-cuda-cccl.")
   endif()
   message(STATUS "_C_cuda is not built: ${reason}")
   set(TRANSFUSE_CUDA_BUILD "not built: ${reason}" PARENT_SCOPE)
@@ -45,6 +46,14 @@ else()
   include(CheckLanguage)
   if(NOT CMAKE_CUDA_COMPILER)
     unset(CMAKE_CUDA_COMPILER CACHE)  # an nvcc that has come since is found
+    if(NOT DEFINED ENV{CUDACXX})
+      unset(TRANSFUSE_NVCC CACHE)
+      find_program(TRANSFUSE_NVCC nvcc NO_CMAKE_SYSTEM_PATH)
+      find_program(TRANSFUSE_NVCC nvcc PATHS ${Python_SITELIB}/nvidia/cu13/bin NO_DEFAULT_PATH)  # nvidia-cuda-nvcc
+      if(TRANSFUSE_NVCC)
+        set(ENV{CUDACXX} ${TRANSFUSE_NVCC})
+      endif()
+    endif()
   endif()
   set(wanted "${TORCH_CUDA_ARCH_LIST}")
   if(NOT wanted)

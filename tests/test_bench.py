@@ -283,7 +283,9 @@ def test_gpu_dry_run_walks_every_case(tmp_path, capsys):
         measured and max(measured) < 0.01
     )  # bfloat16 against float64: 2**-8, so the shapes and the causal flag are right
     kernels = {row["op"] for row in rows if row["section"] == "row_kernels" and row["status"] == "ok"}
-    assert {"layer_norm", "rms_norm", "softmax", "gelu", "add_layer_norm", "bias_gelu"} <= kernels
+    assert {"layer_norm", "rms_norm", "softmax", "gelu", "add_layer_norm", "bias_gelu", "rotary"} <= kernels
+    small = [(row["peer"], row["status"]) for row in rows if row["section"] == "small_rows"]
+    assert {peer for peer, _ in small} == {"transfuse cuda", "torch eager"} and {status for _, status in small} == {"ok"}
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"{len(rows)} rows in {tmp_path / 'gpu.json'}; parity failures of transfuse: 0"
 

@@ -70,6 +70,13 @@ def test_a_gpu_that_is_not_there(capsys, monkeypatch):
         assert capsys.readouterr().err == f"transfuse {command}: --device is 'cuda', and torch sees no GPU here\n"
 
 
+def test_a_gpu_backend_is_verified_on_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(transfuse, "backends", lambda: {"cuda": True})
+    assert main(["verify", "--backend", "cuda"]) == 2
+    assert capsys.readouterr().err == "transfuse verify: --device is 'cuda', and torch sees no GPU here\n"
+
+
 def test_a_gpu_number_that_is_not_there(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

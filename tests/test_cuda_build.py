@@ -176,6 +176,16 @@ def test_a_missing_nvcc_is_an_error_only_when_cuda_is_asked_for(tmp_path, path_w
     assert code == 0 and "BUILD=not built: no nvcc was found COMPILER= " in text
 
 
+def test_the_nvcc_of_a_python_package_is_found(tmp_path, path_without_nvcc):
+    packaged = tmp_path / "site-packages/nvidia/cu13/bin/nvcc"  # where the package nvidia-cuda-nvcc puts it
+    packaged.parent.mkdir(parents=True)
+    packaged.write_text(f'#!/bin/sh\nexec {shutil.which("nvcc")} "$@"\n')
+    packaged.chmod(0o755)
+    site = packaged.parents[3]
+    code, text = _configure(tmp_path, path_without_nvcc, TRANSFUSE_CUDA="1", Python_SITELIB=site)
+    assert code == 0 and f"COMPILER={packaged} " in text, text
+
+
 def test_cuda_can_be_left_out_and_narrowed(tmp_path):
     code, text = _configure(tmp_path, os.environ["PATH"], TRANSFUSE_CUDA="0")
     assert code == 0 and "BUILD=not built: TRANSFUSE_CUDA was 0 COMPILER= " in text

@@ -18,6 +18,7 @@ class Variable:
 
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "torch", "reference")
+GPU_BACKENDS = ("cuda", "triton")
 CPU_ISA = ("best", "baseline", "avx2", "avx512", "avx512_bf16")
 
 VARIABLES = (

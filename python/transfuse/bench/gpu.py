@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 
 import transfuse
+from transfuse import env
 from transfuse.bench import gpu_peers, gpu_rows
 from transfuse.dispatch import dtype_name, use_backend
 from transfuse.promises import agreement, check, every
 from transfuse.promises.cases import DIRECTIONS
 
 BUDGET_SECONDS = 490
-GPU_BACKENDS = ("cuda", "triton")
 # (section, most seconds): what a section leaves over, the later ones may use, up to their own figure.
 SECTIONS = (
     ("ceilings", 30),
@@ -31,6 +31,7 @@ SECTIONS = (
     ("sdpa_bias", 90),
     ("varlen", 15),
     ("row_kernels", 120),
+    ("small_rows", 20),
     ("flex", 140),
     ("models", 30),
 )
@@ -54,7 +55,7 @@ def promises_of(backend):
 def check_backends(run):
     """Our own GPU backends against the contract; a backend that is not there is a row with its reason."""
     available = transfuse.backends()
-    for backend in GPU_BACKENDS:
+    for backend in env.GPU_BACKENDS:
         if available[backend] is not True:
             run.add(op="all", peer=f"transfuse {backend}", status="skipped", reason=available[backend])
             continue

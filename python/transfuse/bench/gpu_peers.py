@@ -253,6 +253,27 @@ def _add_layer_norm(input, residual, weight, bias):
     return F.layer_norm(input + residual, input.shape[-1:], weight, bias)
 
 
+ROTARY_DIM = 64  # of every head, all of it rotated; of a narrower row, all
+SMALL_SIZES = ((1, 384), (32, 384), (128, 768), (4096, 768))  # rows, columns
+
+
+def _by_heads(rotate):
+    """rotate(x [1, H, L, D], cos, sin) as a call on [L, H * D], the layout of a projection."""
+
+    def call(x, table):
+        cos, sin = table.chunk(2, -1)
+        heads = x.view(1, x.shape[0], -1, table.shape[1]).transpose(1, 2)
+        return rotate(heads, cos, sin).transpose(1, 2).reshape(x.shape)
+
+    return call
+
+
+@_by_heads
+def _rotary(x, cos, sin):
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
 # op -> (call, row inputs, weights, elements that forward and backward move per element of the row)
 ROW_OPS = {
     "layer_norm": (lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b), 1, 2, 2, 3),
@@ -262,6 +283,7 @@ ROW_OPS = {
     "add_layer_norm": (_add_layer_norm, 2, 2, 3, 3),
     "bias_gelu": (lambda x, b: F.gelu(x + b), 1, 1, 2, 3),
     "gelu_tanh": (lambda x: F.gelu(x, approximate="tanh"), 1, 0, 2, 3),
+    "rotary": (_rotary, 1, 0, 2, 2),
 }
 
 
@@ -274,6 +296,7 @@ OWN_ROW_OPS = {
     "add_layer_norm": lambda x, y, w, b: transfuse.add_layer_norm(x, y, x.shape[-1:], w, b)[0],
     "bias_gelu": lambda x, b: transfuse.gelu(x, bias=b),
     "gelu_tanh": lambda x: transfuse.gelu(x, approximate="tanh"),
+    "rotary": _by_heads(lambda x, cos, sin: transfuse.rotary(x, cos, sin)),
 }
 OWN = "transfuse cuda"
 
@@ -289,10 +312,23 @@ def row_kernels(run):
                 _row_rows(run, op, peer, *((8, columns // 64) if run.dry else (ROWS, columns)))
 
 
-def _row_rows(run, op, peer, rows, columns):
+def small_rows(run):
+    """Sizes at which the host decides: what a call costs with Python and launch, ours beside torch's."""
+    state = True if run.dry else transfuse.backends()["cuda"]
+    if state is not True:
+        run.add(op="all", peer=OWN, status="skipped", reason=state)
+    for rows, columns in SMALL_SIZES:
+        for op in ROW_OPS:
+            for peer in (*((OWN,) if state is True else ()), "torch eager"):
+                _row_rows(run, op, peer, *((2, 6) if run.dry else (rows, columns)), timer=run.time_with_host)
+
+
+def _row_rows(run, op, peer, rows, columns, timer=None):
     function, row_inputs, weights, *moves = ROW_OPS[op]
     function = OWN_ROW_OPS[op] if peer == OWN else function
     tensors = [_random(run, rows, columns) for _ in range(row_inputs)] + [_random(run, columns) for _ in range(weights)]
+    if op == "rotary":
+        tensors.append(_random(run, rows, min(ROTARY_DIM, columns)))  # the angles, sine and cosine side by side
     if peer == "torch.compile":
         torch._dynamo.reset()
     call = compiled(function) if peer == "torch.compile" and not run.dry else function
@@ -309,6 +345,7 @@ def _row_rows(run, op, peer, rows, columns):
         run.measure(
             prepare[direction],
             moved=moved * rows * columns * 2,
+            timer=timer,
             op=op,
             peer=peer,
             direction=direction,

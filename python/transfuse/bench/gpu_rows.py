@@ -40,6 +40,7 @@ ROW = {
 STATUSES = ("ok", "failed", "refused", "error", "skipped")
 FLUSH_BYTES = 1 << 30  # written before each timed call: empties L2, and its 0.3 ms hide the launch of what follows
 MEASURE_SECONDS = 0.12  # timed work per figure
+HOST_ROUNDS, HOST_CALLS = 21, 100  # of small calls, timed with their host overhead
 ONE_FIGURE_SECONDS = 60  # a compile that takes longer than this is given up
 WATCHDOG_SECONDS = 25  # after the budget, when something does not come back at all
 
@@ -147,11 +148,12 @@ class Run:
         self.rows.append(row)
         return row
 
-    def measure(self, prepare, *, flops=None, moved=None, **facts):
+    def measure(self, prepare, *, flops=None, moved=None, timer=None, **facts):
         """One row. `prepare()` returns the call to be timed (and may compile, allocate, or refuse); errors become rows.
 
         Args:
             prepare: () -> call, or () -> (call, rms_error).
+            timer: self.time (default) or self.time_with_host.
             flops, moved: of one call, for tflops and gbps (bytes read plus bytes written).
         """
         if time.monotonic() > self.section_end:
@@ -164,7 +166,7 @@ class Run:
                 with alarm(limit):
                     call = prepare()
                     call, rms_error = call if isinstance(call, tuple) else (call, None)
-                    figures = self.time(call)
+                    figures = (timer or self.time)(call)
             except Exception as error:
                 del call
                 return self.add(**facts, **self._refusal(error, said))
@@ -216,6 +218,28 @@ class Run:
             "p10_us": times[count // 10],
             "p90_us": times[-1 - count // 10],
             "repetitions": count,
+        }
+
+    def time_with_host(self, call):
+        """The same of what a user waits for: calls one after another on the wall clock, Python and launch included."""
+        if self.dry:
+            return self.time(call)
+        for _ in range(HOST_CALLS):
+            call()
+        times = []
+        for _ in range(HOST_ROUNDS):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(HOST_CALLS):
+                call()
+            torch.cuda.synchronize()
+            times.append((time.perf_counter() - start) * 1e6 / HOST_CALLS)
+        times.sort()
+        return {
+            "median_us": statistics.median(times),
+            "p10_us": times[HOST_ROUNDS // 10],
+            "p90_us": times[-1 - HOST_ROUNDS // 10],
+            "repetitions": HOST_ROUNDS * HOST_CALLS,
         }
 
 

@@ -35,7 +35,7 @@ def add_arguments(parser):
     parser.add_argument(
         "--backend", default="auto", choices=env.BACKENDS, help="check this backend; auto: what a call takes"
     )
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", help="cpu or cuda (default: where the backend's kernels run, else cpu)")
     depth = parser.add_mutually_exclusive_group()
     depth.add_argument("--quick", action="store_true", help="everything that takes seconds (default)")
     depth.add_argument("--full", action="store_true", help="also the slow ones: all 2^32 float32, 1,000 repeats")
@@ -149,17 +149,18 @@ def _write_junit(path, outcomes, seconds):
 def run(arguments):
     if arguments.model:
         raise NotImplementedError("verify: --model is not implemented yet; from Python: transfuse.verify(model, batch)")
-    check_device("verify", arguments.device)
     state = transfuse.backends().get(arguments.backend, True)
     if state is not True:
         raise ValueError(f"verify: --backend is {arguments.backend!r}, which is not available: {state}")
+    device = arguments.device or ("cuda" if arguments.backend in env.GPU_BACKENDS else "cpu")
+    check_device("verify", device)
     wanted = _wanted(arguments)
     start = time.perf_counter()
     outcomes = []
     with Progress(len(wanted), arguments.quiet) as progress:
         for promise in wanted:
             progress.step(promise.id)
-            outcomes.append(promises.check(promise, arguments.backend, arguments.device))
+            outcomes.append(promises.check(promise, arguments.backend, device))
     seconds = time.perf_counter() - start
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     without = sum(outcome.status == "no kernel" for outcome in outcomes)
