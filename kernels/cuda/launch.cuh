@@ -25,6 +25,32 @@ constexpr int64_t most_blocks = 0x7FFFFFFF;
 // A block may have this much without asking the driver first.
 constexpr size_t shared_bytes_unasked = 48 * 1024;
 
+// What the code of this process's GPU was compiled for ("80", also where it runs on a later GPU of that family), and the
+// shared memory that a block may have there.
+struct CodeTarget {
+  int architecture, shared_kb;
+};
+
+template <typename Params>
+cudaError_t code_target(void (*kernel)(Params), CodeTarget& target) {
+  int device = 0, bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  target.shared_kb = bytes / 1024;
+#ifdef TRANSFUSE_EMULATION
+  static_cast<void>(kernel);
+  int major = 0, minor = 0;
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  target.architecture = 10 * major + minor;
+#else
+  cudaFuncAttributes attributes{};
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  target.architecture = attributes.ptxVersion;
+#endif
+  return error;
+}
+
 /* Runs kernel(params) on a grid. An empty grid is no launch and no error.
 
      __global__ void example_kernel(const __grid_constant__ ExampleParams params);

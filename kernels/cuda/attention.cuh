@@ -1,0 +1,90 @@
+// Attention on a GPU: what the host hands to the kernels, and the tiles they are compiled for.
+//
+// A problem is a list of sequences. A dense batch is one sequence per batch entry; a packed (varlen) batch is one per
+// entry of the offsets, whose tensors have batch stride 0 and a first row. Strides count elements and may be anything.
+// Method: attention_forward.cuh.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace transfuse::cuda {
+
+struct AttentionTensor {
+  const void* data;               // null when absent
+  int64_t batch, head, row, col;  // strides, in elements
+};
+
+struct AttentionOutput {
+  void* data;
+  int64_t batch, head, row;  // strides, in elements; columns are adjacent
+};
+
+// Lengths or offsets as they come: int32 or int64, any stride.
+struct IntegerTable {
+  const void* data;  // null when absent
+  int64_t stride;
+  bool wide;
+};
+
+constexpr int64_t attention_unbounded = int64_t{1} << 40;  // a side of the window without a limit
+
+struct AttentionParams {
+  AttentionTensor query, key, value;  // [B, Hq, Lq, D], [B, Hkv, Lk, D], [B, Hkv, Lk, Dv]
+  AttentionTensor bias;               // [B, Hq, Lq, Lk], added to the score; -inf excludes
+  AttentionTensor mask;               // [B, Hq, Lq, Lk], one byte each, 0 excludes
+  AttentionOutput output;             // [B, Hq, Lq, Dv]
+  AttentionOutput lse;                // [B, Hq, Lq], float
+  IntegerTable offsets_q, offsets_k;  // [N + 1], of a packed batch; clamped into [0, tokens]
+  IntegerTable seqlens_k;             // [B], clamped into [0, max_seqlen_k]
+  const float* alibi_slopes;          // null, or slope of (batch, head) at batch * alibi_batch + head
+  int64_t alibi_batch;
+  const float* sinks;           // null, or one more logit per head [Hq]
+  const int64_t* dropout_seed;  // null, or Philox's key and the last word of its counter
+  uint32_t dropout_threshold;   // the smallest word that keeps a weight
+  float kept_share;             // 1 - dropout_p
+  bool drops_all;               // no word does
+  int64_t num_sequences, tokens_q, tokens_k;
+  int max_seqlen_q, max_seqlen_k;  // of all sequences
+  int num_heads, num_kv_heads, head_dim, value_head_dim;
+  // Keys i + offset - left .. i + offset + right take part in row i; causal is right = 0. The offset is 0, or
+  // seqlen_k - seqlen_q for bottom_right.
+  int64_t window_left, window_right;
+  bool bottom_right;
+  bool bias_in_float;              // beside 16-bit queries
+  bool transforms;                 // a stored score is more than the product: it has its scale
+  float scale;                     // of the product
+  float softcap, scale_over_softcap;  // 0: none
+  float logit_scale;               // what a stored score has still to be multiplied by
+  // Found by the launcher.
+  int packed_heads;  // query heads of one key head that share a tile
+  bool excludes;     // some pair of tokens may be excluded: by a window, causality, a mask or a bias
+  bool whole_query, whole_key, whole_value, whole_output;  // rows are whole vectors on their boundaries
+  bool mask_pairs, bias_pairs;                             // two neighbouring keys are one aligned access
+};
+
+/* Tiles of the tensor-core kernel, one row per head dimension and size of a block's shared memory.
+
+   Two stages of keys and values beside the queries fit the shared memory of one block. Rows of sm_80 to sm_120 hold 32
+   queries to a warp up to 128 dimensions: each fragment of keys and values is then used twice, which halves the reads of
+   shared memory that a product waits for. Beyond, the output's accumulators leave registers for 16.
+   Rejected by arithmetic, not measured: 128 x 128 (head_dim 64) leaves one block to a multiprocessor of 99 KB. */
+struct AttentionTile {
+  int head_dim, shared_kb;    // of the row; the row with the most memory that the GPU has is taken
+  int queries, keys;          // of a tile
+  int warps, general_warps;   // of the plain kernel, and of the one with biases, masks, softcap and dropout
+};
+constexpr AttentionTile attention_tiles[] = {
+    {32, 99, 128, 64, 4, 8},   {64, 99, 128, 64, 4, 8},   {96, 99, 128, 64, 4, 8},   {128, 99, 128, 64, 4, 8},
+    {192, 99, 64, 32, 4, 4},   {192, 163, 128, 64, 8, 8}, {256, 99, 64, 32, 4, 4},   {256, 163, 64, 64, 4, 4},
+    {256, 227, 128, 64, 8, 8},
+};
+constexpr int attention_head_dims[] = {32, 64, 96, 128, 192, 256};
+constexpr int attention_largest_head_dim = 256;
+
+cudaError_t attention_forward(const AttentionParams& params, DType dtype, cudaStream_t stream);
+
+}  // namespace transfuse::cuda

@@ -1,0 +1,53 @@
+// How one head dimension's kernels are picked and launched: the body of the units that the build makes, one per head
+// dimension and type (cmake/attention_unit.cu.in).
+#pragma once
+
+#include "cuda/attention_forward.cuh"
+
+namespace transfuse::cuda {
+
+namespace {
+
+template <class Policy>
+cudaError_t launch_forward(const AttentionParams& p, cudaStream_t stream) {
+  const int64_t tiles = AttentionTask::attention_tile_count(p, Policy::queries);
+  const int64_t blocks = tiles * (p.num_heads / p.packed_heads) * p.num_sequences;
+  if (blocks > most_blocks) return cudaErrorInvalidConfiguration;
+  return launch(attention_forward_kernel<Policy>, dim3(static_cast<unsigned>(blocks)), dim3(Policy::threads),
+                Policy::shared_bytes, stream, p);
+}
+
+// Tries the rows of attention_tiles from `row` down: the first of this head dimension that was built for the GPU's code
+// and fits its memory.
+template <class T, int head_dim, int row>
+cudaError_t launch_row(const AttentionParams& p, bool general, const CodeTarget& target, cudaStream_t stream) {
+  if constexpr (row < 0) {
+    return cudaErrorNotSupported;
+  } else if constexpr (attention_tiles[row].head_dim != head_dim) {
+    return launch_row<T, head_dim, row - 1>(p, general, target, stream);
+  } else {
+    if (attention_tiles[row].shared_kb > target.shared_kb || !tile_is_built(row, target.architecture))
+      return launch_row<T, head_dim, row - 1>(p, general, target, stream);
+    return general ? launch_forward<AttentionPolicy<T, row, true>>(p, stream)
+                   : launch_forward<AttentionPolicy<T, row, false>>(p, stream);
+  }
+}
+
+// The last row of a head dimension: the one with the most memory.
+constexpr int last_row_of(int head_dim) {
+  int row = static_cast<int>(sizeof(attention_tiles) / sizeof(attention_tiles[0])) - 1;
+  while (attention_tiles[row].head_dim != head_dim) --row;
+  return row;
+}
+
+template <class T, int head_dim>
+cudaError_t attention_forward_of(const AttentionParams& p, bool general, cudaStream_t stream) {
+  constexpr int row = last_row_of(head_dim);
+  CodeTarget target{};
+  const cudaError_t error = code_target(attention_forward_kernel<AttentionPolicy<T, row, false>>, target);
+  return error == cudaSuccess ? launch_row<T, head_dim, row>(p, general, target, stream) : error;
+}
+
+}  // namespace
+
+}  // namespace transfuse::cuda

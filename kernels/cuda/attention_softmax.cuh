@@ -1,0 +1,128 @@
+// The online softmax (Milakov and Gimelshein, 2018): the running maximum and sum of each row, and how a row ends.
+//
+// Policy: the maximum is that of the stored scores and exact; weights are exp(logit_scale * (score - maximum)), where the
+// difference comes first: equal scores of any size weigh exactly 1. A NaN score is passed over by the maximum and shows
+// in the sum. A sink joins at the end.
+#pragma once
+
+#include "cuda/attention_scores.cuh"
+#include "cuda/exp.cuh"
+
+namespace transfuse::cuda {
+
+// Of the two rows of a fragment that a thread has; `sum` is the thread's own part until the end.
+struct SoftmaxRows {
+  float maximum[2], sum[2], anchor[2];  // maximum is relative to the anchor
+
+  __device__ __forceinline__ SoftmaxRows() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      maximum[half] = -attention_infinity;
+      sum[half] = anchor[half] = 0;
+    }
+  }
+};
+
+// Over the four lanes that share a row.
+__device__ __forceinline__ float largest_of_row(float x) {
+  x = fmaxf(x, shuffle_xor(x, 1));
+  return fmaxf(x, shuffle_xor(x, 2));
+}
+__device__ __forceinline__ float sum_of_row(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+
+template <int Keys>
+__device__ __forceinline__ void row_maxima(const ScoreFragment<Keys>& scores, float (&maxima)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float most = fmaxf(scores.x[0][2 * half], scores.x[0][2 * half + 1]);
+#pragma unroll
+    for (int n = 1; n < Keys / 8; ++n)
+      most = fmaxf(most, fmaxf(scores.x[n][2 * half], scores.x[n][2 * half + 1]));
+    maxima[half] = largest_of_row(most);
+  }
+}
+
+__device__ __forceinline__ bool is_saturated(float maximum, float logit_scale) {
+  const float size = fabsf(maximum) * logit_scale;
+  return size > saturated_logit && size < attention_infinity;
+}
+
+// Which rows keep their scores relative to an anchor. It follows the maximum: far from it a score would be rounded at the
+// size of the distance.
+__device__ __forceinline__ RowAnchor follow_maximum(SoftmaxRows& rows, const float (&maxima)[2], float logit_scale) {
+  RowAnchor result;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    result.refine[half] = is_saturated(maxima[half], logit_scale) || rows.anchor[half] != 0;
+    const bool rises = result.refine[half] && maxima[half] > rows.maximum[half] + rows.anchor[half] &&
+        maxima[half] < attention_infinity;
+    const float higher = rises ? maxima[half] : rows.anchor[half];
+    rows.maximum[half] += rows.anchor[half] - higher;
+    result.anchor[half] = rows.anchor[half] = higher;
+  }
+  return result;
+}
+
+// Scores become weights; the rows' maxima and sums take them in. `factors` are what earlier sums and outputs have been
+// multiplied by, or have to be.
+template <int Keys>
+__device__ __forceinline__ void take_weights(ScoreFragment<Keys>& scores, SoftmaxRows& rows, const float (&maxima)[2],
+                                             float exp2_scale, float (&factors)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float before = rows.maximum[half];
+    const float maximum = rows.maximum[half] = fmaxf(maxima[half], before);
+    const float shift = maximum == -attention_infinity ? 0.0f : maximum;  // where every score is -inf: weights of 0
+    factors[half] = ptx::exp2_approx((before - shift) * exp2_scale);
+    float sum = 0;
+#pragma unroll
+    for (int n = 0; n < Keys / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& x = scores.x[n][2 * half + i];
+        x = ptx::exp2_approx((x - shift) * exp2_scale);
+        sum += x;
+      }
+    rows.sum[half] = fmaf(rows.sum[half], factors[half], sum);
+  }
+}
+
+// ---- the end of a row ----
+
+struct RowEnd {
+  float factor, divisor;  // output = factor * weighted sum / divisor
+  float lse;
+};
+
+// exp(x) of a difference of logits, x <= 0.
+__device__ __forceinline__ float exp_of_difference(double x) {
+  const float rounded = static_cast<float>(x);
+  const float rest = static_cast<float>(x - rounded);
+  return exp_nonpositive(rounded, isfinite(rest) && rounded > exp_lowest ? rest : 0.0f);
+}
+
+// From a row's largest stored score, its anchor and its sum of weights.
+__device__ __forceinline__ RowEnd end_of_row(const AttentionParams& p, int head, float maximum, float anchor, float sum) {
+  const bool nothing = sum == 0;  // the largest weight of a row is 1, so only a row without keys sums to 0
+  double top = nothing ? -__builtin_huge_val()
+                       : (static_cast<double>(maximum) + static_cast<double>(anchor)) * p.logit_scale;
+  float factor = nothing ? 0.0f : 1.0f, total = sum;
+  if (p.sinks) {
+    const double sink = p.sinks[head];
+    if (sink != sink || sink == __builtin_huge_val()) {
+      total = __int_as_float(0x7FC00000);
+    } else if (sink > -__builtin_huge_val()) {
+      const double higher = top > sink ? top : sink;
+      factor = nothing ? 0.0f : exp_of_difference(top - higher);
+      total = sum * factor + exp_of_difference(sink - higher);
+      top = higher;
+    }
+  }
+  if (total == 0) return {0.0f, 1.0f, -attention_infinity};
+  return {factor, total * p.kept_share, static_cast<float>(top + static_cast<double>(logf(total)))};
+}
+
+}  // namespace transfuse::cuda
