@@ -127,63 +127,7 @@ void run_tasks(const char* op, int64_t tasks, double work, int64_t scratch_bytes
   });
 }
 
-// ---- checks ----
-
-void check_shape(const char* op, const char* argument, const Tensor& t, const std::vector<int64_t>& expected) {
-  bool same = t.dim() == static_cast<int64_t>(expected.size());
-  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == expected[i];
-  if (same) return;
-  std::ostringstream text;
-  for (size_t i = 0; i < expected.size(); ++i) text << (i ? ", " : "") << expected[i];
-  check(false, op, ": ", argument, " has shape ", shape_of(t), ", expected (", text.str(),
-        expected.size() == 1 ? ",)" : ")");
-}
-
-struct Sizes {
-  int64_t num_heads, num_kv_heads, head_dim, value_head_dim;
-};
-
-// query, key, value agree with each other; head_dim is the last dimension and the heads are in dimension 1.
-Sizes check_query_key_value(const char* op, const Tensor& query, const Tensor& key, const Tensor& value, int64_t ndim) {
-  const Tensor* tensors[] = {&query, &key, &value};
-  const char* names[] = {"query", "key", "value"};
-  for (int i = 0; i < 3; ++i) {
-    check_cpu(op, names[i], *tensors[i]);
-    kernel_dtype(op, names[i], *tensors[i]);
-    check_dtype(op, names[i], *tensors[i], query.scalar_type());
-    check(tensors[i]->dim() == ndim, op, ": ", names[i], " has shape ", shape_of(*tensors[i]), ", expected ", ndim,
-          " dimensions");
-    const int64_t dim = tensors[i]->size(ndim - 1);
-    check(dim >= 1 && dim <= max_head_dim, op, ": ", names[i], " has head_dim ", dim, ", expected 1 to ", max_head_dim);
-  }
-  const Sizes s{query.size(1), key.size(1), query.size(ndim - 1), value.size(ndim - 1)};
-  check(key.size(ndim - 1) == s.head_dim, op, ": key has head_dim ", key.size(ndim - 1), ", expected ", s.head_dim,
-        " (query's)");
-  check(value.size(1) == s.num_kv_heads, op, ": value has ", value.size(1), " heads, expected ", s.num_kv_heads,
-        " (key's)");
-  check(s.num_kv_heads == 0 ? s.num_heads == 0 : s.num_heads % s.num_kv_heads == 0, op, ": query has ", s.num_heads,
-        " heads, expected a multiple of ", s.num_kv_heads, " (key's)");
-  const int64_t row = ndim == 4 ? 2 : 0;
-  check(value.size(row) == key.size(row), op, ": value has length ", value.size(row), ", expected ", key.size(row),
-        " (key's)");
-  if (ndim == 4)
-    for (int i = 1; i < 3; ++i)
-      check(tensors[i]->size(0) == query.size(0), op, ": ", names[i], " has batch ", tensors[i]->size(0), ", expected ",
-            query.size(0), " (query's)");
-  return s;
-}
-
 // ---- problems ----
-
-// What attention and varlen_attention take beside the tensors of their layout, as it comes through the schemas.
-struct Options {
-  const std::optional<Tensor>&bias, &alibi_slopes, &sinks, &dropout_seed;
-  double scale;
-  bool causal, bottom_right;
-  int64_t window_left, window_right;  // -1: unbounded
-  double softcap;                     // 0: none
-  double dropout_p;
-};
 
 struct Problem {
   AttentionParams params;
@@ -214,7 +158,7 @@ struct Problem {
   }
 };
 
-AttentionParams common_params(const Tensor& query, const Tensor& key, const Tensor& value, const Sizes& s, Dims dims) {
+AttentionParams common_params(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionSizes& s, Dims dims) {
   AttentionParams p{};
   p.query = view(query, dims);
   p.key = view(key, dims);
@@ -227,65 +171,36 @@ AttentionParams common_params(const Tensor& query, const Tensor& key, const Tens
 }
 
 // One double per head (or per batch entry and head), adjacent, whatever dtype and strides they came in.
-const double* doubles_of(Problem& problem, const char* op, const char* argument, const Tensor& t) {
-  check_cpu(op, argument, t);
-  kernel_dtype(op, argument, t);
+const double* doubles_of(Problem& problem, const char* op, const Tensor& t) {
   problem.kept.push_back(contiguous(op, torch::stable::to(t, ScalarType::Double)));
   return static_cast<const double*>(problem.kept.back().const_data_ptr());
 }
 
-int64_t window_side(const char* op, const char* argument, int64_t side) {
-  check(side >= -1, op, ": ", argument, " is ", side, ", expected at least 0, or -1 for no bound");
-  return side < 0 || side > cpu::attention_unbounded ? cpu::attention_unbounded : side;
-}
-
-void add_options(Problem& problem, const char* op, const Options& o, const Tensor& query, int64_t batch,
+void add_options(Problem& problem, const char* op, const AttentionOptions& o, const Tensor& query, int64_t batch,
                  int64_t seqlen_q, int64_t seqlen_k) {
   AttentionParams& p = problem.params;
-  if (o.bias) {
-    check_cpu(op, "bias", *o.bias);
-    check(o.bias->scalar_type() == query.scalar_type() || o.bias->scalar_type() == ScalarType::Float, op,
-          ": bias has dtype ", name_of(o.bias->scalar_type()), ", expected ", name_of(query.scalar_type()),
-          " (query's) or float32");
-    check_shape(op, "bias", *o.bias, {batch, p.num_heads, seqlen_q, seqlen_k});
-  }
+  check_options(op, o, query, batch, p.num_heads, seqlen_q, seqlen_k);
   p.bias = view(o.bias, bias_dims);
   if (o.alibi_slopes) {
-    const bool per_batch = o.alibi_slopes->dim() == 2;
-    check_shape(op, "alibi_slopes", *o.alibi_slopes,
-                per_batch ? std::vector<int64_t>{batch, p.num_heads} : std::vector<int64_t>{p.num_heads});
-    p.alibi_slopes = doubles_of(problem, op, "alibi_slopes", *o.alibi_slopes);
-    p.alibi_batch = per_batch ? p.num_heads : 0;
+    p.alibi_slopes = doubles_of(problem, op, *o.alibi_slopes);
+    p.alibi_batch = o.alibi_slopes->dim() == 2 ? p.num_heads : 0;
   }
-  if (o.sinks) {
-    check_shape(op, "sinks", *o.sinks, {p.num_heads});
-    p.sinks = doubles_of(problem, op, "sinks", *o.sinks);
-  }
-  check(o.softcap >= 0, op, ": softcap is ", o.softcap, ", expected a positive number, or 0 for none");
-  check(o.dropout_p >= 0 && o.dropout_p <= 1, op, ": dropout_p is ", o.dropout_p, ", expected 0 <= dropout_p <= 1");
-  if (o.dropout_p > 0) {
-    check(o.dropout_seed.has_value(), op, ": dropout_p is ", o.dropout_p, ", expected a dropout_seed");
-    check_integers(op, "dropout_seed", *o.dropout_seed);
-    check_shape(op, "dropout_seed", *o.dropout_seed, {2});
+  if (o.sinks) p.sinks = doubles_of(problem, op, *o.sinks);
+  if (o.dropout_p > 0)
     p.dropout = {o.dropout_p, integer_at(*o.dropout_seed, 0), integer_at(*o.dropout_seed, o.dropout_seed->stride(0))};
-  }
   p.scale = o.scale;
   p.softcap = o.softcap;
   p.bottom_right = o.bottom_right;
-  p.window_left = window_side(op, "window_left", o.window_left);
-  p.window_right = o.causal ? 0 : window_side(op, "window_right", o.window_right);
+  p.window_left = o.left(op, cpu::attention_unbounded);
+  p.window_right = o.right(op, cpu::attention_unbounded);
 }
 
 Problem dense_problem(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
-                      const std::optional<Tensor>& seqlens_k, const Options& options) {
+                      const std::optional<Tensor>& seqlens_k, const AttentionOptions& options) {
   const char* op = "attention";
-  const Sizes s = check_query_key_value(op, query, key, value, 4);
+  const AttentionSizes s = check_query_key_value(op, query, key, value, 4);
   const int64_t batch = query.size(0), seqlen_q = query.size(2), seqlen_k = key.size(2);
-  if (mask) {
-    check_cpu(op, "mask", *mask);
-    check_dtype(op, "mask", *mask, ScalarType::Bool);
-    check_shape(op, "mask", *mask, {batch, s.num_heads, seqlen_q, seqlen_k});
-  }
+  if (mask) check_mask(op, *mask, query, seqlen_k);
   if (seqlens_k) {
     check_integers(op, "seqlens_k", *seqlens_k);
     check_shape(op, "seqlens_k", *seqlens_k, {batch});
@@ -329,9 +244,9 @@ void check_cu_seqlens(const char* argument, const Tensor& t, int64_t tokens, con
 }
 
 Problem packed_problem(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q,
-                       const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, const Options& options) {
+                       const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, const AttentionOptions& options) {
   const char* op = "varlen_attention";
-  const Sizes s = check_query_key_value(op, query, key, value, 3);
+  const AttentionSizes s = check_query_key_value(op, query, key, value, 3);
   check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query.size(0), "query", max_seqlen_q, "max_seqlen_q");
   check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, key.size(0), "key", max_seqlen_k, "max_seqlen_k");
   check_same_shape(op, "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q, "cu_seqlens_q");
@@ -372,7 +287,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor query, const Tensor ke
                                              double scale, bool causal, bool bottom_right, int64_t window_left,
                                              int64_t window_right, double softcap, double dropout_p) {
   const char* op = "attention";
-  const Options options{bias,         alibi_slopes, sinks,        dropout_seed, scale,    causal,
+  const AttentionOptions options{bias,         alibi_slopes, sinks,        dropout_seed, scale,    causal,
                         bottom_right, window_left,  window_right, softcap,      dropout_p};
   const Problem problem = dense_problem(query, key, value, mask, seqlens_k, options);
   const int64_t batch = query.size(0), heads = query.size(1), length = query.size(2);
@@ -390,7 +305,7 @@ std::tuple<Tensor, Tensor> varlen_attention_forward(const Tensor query, const Te
                                                     bool causal, bool bottom_right, int64_t window_left,
                                                     int64_t window_right, double softcap, double dropout_p) {
   const char* op = "varlen_attention";
-  const Options options{bias,         alibi_slopes, sinks,        dropout_seed, scale,    causal,
+  const AttentionOptions options{bias,         alibi_slopes, sinks,        dropout_seed, scale,    causal,
                         bottom_right, window_left,  window_right, softcap,      dropout_p};
   const Problem problem =
       packed_problem(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options);
@@ -435,7 +350,7 @@ struct Gathered {
   Tensor bias, alibi_slopes, sinks;  // float64; one row per sequence but for bias
 };
 
-Gathered gather_extras(const char* op, const Problem& problem, const Options& options, const ExtraGrads& wanted,
+Gathered gather_extras(const char* op, const Problem& problem, const AttentionOptions& options, const ExtraGrads& wanted,
                        AttentionBackwardParams& params) {
   const AttentionParams& p = problem.params;
   check(!wanted.bias || options.bias, op, ": need_bias_grad is set, expected a bias");
@@ -512,7 +427,7 @@ Grads attention_backward(const Tensor grad_output, std::optional<Tensor> grad_ls
                          std::vector<int64_t> bias_shape, bool need_bias_grad, bool need_alibi_grad,
                          bool need_sinks_grad) {
   const char* op = "attention";
-  const Options options{bias,         alibi_slopes, sinks,        dropout_seed, scale,    causal,
+  const AttentionOptions options{bias,         alibi_slopes, sinks,        dropout_seed, scale,    causal,
                         bottom_right, window_left,  window_right, softcap,      dropout_p};
   const Problem problem = dense_problem(query, key, value, mask, seqlens_k, options);
   const int64_t batch = query.size(0), heads = query.size(1), seqlen_q = query.size(2), seqlen_k = key.size(2);
@@ -554,7 +469,7 @@ Grads varlen_attention_backward(const Tensor grad_output, std::optional<Tensor> 
                                 double softcap, double dropout_p, std::vector<int64_t> bias_shape, bool need_bias_grad,
                                 bool need_alibi_grad, bool need_sinks_grad) {
   const char* op = "varlen_attention";
-  const Options options{bias,         alibi_slopes, sinks,        dropout_seed, scale,    causal,
+  const AttentionOptions options{bias,         alibi_slopes, sinks,        dropout_seed, scale,    causal,
                         bottom_right, window_left,  window_right, softcap,      dropout_p};
   const Problem problem =
       packed_problem(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options);

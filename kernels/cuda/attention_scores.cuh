@@ -46,15 +46,17 @@ __device__ __forceinline__ void multiply_keys(ScoreFragment<Keys> (&scores)[m_ti
 #pragma unroll
       for (int e = 0; e < 4; ++e) scores[t].x[n][e] = 0;
   }
+  const RowsOperand<QueryTile> queries(query, row);
+  const ProductsOperand<KeyTile> keys(key);
 #pragma unroll
   for (int step = 0; step < QueryTile::columns / 16; ++step) {
     uint32_t a[m_tiles][4];
 #pragma unroll
-    for (int t = 0; t < m_tiles; ++t) load_rows_fragment(a[t], query, row + 16 * t, step);
+    for (int t = 0; t < m_tiles; ++t) queries.load(a[t], 16 * t, step);
 #pragma unroll
     for (int n = 0; n < Keys / 8; n += 2) {
       uint32_t b[2][2];
-      load_columns_fragments(b, key, 8 * n, step);
+      keys.load(b, 8 * n, step);
 #pragma unroll
       for (int t = 0; t < m_tiles; ++t) {
         multiply<T>(scores[t].x[n], a[t], b[0]);
@@ -223,14 +225,16 @@ __device__ __forceinline__ void refine_scores(ScoreFragment<Keys>& scores, const
                                               const AttentionSequence& s, const ScoreRow (&rows)[2],
                                               const RowAnchor& row_anchor, const QueryTile& query,
                                               const KeyTile& key_tile, int row, int key, bool general) {
+  const RowsOperand<QueryTile> queries(query, row);
+  const ProductsOperand<KeyTile> keys(key_tile);
 #pragma unroll
   for (int n = 0; n < Keys / 8; n += 2) {
     Pair product[2][4] = {};
 #pragma unroll 1
     for (int step = 0; step < QueryTile::columns / 16; ++step) {
       uint32_t a[4], b[2][2];
-      load_rows_fragment(a, query, row, step);
-      load_columns_fragments(b, key_tile, 8 * n, step);
+      queries.load(a, 0, step);
+      keys.load(b, 8 * n, step);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         float part[4] = {};

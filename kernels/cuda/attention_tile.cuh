@@ -9,6 +9,8 @@
 #include "cuda/reduce.cuh"
 #include "cuda/vector.cuh"
 
+#include <type_traits>
+
 namespace transfuse::cuda {
 
 template <class T, int Rows, int Columns>
@@ -17,11 +19,32 @@ struct SharedTile {
   static constexpr int bytes = Rows * Columns * static_cast<int>(sizeof(T));
   T* data;
 
+  static_assert(chunks % 4 == 0, "rows of whole groups of four chunks");
+  static constexpr int group = chunks % 8 == 0 ? 8 : 4;  // of neighbouring chunks that change places
+
+  // What the chunk's place in its group is xored with. The same eight rows further on.
+  static __device__ __forceinline__ int swizzle_of(int row) { return group == 8 ? row & 7 : row >> 1 & 3; }
   // The place of elements [chunk * width, (chunk + 1) * width) of a row.
   __device__ __forceinline__ T* at(int row, int chunk) const {
-    static_assert(chunks % 4 == 0, "rows of whole groups of four chunks");
-    const int swizzled = chunks % 8 == 0 ? chunk ^ (row & 7) : chunk ^ (row >> 1 & 3);
-    return data + (row * chunks + swizzled) * width<T>;
+    return data + (row * chunks + (chunk ^ swizzle_of(row))) * width<T>;
+  }
+};
+
+// A lane's address in a tile, from which the steps of a product are constants and one xor away: addresses that each step
+// computed for itself would fill the registers of the whole loop.
+template <class Tile>
+struct TileReader {
+  using T = std::remove_pointer_t<decltype(Tile::data)>;
+  const T* row;
+  int swizzle;
+
+  // Of row `first` and chunk `odd`, 0 or 1.
+  __device__ __forceinline__ TileReader(const Tile& tile, int first, int odd)
+      : row(tile.data + first * Tile::columns), swizzle(Tile::swizzle_of(first) ^ odd) {}
+  // `down` rows below, a multiple of 8, and `even` chunks to the right.
+  __device__ __forceinline__ const T* at(int down, int even) const {
+    constexpr int in_group = Tile::group - 1;
+    return row + (down * Tile::chunks + (even & ~in_group) + ((even & in_group) ^ swizzle)) * width<T>;
   }
 };
 
@@ -83,32 +106,46 @@ __device__ __forceinline__ int lane_of_warp() { return static_cast<int>(threadId
 __device__ __forceinline__ int fragment_row() { return lane_of_warp() / 4; }
 __device__ __forceinline__ int fragment_column() { return lane_of_warp() % 4 * 2; }
 
-// Rows [row, row + 16), columns [16 * step, 16 * step + 16) as the first operand.
+// Rows [row, row + 16) of a tile as the first operand, 16 columns at a time.
 template <class Tile>
-__device__ __forceinline__ void load_rows_fragment(uint32_t (&a)[4], const Tile& tile, int row, int step) {
-  const int lane = lane_of_warp();
-  ptx::ldmatrix<4>(a, tile.at(row + lane % 16, 2 * step + lane / 16));
-}
+struct RowsOperand {
+  TileReader<Tile> reader;
+  __device__ __forceinline__ RowsOperand(const Tile& tile, int row)
+      : reader(tile, row + lane_of_warp() % 16, lane_of_warp() / 16) {}
+  // Of rows `down` below, columns [16 * step, 16 * step + 16).
+  __device__ __forceinline__ void load(uint32_t (&a)[4], int down, int step) const {
+    ptx::ldmatrix<4>(a, reader.at(down, 2 * step));
+  }
+};
 
-// The second operand of products with rows: two fragments, for rows [row, row + 8) and [row + 8, row + 16).
+// The second operand of products with the rows of a tile, two fragments of eight rows at a time.
 template <class Tile>
-__device__ __forceinline__ void load_columns_fragments(uint32_t (&b)[2][2], const Tile& tile, int row, int step) {
-  const int lane = lane_of_warp();
-  uint32_t registers[4];
-  ptx::ldmatrix<4>(registers, tile.at(row + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
-  b[0][0] = registers[0], b[0][1] = registers[1];
-  b[1][0] = registers[2], b[1][1] = registers[3];
-}
+struct ProductsOperand {
+  TileReader<Tile> reader;
+  __device__ __forceinline__ explicit ProductsOperand(const Tile& tile)
+      : reader(tile, lane_of_warp() / 16 * 8 + lane_of_warp() % 8, lane_of_warp() / 8 % 2) {}
+  // Rows [row, row + 16), columns [16 * step, 16 * step + 16).
+  __device__ __forceinline__ void load(uint32_t (&b)[2][2], int row, int step) const {
+    uint32_t registers[4];
+    ptx::ldmatrix<4>(registers, reader.at(row, 2 * step));
+    b[0][0] = registers[0], b[0][1] = registers[1];
+    b[1][0] = registers[2], b[1][1] = registers[3];
+  }
+};
 
-// The second operand of sums of rows [row, row + 16): two fragments, for columns [8 * chunk, 8 * chunk + 8) and the
-// next 8.
+// The second operand of weighted sums of the rows of a tile, two fragments of eight columns at a time.
 template <class Tile>
-__device__ __forceinline__ void load_sum_fragments(uint32_t (&b)[2][2], const Tile& tile, int row, int chunk) {
-  const int lane = lane_of_warp();
-  uint32_t registers[4];
-  ptx::ldmatrix<4, true>(registers, tile.at(row + lane % 16, chunk + lane / 16));
-  b[0][0] = registers[0], b[0][1] = registers[1];
-  b[1][0] = registers[2], b[1][1] = registers[3];
-}
+struct SumsOperand {
+  TileReader<Tile> reader;
+  __device__ __forceinline__ explicit SumsOperand(const Tile& tile)
+      : reader(tile, lane_of_warp() % 16, lane_of_warp() / 16) {}
+  // Rows [row, row + 16), columns of the chunks `chunk` and chunk + 1.
+  __device__ __forceinline__ void load(uint32_t (&b)[2][2], int row, int chunk) const {
+    uint32_t registers[4];
+    ptx::ldmatrix<4, true>(registers, reader.at(row, chunk));
+    b[0][0] = registers[0], b[0][1] = registers[1];
+    b[1][0] = registers[2], b[1][1] = registers[3];
+  }
+};
 
 }  // namespace transfuse::cuda

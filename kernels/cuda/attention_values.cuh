@@ -24,6 +24,7 @@ __device__ __forceinline__ void weights_fragment(uint32_t (&a)[4], const ScoreFr
 template <class T, int m_tiles, int Keys, class ValueTile, int columns>
 __device__ __forceinline__ void add_values(float (&output)[m_tiles][columns][4],
                                            const ScoreFragment<Keys> (&weights)[m_tiles], const ValueTile& value) {
+  const SumsOperand<ValueTile> values(value);
 #pragma unroll
   for (int step = 0; step < Keys / 16; ++step) {
     uint32_t a[m_tiles][4];
@@ -32,7 +33,7 @@ __device__ __forceinline__ void add_values(float (&output)[m_tiles][columns][4],
 #pragma unroll
     for (int n = 0; n < columns; n += 2) {
       uint32_t b[2][2];
-      load_sum_fragments(b, value, 16 * step, n);
+      values.load(b, 16 * step, n);
 #pragma unroll
       for (int t = 0; t < m_tiles; ++t) {
         multiply<T>(output[t][n], a[t], b[0]);
@@ -94,6 +95,7 @@ __device__ __forceinline__ void kept_fragments(uint32_t (&positive)[4], uint32_t
 template <class T, int m_tiles, int Keys, class ValueTile, int columns>
 __device__ __forceinline__ void add_kept_values(float (&output)[m_tiles][columns][4],
                                                 const ScoreFragment<Keys> (&weights)[m_tiles], const ValueTile& value) {
+  const SumsOperand<ValueTile> values(value);
 #pragma unroll
   for (int step = 0; step < Keys / 16; ++step) {
 #pragma unroll
@@ -104,7 +106,7 @@ __device__ __forceinline__ void add_kept_values(float (&output)[m_tiles][columns
 #pragma unroll
       for (int n = 0; n < columns; n += 2) {
         uint32_t b[2][2];
-        load_sum_fragments(b, value, 16 * step, n);
+        values.load(b, 16 * step, n);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const ValuesApart low = values_apart<T>(b[j][0]), high = values_apart<T>(b[j][1]);

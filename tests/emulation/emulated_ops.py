@@ -7,6 +7,7 @@ Tensors stay on the CPU, so all of transfuse's checks and promises run on the CU
 a raw op that has an emulated kernel goes there, every other op runs as it always does.
 """
 
+import itertools
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,24 @@ def sources_of(stem):
     ]
 
 
+ATTENTION_HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+
+
+def attention_units():
+    """What the build makes of cmake/attention_unit.cu.in: a source for each head dimension and type."""
+    template = (emulator.ROOT / "cmake" / "attention_unit.cu.in").read_text()
+    folder = emulator.BUILD / "units"
+    folder.mkdir(parents=True, exist_ok=True)
+    units = []
+    for head_dim, kind in itertools.product(ATTENTION_HEAD_DIMS, ("f16", "bf16")):
+        unit = folder / f"attention_{head_dim}_{kind}.cu"
+        text = template.replace("@HEAD_DIM@", str(head_dim)).replace("@TYPE@", kind)
+        if not unit.exists() or unit.read_text() != text:
+            unit.write_text(text)
+        units.append(unit)
+    return units
+
+
 # Stems whose kernels and host code both exist.
 EMULATED = tuple(stem for stem in STEMS if all(sources_of(stem)))
 
@@ -50,7 +69,12 @@ def _schemas(namespace):
 def compiled(stem, namespace="transfuse_emulated", kernels=None, include=()):
     """Path of the library of one op, for load()."""
     shipped, host = sources_of(stem)
-    return emulator.compiled(stem, kernels or shipped, host, include, namespace)
+    kernels, defines = kernels or shipped, ()
+    if stem == "attention":
+        kernels = [*kernels, *attention_units()]
+        listed = " ".join(f"TRANSFUSE_UNIT({head_dim})" for head_dim in ATTENTION_HEAD_DIMS)
+        defines = (f"-DTRANSFUSE_ATTENTION_HEAD_DIMS={listed}",)
+    return emulator.compiled(stem, kernels, host, include, namespace, defines)
 
 
 def load(path, namespace="transfuse_emulated"):

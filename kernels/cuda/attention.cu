@@ -1,0 +1,85 @@
+// Attention on a GPU: what the launcher finds out about a problem, and which unit runs it.
+//
+// The kernels are in attention_forward.cuh (float16, bfloat16) and attention_simt.cuh (float32). Those of the 16-bit
+// types are compiled in one unit per head dimension and type; TRANSFUSE_ATTENTION_HEAD_DIMS lists those of this build, as
+// TRANSFUSE_UNIT(64) TRANSFUSE_UNIT(128).
+#include "cuda/attention.cuh"
+
+#include "cuda/vector.cuh"
+
+namespace transfuse::cuda {
+
+cudaError_t attention_forward_f32(const AttentionParams& p, cudaStream_t stream);
+#define TRANSFUSE_UNIT(head_dim)                                                                                      \
+  cudaError_t attention_forward_##head_dim##_f16(const AttentionParams& p, bool general, cudaStream_t stream);        \
+  cudaError_t attention_forward_##head_dim##_bf16(const AttentionParams& p, bool general, cudaStream_t stream);
+TRANSFUSE_ATTENTION_HEAD_DIMS
+#undef TRANSFUSE_UNIT
+
+namespace {
+
+// Every row begins on a boundary; of a chunk that the last column cuts, cp.async reads a part.
+template <class T>
+bool whole_rows(const AttentionTensor& t) {
+  const auto whole = [](int64_t stride) { return stride % width<T> == 0; };
+  return t.col == 1 && reinterpret_cast<uintptr_t>(t.data) % vector_bytes == 0 && whole(t.batch) && whole(t.head) &&
+      whole(t.row);
+}
+template <class T>
+bool whole_rows(const AttentionOutput& t, int columns) {
+  return whole_rows<T>(AttentionTensor{t.data, t.batch, t.head, t.row, 1}) && columns % width<T> == 0;
+}
+
+// Two neighbouring keys, the first of them even, are one access of `bytes`.
+bool aligned_pairs(const AttentionTensor& t, int64_t element_bytes) {
+  const auto even = [](int64_t stride) { return stride % 2 == 0; };
+  return t.data && t.col == 1 && reinterpret_cast<uintptr_t>(t.data) % (2 * element_bytes) == 0 && even(t.batch) &&
+      even(t.head) && even(t.row);
+}
+
+// Query heads of one key head lie in one tile where a head's own queries would leave most of it empty. Results do not
+// depend on it.
+int heads_of_a_tile(const AttentionParams& p) {
+  constexpr int smallest_tile = 32;
+  return p.max_seqlen_q < smallest_tile ? p.num_heads / p.num_kv_heads : 1;
+}
+
+template <class T>
+AttentionParams prepared(AttentionParams p) {
+  p.packed_heads = heads_of_a_tile(p);
+  p.excludes = p.mask.data || p.bias.data || p.window_left < attention_unbounded || p.window_right < attention_unbounded;
+  p.whole_query = whole_rows<T>(p.query);
+  p.whole_key = whole_rows<T>(p.key);
+  p.whole_value = whole_rows<T>(p.value);
+  p.whole_output = whole_rows<T>(p.output, p.value_head_dim);
+  p.mask_pairs = aligned_pairs(p.mask, 1);
+  p.bias_pairs = aligned_pairs(p.bias, p.bias_in_float ? 4 : static_cast<int64_t>(sizeof(T)));
+  return p;
+}
+
+}  // namespace
+
+cudaError_t attention_forward(const AttentionParams& params, DType dtype, cudaStream_t stream) {
+  if (params.num_heads == 0 || params.max_seqlen_q == 0 || params.num_sequences == 0) return cudaSuccess;
+  if (dtype == DType::f32) return attention_forward_f32(prepared<float>(params), stream);
+  const AttentionParams p = dtype == DType::f16 ? prepared<f16>(params) : prepared<bf16>(params);
+  const bool general = p.transforms || p.mask.data || p.dropout_seed;
+  const int widest = p.head_dim > p.value_head_dim ? p.head_dim : p.value_head_dim;
+#define TRANSFUSE_UNIT(of_unit)                                                            \
+  if (widest <= of_unit)                                                                   \
+    return dtype == DType::f16 ? attention_forward_##of_unit##_f16(p, general, stream)     \
+                               : attention_forward_##of_unit##_bf16(p, general, stream);
+  TRANSFUSE_ATTENTION_HEAD_DIMS
+#undef TRANSFUSE_UNIT
+  return cudaErrorNotSupported;
+}
+
+int attention_widest_head_dim() {
+  int widest = 0;
+#define TRANSFUSE_UNIT(of_unit) widest = of_unit;
+  TRANSFUSE_ATTENTION_HEAD_DIMS
+#undef TRANSFUSE_UNIT
+  return widest;
+}
+
+}  // namespace transfuse::cuda
