@@ -8,6 +8,7 @@
 #include <string>
 
 #include "allocate.h"
+#include "cuda/attention.cuh"
 
 namespace py = pybind11;
 
@@ -25,6 +26,7 @@ py::dict build_info() {
   std::istringstream names(TRANSFUSE_CUDA_ARCHITECTURES);
   for (std::string name; names >> name;) architectures.append(name);
   info["architectures"] = py::tuple(architectures);
+  info["attention_head_dim"] = transfuse::cuda::attention_widest_head_dim();  // in 16 bits
   return info;
 }
 

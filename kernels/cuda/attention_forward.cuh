@@ -220,6 +220,7 @@ struct ForwardBlock {
   // Divides by the sums, rounds once, and writes the warp's rows, whose queries' place in shared memory the outputs take
   // so that they leave in whole vectors.
   __device__ __forceinline__ void write_rows() {
+    __syncwarp();  // no lane reads the warp's queries any more
 #pragma unroll
     for (int t = 0; t < m_tiles; ++t) {
 #pragma unroll

@@ -9,6 +9,7 @@ from transfuse import env
 cpu_unavailable: str = ""  # why the compiled CPU kernels cannot run here; empty when they can
 cuda_unavailable: str = ""  # the same of the CUDA kernels; whether there is a GPU is asked later, by whoever needs one
 cuda_architectures: tuple[str, ...] = ()  # what the CUDA kernels were built for: "8.0", "9.0a", "12.0+PTX"
+cuda_attention_head_dim: int = 0  # the widest that the CUDA kernels of attention were built for, in 16 bits
 _C = None
 _C_cuda = None
 
@@ -23,7 +24,7 @@ else:
 
 def _load_cuda() -> str:
     """Loads _C_cuda where torch has CUDA; returns the reason why its kernels cannot run, or nothing."""
-    global _C_cuda, cuda_architectures
+    global _C_cuda, cuda_architectures, cuda_attention_head_dim
     if _C is None:
         return cpu_unavailable  # the schemas of the raw ops are its
     built = _C.build_info()["cuda"]
@@ -35,7 +36,8 @@ def _load_cuda() -> str:
         from transfuse import _C_cuda
     except ImportError as error:
         return f"the compiled module transfuse._C_cuda cannot be loaded: {error}"
-    cuda_architectures = _C_cuda.build_info()["architectures"]
+    built = _C_cuda.build_info()
+    cuda_architectures, cuda_attention_head_dim = built["architectures"], built["attention_head_dim"]
     return _C_cuda.driver_unusable()
 
 

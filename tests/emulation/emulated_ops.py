@@ -91,6 +91,20 @@ def libraries():
         return {stem: load(path) for stem, path in zip(EMULATED, pool.map(compiled, EMULATED), strict=True)}
 
 
+def stem_of(name):
+    """Whose kernels run the raw op of that name: the stem stands after what says add_ or varlen_."""
+    name = name.removeprefix("add_").removeprefix("varlen_")
+    return next((stem for stem in EMULATED if name.startswith(f"{stem}_")), None)
+
+
+def beyond(stem, args):
+    """Whether a problem is one that the ops page keeps from CUDA: wider heads run elsewhere."""
+    floats = [t for t in args if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    return any(t.dtype == torch.float64 for t in floats) or (
+        stem == "attention" and max(t.shape[-1] for t in floats[:3]) > max(ATTENTION_HEAD_DIMS)
+    )
+
+
 class EmulatedKernels(TorchDispatchMode):
     """Sends raw ops to emulated kernels.
 
@@ -107,10 +121,10 @@ class EmulatedKernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         namespace, _, name = function.name().partition("::")
-        stem = next((stem for stem in EMULATED if name.removeprefix("add_").startswith(f"{stem}_")), None)
-        if namespace != "transfuse" or stem is None:
+        stem = stem_of(name) if namespace == "transfuse" else None
+        served_by = None if stem is None or beyond(stem, args) else self.library or libraries()[stem]
+        if served_by is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"{self.namespace}::{name}", "CPU"):
             return function(*args, **(kwargs or {}))
-        served_by = self.library or libraries()[stem]
         self.calls += 1
         names = [argument.name for argument in function._schema.arguments]
         with emulator.Memory() as memory, served_by.watched(self.seed, blocks_at_ends=self.blocks_at_ends):

@@ -81,11 +81,8 @@ def scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attn_bias, seqlens_k, causal_alignment,
         window, softcap, alibi_slopes, sinks,
     )
-    query, _, value = arguments[:3]
-    wide = query.shape[-1] > checks.MAX_HEAD_DIM or value.shape[-1] > checks.MAX_HEAD_DIM
-    implementation = dispatch.select(
-        _OP, IMPLEMENTATIONS, (query.device.type, query.dtype, wide, *features), lambda: _problem(arguments, features)
-    )
+    choice = checks.choice_key(*arguments[:3], features, arguments[3])
+    implementation = dispatch.select(_OP, IMPLEMENTATIONS, choice, lambda: _problem(arguments, features))
     output, lse = implementation.run(*arguments, features)
     if restore is not None:
         output, lse = output.view(*restore, *output.shape[2:]), lse.view(*restore, lse.shape[2])
@@ -114,7 +111,12 @@ def _cpu_unsupported(problem: AttentionProblem) -> tuple[str, ...]:
     return reasons
 
 
-def _run_cpu(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right, features):
+def _cuda_unsupported(problem: AttentionProblem) -> tuple[str, ...]:
+    sizes = (("head_dim", problem.query_shape[-1]), ("value's head_dim", problem.value_shape[-1]))
+    return checks.cuda_reasons(problem, sizes)
+
+
+def _run_compiled(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right, features):
     alibi_slopes, sinks, dropout_seed, *options = checks.kernel_options(features, query.device)
     tensors = (query, key, value, bias, mask, seqlens_k, alibi_slopes, sinks, dropout_seed)
     refuse_tangents(_OP, query, key, value, bias, alibi_slopes, sinks)
@@ -134,7 +136,8 @@ def _run_reference(query, key, value, bias, mask, seqlens_k, scale, is_causal, b
 
 
 IMPLEMENTATIONS = (
-    dispatch.Implementation("cpu", _cpu_unsupported, _run_cpu),
+    dispatch.Implementation("cuda", _cuda_unsupported, _run_compiled),
+    dispatch.Implementation("cpu", _cpu_unsupported, _run_compiled),
     dispatch.Implementation("reference", dispatch.supports_all, _run_reference),
 )
 

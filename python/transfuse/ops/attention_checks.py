@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from transfuse.autograd import first_derivative
+from transfuse import dispatch, extension
+from transfuse.autograd import first_derivative, wants_grad
 from transfuse.checks import check_dropout, check_tensor, is_dense
 from transfuse.dispatch import dtype_name
 
@@ -40,6 +41,31 @@ def autocast_additive(query: Tensor, *tensors: Tensor | None) -> tuple[Tensor | 
         t.to(query.dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype not in kept else t
         for t in tensors
     )
+
+
+CUDA_FLOAT32_HEAD_DIM = 256  # the widest of the float32 kernel; of the others the build says it
+
+
+def cuda_reasons(problem, head_dims: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
+    """Why the CUDA kernels cannot run a problem of attention; head_dims: (name, size)."""
+    reasons = dispatch.cuda_reasons(problem)
+    widest = CUDA_FLOAT32_HEAD_DIM if problem.dtype == torch.float32 else extension.cuda_attention_head_dim
+    for name, size in head_dims:
+        if size > widest and not extension.cuda_unavailable:
+            reasons += (f"{name} is {size}, the kernel takes up to {widest}",)
+    if problem.requires_grad:
+        reasons += ("a gradient is wanted, the kernel has no backward yet",)
+    return reasons
+
+
+def choice_key(query: Tensor, key: Tensor, value: Tensor, features: dict, *biases: Tensor | None) -> tuple:
+    """What the choice of an implementation depends on: one table serves all sizes that are treated alike."""
+    widest = max(query.shape[-1], value.shape[-1])
+    if query.device.type == "cpu":
+        return "cpu", query.dtype, widest > MAX_HEAD_DIM, *features
+    needs = wants_grad(query, key, value, *biases, features.get("alibi_slopes"), features.get("sinks"))
+    narrow = widest <= extension.cuda_attention_head_dim
+    return str(query.device), query.dtype, narrow, widest <= CUDA_FLOAT32_HEAD_DIM, widest > MAX_HEAD_DIM, needs, *features
 
 
 def features_in_use(

@@ -69,11 +69,8 @@ def varlen_attention(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, attn_bias, dropout_p, is_causal,
         causal_alignment, scale, window, softcap, alibi_slopes, sinks,
     )
-    query, _, value = arguments[:3]
-    wide = query.shape[-1] > checks.MAX_HEAD_DIM or value.shape[-1] > checks.MAX_HEAD_DIM
-    implementation = dispatch.select(
-        _OP, IMPLEMENTATIONS, (query.device.type, query.dtype, wide, *features), lambda: _problem(arguments, features)
-    )
+    choice = checks.choice_key(*arguments[:3], features, features.get("attn_bias"))
+    implementation = dispatch.select(_OP, IMPLEMENTATIONS, choice, lambda: _problem(arguments, features))
     output, lse = implementation.run(*arguments, features)
     return (output, lse) if return_lse else output
 
@@ -100,7 +97,12 @@ def _cpu_unsupported(problem: VarlenAttentionProblem) -> tuple[str, ...]:
     return reasons
 
 
-def _run_cpu(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right, features):
+def _cuda_unsupported(problem: VarlenAttentionProblem) -> tuple[str, ...]:
+    sizes = (("head_dim", problem.query_shape[-1]), ("value's head_dim", problem.value_shape[-1]))
+    return checks.cuda_reasons(problem, sizes)
+
+
+def _run_compiled(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right, features):
     alibi_slopes, sinks, dropout_seed, *options = checks.kernel_options(features, query.device)
     bias = features.get("attn_bias")
     if bias is not None and bias.dim() < 4:
@@ -124,7 +126,8 @@ def _run_reference(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal
 
 
 IMPLEMENTATIONS = (
-    dispatch.Implementation("cpu", _cpu_unsupported, _run_cpu),
+    dispatch.Implementation("cuda", _cuda_unsupported, _run_compiled),
+    dispatch.Implementation("cpu", _cpu_unsupported, _run_compiled),
     dispatch.Implementation("reference", dispatch.supports_all, _run_reference),
 )
 
