@@ -8,6 +8,8 @@ OUT ?= bench/results/gpu
 RESULTS ?= $(if $(QUICK),build/bench,bench/results/cpu)
 # Two GPU architectures are enough to develop and test; a build from setup.py without it makes all of them.
 export TORCH_CUDA_ARCH_LIST ?= 8.0 9.0a
+# And of attention's units those of one head dimension: the others differ in numbers alone, and compile for minutes.
+export TRANSFUSE_ATTENTION_HEAD_DIMS ?= 64
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -72,7 +74,7 @@ ALONE := --kernel-name kns=transfuse
 GPU_ARCH = $(shell $(PYTHON) -c "import torch; a, b = torch.cuda.get_device_capability(); print(f'{a}.{b}' + 'a' * (a == 9))" 2>/dev/null)
 gpu:
 	@$(PYTHON) -c "import torch" 2>/dev/null || { echo "make gpu: $(PYTHON) has no torch; name one that has: make gpu PYTHON=... OUT=dir"; exit 2; }
-	TORCH_CUDA_ARCH_LIST=$(GPU_ARCH) TRANSFUSE_ISA_LEVELS=$${TRANSFUSE_ISA_LEVELS-avx2} $(PYTHON) setup.py -q build_ext --inplace \
+	TORCH_CUDA_ARCH_LIST=$(GPU_ARCH) TRANSFUSE_ATTENTION_HEAD_DIMS= TRANSFUSE_ISA_LEVELS=$${TRANSFUSE_ISA_LEVELS-avx2} $(PYTHON) setup.py -q build_ext --inplace \
 	  || echo "make gpu: transfuse's own kernels cannot be built with $(PYTHON); only peers are measured"
 	status=0; $(PYTHON) tests/emulation/ptx_cases.py --device || status=$$?; \
 	PYTHONPATH=python $(PYTHON) -m transfuse.bench.gpu --out $(OUT) $(if $(BUDGET),--budget $(BUDGET)) || status=$$?; \

@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 VERSION = "0.1.0"
 # Read from the environment, explained where CMake reads them: CMakeLists.txt and cmake/cuda.cmake.
-BUILD_VARIABLES = ("TRANSFUSE_ISA_LEVELS", "TRANSFUSE_CUDA", "TORCH_CUDA_ARCH_LIST")
+BUILD_VARIABLES = ("TRANSFUSE_ISA_LEVELS", "TRANSFUSE_CUDA", "TORCH_CUDA_ARCH_LIST", "TRANSFUSE_ATTENTION_HEAD_DIMS")
 
 
 class CMakeBuild(build_ext):

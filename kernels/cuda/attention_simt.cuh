@@ -44,6 +44,13 @@ __device__ __forceinline__ float exp_scaled(float difference, float scale) {
   return exp_nonpositive(x, x > exp_lowest ? rest : 0.0f);
 }
 
+// x / divisor rounded once, from the divisor's reciprocal.
+__device__ __forceinline__ float quotient(float x, float divisor, float reciprocal) {
+  const float rounded = x * reciprocal;
+  const float rest = fmaf(-rounded, divisor, x);
+  return rest != rest ? rounded : fmaf(rest, reciprocal, rounded);  // a rest of inf - inf says nothing
+}
+
 template <class Policy>
 struct SimtBlock {
   static constexpr int keys = Policy::keys, my_rows = Policy::rows, my_keys = Policy::columns,
@@ -219,9 +226,9 @@ struct SimtBlock {
       total += weight;
       if (p.dropout_seed && takes_part[j]) {
         const PhiloxWords words = dropout_words(p, sequence, row.query, row.head, (key + at) / 4 * 4);
-        uint32_t word = words.word[0];
-#pragma unroll
-        for (int w = 1; w < 4; ++w) word = (key + at) % 4 == w ? words.word[w] : word;
+        const uint32_t low = key_lane & 1 ? words.word[1] : words.word[0];
+        const uint32_t high = key_lane & 1 ? words.word[3] : words.word[2];
+        const uint32_t word = key_lane & 2 ? high : low;  // of key % 4
         weight = kept_weight(p, word, weight);
       }
       weight_at(tile_row(i), at) = weight;
@@ -321,6 +328,7 @@ struct SimtBlock {
 #pragma unroll
       for (int apart = 1; apart < Policy::key_lanes; apart *= 2) sum[i] += shuffle_xor(sum[i], apart);
       const RowEnd end = end_of_row(p, head, maximum[i], anchor[i], sum[i]);
+      const float reciprocal = 1.0f / end.divisor;
       if (row >= task.num_rows) continue;
       if (key_lane == 0) row_of<float>(p.lse, sequence.batch, head, sequence.query_row)[query * p.lse.row] = end.lse;
       float* to = row_of<float>(p.output, sequence.batch, head, sequence.query_row) + query * p.output.row;
@@ -328,7 +336,8 @@ struct SimtBlock {
       for (int g = 0; g < groups; ++g) {
         float x[4];
 #pragma unroll
-        for (int c = 0; c < 4; ++c) x[c] = end.factor == 0 ? 0.0f : output[i][g][c] * end.factor / end.divisor;
+        for (int c = 0; c < 4; ++c)
+          x[c] = end.factor == 0 ? 0.0f : quotient(output[i][g][c] * end.factor, end.divisor, reciprocal);
         const int column = 4 * (Policy::key_lanes * g + key_lane);
         if (column < p.value_head_dim) store_vector(to, column, p.value_head_dim, p.whole_output, pack<float>(x));
       }
@@ -337,7 +346,7 @@ struct SimtBlock {
 };
 
 template <class Policy>
-__global__ void __launch_bounds__(Policy::threads)
+__global__ void __launch_bounds__(Policy::threads, 1)
     attention_simt_forward_kernel(const __grid_constant__ AttentionParams p) {
   const AttentionTask task(p, Policy::queries, blockIdx.x);
   if (task.num_rows <= 0) return;

@@ -18,7 +18,7 @@ from transfuse import _C, promises
 from transfuse.dispatch import dtype_name
 from transfuse.promises.cases import OPS, PARITY_CASES, gradients_of, selected
 
-OPS = [op for op in OPS if op.removeprefix("add_") in emulated_ops.EMULATED]
+OPS = [op for op in OPS if emulated_ops.stem_of(f"{op}_")]
 SECTIONS = {
     1: None,  # masks, as rules
     2: None,  # numerics: every named family, forward and backward
@@ -164,6 +164,7 @@ def _huge_calls(cols):
         "rms_norm": lambda x: transfuse.rms_norm(x, (cols,), weight),
         "gelu": lambda x: transfuse.gelu(x),
         "masked_softmax": lambda x: transfuse.masked_softmax(x),
+        "attention": lambda x: transfuse.scaled_dot_product_attention(*[x.view(-1, 1, 32, cols // 32)] * 3).view(x.shape),
         "rotary": lambda x: transfuse.rotary(x.unsqueeze(1), cos, sin).squeeze(1),
     }
 

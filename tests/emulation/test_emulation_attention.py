@@ -1,0 +1,187 @@
+"""Attention's CUDA kernels: a pairwise cover of features, head dimensions, types and layouts, each against float64.
+
+The promises (test_emulation_parity.py) judge numerics and invariance; here every two features meet, on every tile.
+"""
+
+import itertools
+import random
+
+import emulated_ops
+import pytest
+import torch
+
+import transfuse
+from transfuse import scaled_dot_product_attention, varlen_attention
+from transfuse.dispatch import dtype_name
+from transfuse.testing import assert_close
+
+# Factor -> its levels; a case has one of each, and every two levels of two factors meet in some case.
+FACTORS = {
+    "dtype": emulated_ops.DTYPES,
+    "head_dims": ((64, 64), (32, 32), (96, 96), (128, 128), (192, 192), (256, 256), (40, 72), (17, 5)),
+    "lengths": ((70, 150), (1, 129), (130, 33), (5, 200)),
+    "heads": ((2, 2), (4, 2), (3, 1)),
+    "causal": (None, "top_left", "bottom_right"),
+    "window": (None, (9, None), (20, 3)),
+    "mask": (None, "rows", "keys"),
+    "bias": (None, "float32", "dtype", "broadcast"),
+    "softcap": (None, 3.0),
+    "alibi": (None, "heads", "batch"),
+    "sinks": (False, True),
+    "dropout": (0.0, 0.3),
+    "seqlens_k": (False, True),
+    "layout": ("heads", "tokens", "odd"),
+}
+
+
+def pairwise(factors, seed=0):
+    """Cases of one level each, such that every pair of levels of two factors is in one of them; greedy."""
+    names, draw = list(factors), random.Random(seed)
+    left = {
+        ((a, x), (b, y))
+        for a, b in itertools.combinations(names, 2)
+        for x, y in itertools.product(range(len(factors[a])), range(len(factors[b])))
+    }
+
+    def gain(case):
+        return sum(pair in left for pair in itertools.combinations(case.items(), 2))
+
+    cases = []
+    while left:
+        pair = min(left)
+        candidates = []
+        for _ in range(30):
+            case = {name: draw.randrange(len(factors[name])) for name in names} | dict(pair)
+            candidates.append({name: case[name] for name in names})
+        best = max(candidates, key=gain)
+        left -= set(itertools.combinations(best.items(), 2))
+        cases.append({name: factors[name][level] for name, level in best.items()})
+    return cases
+
+
+CASES = pairwise(FACTORS)
+
+
+def laid_out(tensor, layout):
+    """The same values with heads apart, tokens apart, or rows that begin on no 16-byte boundary."""
+    if layout == "tokens":
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "odd":
+        wider = tensor.new_zeros(*tensor.shape[:-1], tensor.shape[-1] + 3)[..., 1:-2]
+        return wider.copy_(tensor)
+    return tensor
+
+
+def arguments(case, seed=0, batch=2):
+    """query, key, value, and the options of the call."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype, (len_q, len_k), (heads, kv_heads) = case["dtype"], case["lengths"], case["heads"]
+    head_dim, value_head_dim = case["head_dims"]
+
+    def draw(*shape, of=dtype):
+        return torch.randn(*shape, generator=generator).to(of)
+
+    tensors = (
+        draw(batch, heads, len_q, head_dim),
+        draw(batch, kv_heads, len_k, head_dim),
+        draw(batch, kv_heads, len_k, value_head_dim),
+    )
+    options = {"enable_gqa": True, "window": case["window"], "softcap": case["softcap"]}
+    if case["causal"]:
+        options |= {"is_causal": True, "causal_alignment": case["causal"]}
+    if case["mask"]:
+        shape = (1, 1, 1, len_k) if case["mask"] == "keys" else (batch, 1, len_q, len_k)
+        options["attn_mask"] = torch.rand(shape, generator=generator) < 0.8
+    if case["bias"]:
+        shape = (heads, 1, len_k) if case["bias"] == "broadcast" else (batch, heads, len_q, len_k)
+        options["attn_bias"] = draw(*shape, of=torch.float32 if case["bias"] == "float32" else dtype)
+    if case["alibi"]:
+        options["alibi_slopes"] = draw(*((batch,) if case["alibi"] == "batch" else ()), heads, of=torch.float32).abs() / 8
+    if case["sinks"]:
+        options["sinks"] = draw(heads, of=torch.float32)
+    if case["seqlens_k"]:
+        options["seqlens_k"] = torch.tensor([len_k, len_k // 3])
+    options["dropout_p"] = case["dropout"]
+    return tuple(laid_out(t, case["layout"]) for t in tensors), options
+
+
+def widened(options):
+    return {
+        name: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for name, t in options.items()
+    }
+
+
+def words_of(case):
+    return "-".join(str(level) for level in (dtype_name(case["dtype"]), case["head_dims"], case["lengths"]))
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: f"{number}-{words_of(CASES[number])}")
+def test_features_meet(number):
+    case = CASES[number]
+    tensors, options = arguments(case, number)
+    torch.manual_seed(number)
+    with emulated_ops.EmulatedKernels(seed=number + 1) as mode:
+        output, lse = scaled_dot_product_attention(*tensors, return_lse=True, **options)
+    assert mode.calls == 1
+    torch.manual_seed(number)
+    with transfuse.use_backend("reference"):
+        exact = scaled_dot_product_attention(*(t.double() for t in tensors), return_lse=True, **widened(options))
+    terms = case["lengths"][1]
+    assert_close(output, exact[0], terms, "output", slack=2.0 if case["dropout"] else 1.0)
+    assert_close(lse, exact[1], terms, "lse")
+
+
+@pytest.mark.parametrize("dtype", emulated_ops.DTYPES, ids=dtype_name)
+def test_packed_heads_change_no_bit(dtype):
+    """Short queries share tiles with other heads of their key head; the same rows in longer batches do not."""
+    case = {name: levels[0] for name, levels in FACTORS.items()} | {"dtype": dtype, "heads": (4, 2), "lengths": (40, 70)}
+    (query, key, value), options = arguments(case)
+    with emulated_ops.EmulatedKernels(seed=3):
+        whole, lse = scaled_dot_product_attention(query, key, value, enable_gqa=True, return_lse=True)
+        for rows in (slice(0, 1), slice(3, 20)):
+            part, part_lse = scaled_dot_product_attention(
+                query[:, :, rows], key, value, enable_gqa=True, return_lse=True
+            )
+            assert torch.equal(part, whole[:, :, rows]) and torch.equal(part_lse, lse[:, :, rows])
+
+
+@pytest.mark.parametrize("dtype", emulated_ops.DTYPES, ids=dtype_name)
+def test_dropout_keeps_what_the_cpu_keeps(dtype):
+    """Values that tell which keys were kept: unit vectors, so the output is the row's dropped weights."""
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(2, 3, 37, 32, generator=generator).to(dtype)
+    key = torch.randn(2, 3, 64, 32, generator=generator).to(dtype)
+    value = torch.eye(64).to(dtype).expand(2, 3, 64, 64)
+    found = []
+    for mode in (emulated_ops.EmulatedKernels(seed=2), torch.no_grad()):
+        torch.manual_seed(5)
+        with mode, torch.no_grad():
+            found.append(scaled_dot_product_attention(query, key, value, dropout_p=0.4) != 0)
+    assert torch.equal(*found) and 0.5 < found[0].float().mean() < 0.7
+
+
+@pytest.mark.parametrize("integers", [torch.int32, torch.int64])
+def test_tables_are_clamped(integers):
+    """Offsets that lie beyond the tensors, fall, or leave sequences longer than promised: no access out of bounds."""
+    tokens = torch.randn(40, 2, 32).bfloat16()
+    for offsets in ([0, 10, 1000], [-5, 20, 40], [30, 10, 40], [0, 40, 40]):
+        table = torch.tensor(offsets, dtype=integers)
+        call = torch.ops.transfuse.varlen_attention_forward
+        with emulated_ops.EmulatedKernels(seed=4) as mode:
+            call(tokens, tokens, tokens, table, table, None, None, None, None, 16, 16, 0.2, True, True, -1, -1, 0.0, 0.0)
+        assert mode.calls == 1
+
+
+@pytest.mark.parametrize("dtype", emulated_ops.DTYPES, ids=dtype_name)
+def test_varlen_has_the_bits_of_attention(dtype):
+    generator = torch.Generator().manual_seed(2)
+    offsets = torch.tensor([0, 70, 70, 75, 140])
+    query, key, value = (torch.randn(140, 2, 64, generator=generator).to(dtype) for _ in range(3))
+    with emulated_ops.EmulatedKernels(seed=5):
+        packed = varlen_attention(query, key, value, offsets, max_seqlen_q=70, is_causal=True, window=(30, None))
+        for begin, end in itertools.pairwise(offsets.tolist()):
+            alone = scaled_dot_product_attention(
+                *(t[begin:end].transpose(0, 1)[None] for t in (query, key, value)),
+                is_causal=True, window=(30, None), causal_alignment="bottom_right",
+            )  # fmt: skip
+            assert torch.equal(alone[0].transpose(0, 1), packed[begin:end])
