@@ -158,7 +158,8 @@ struct Problem {
   }
 };
 
-AttentionParams common_params(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionSizes& s, Dims dims) {
+AttentionParams common_params(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionSizes& s,
+                              Dims dims) {
   AttentionParams p{};
   p.query = view(query, dims);
   p.key = view(key, dims);
@@ -244,7 +245,8 @@ void check_cu_seqlens(const char* argument, const Tensor& t, int64_t tokens, con
 }
 
 Problem packed_problem(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q,
-                       const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, const AttentionOptions& options) {
+                       const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                       const AttentionOptions& options) {
   const char* op = "varlen_attention";
   const AttentionSizes s = check_query_key_value(op, query, key, value, 3);
   check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query.size(0), "query", max_seqlen_q, "max_seqlen_q");
@@ -288,7 +290,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor query, const Tensor ke
                                              int64_t window_right, double softcap, double dropout_p) {
   const char* op = "attention";
   const AttentionOptions options{bias,         alibi_slopes, sinks,        dropout_seed, scale,    causal,
-                        bottom_right, window_left,  window_right, softcap,      dropout_p};
+                                 bottom_right, window_left,  window_right, softcap,      dropout_p};
   const Problem problem = dense_problem(query, key, value, mask, seqlens_k, options);
   const int64_t batch = query.size(0), heads = query.size(1), length = query.size(2);
   const Tensor output = allocate_heads(op, batch, heads, length, value.size(3), query.scalar_type(), false);
@@ -306,7 +308,7 @@ std::tuple<Tensor, Tensor> varlen_attention_forward(const Tensor query, const Te
                                                     int64_t window_right, double softcap, double dropout_p) {
   const char* op = "varlen_attention";
   const AttentionOptions options{bias,         alibi_slopes, sinks,        dropout_seed, scale,    causal,
-                        bottom_right, window_left,  window_right, softcap,      dropout_p};
+                                 bottom_right, window_left,  window_right, softcap,      dropout_p};
   const Problem problem =
       packed_problem(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options);
   const Tensor output = empty_cpu(op, {query.size(0), query.size(1), value.size(2)}, query.scalar_type());
@@ -350,8 +352,8 @@ struct Gathered {
   Tensor bias, alibi_slopes, sinks;  // float64; one row per sequence but for bias
 };
 
-Gathered gather_extras(const char* op, const Problem& problem, const AttentionOptions& options, const ExtraGrads& wanted,
-                       AttentionBackwardParams& params) {
+Gathered gather_extras(const char* op, const Problem& problem, const AttentionOptions& options,
+                       const ExtraGrads& wanted, AttentionBackwardParams& params) {
   const AttentionParams& p = problem.params;
   check(!wanted.bias || options.bias, op, ": need_bias_grad is set, expected a bias");
   check(!wanted.alibi_slopes || options.alibi_slopes, op, ": need_alibi_grad is set, expected alibi_slopes");
@@ -428,7 +430,7 @@ Grads attention_backward(const Tensor grad_output, std::optional<Tensor> grad_ls
                          bool need_sinks_grad) {
   const char* op = "attention";
   const AttentionOptions options{bias,         alibi_slopes, sinks,        dropout_seed, scale,    causal,
-                        bottom_right, window_left,  window_right, softcap,      dropout_p};
+                                 bottom_right, window_left,  window_right, softcap,      dropout_p};
   const Problem problem = dense_problem(query, key, value, mask, seqlens_k, options);
   const int64_t batch = query.size(0), heads = query.size(1), seqlen_q = query.size(2), seqlen_k = key.size(2);
   check_saved(op, query, value, grad_output, grad_lse, output, lse, {batch, heads, seqlen_q});
@@ -470,7 +472,7 @@ Grads varlen_attention_backward(const Tensor grad_output, std::optional<Tensor> 
                                 bool need_alibi_grad, bool need_sinks_grad) {
   const char* op = "varlen_attention";
   const AttentionOptions options{bias,         alibi_slopes, sinks,        dropout_seed, scale,    causal,
-                        bottom_right, window_left,  window_right, softcap,      dropout_p};
+                                 bottom_right, window_left,  window_right, softcap,      dropout_p};
   const Problem problem =
       packed_problem(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options);
   check_saved(op, query, value, grad_output, grad_lse, output, lse, {query.size(1), query.size(0)});

@@ -100,8 +100,8 @@ struct AttentionOptions {
 };
 
 // Of a batch of `batch` sequences, the longest with seqlen_q queries and seqlen_k keys.
-inline void check_options(const char* op, const AttentionOptions& o, const Tensor& query, int64_t batch, int64_t num_heads,
-                          int64_t seqlen_q, int64_t seqlen_k, Backend backend = Backend::cpu) {
+inline void check_options(const char* op, const AttentionOptions& o, const Tensor& query, int64_t batch,
+                          int64_t num_heads, int64_t seqlen_q, int64_t seqlen_k, Backend backend = Backend::cpu) {
   const auto check_place = [&](const char* argument, const Tensor& t) {
     check_device(op, argument, t, backend);
     if (backend == Backend::cuda) check_same_device(op, argument, t, query, "query");

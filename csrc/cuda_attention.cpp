@@ -49,9 +49,11 @@ int counted(const char* op, const char* argument, int64_t length) {
   return static_cast<int>(length);
 }
 
-AttentionSizes check_tensors(const char* op, const Tensor& query, const Tensor& key, const Tensor& value, int64_t ndim) {
+AttentionSizes check_tensors(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
+                             int64_t ndim) {
   const bool in_float = query.scalar_type() == ScalarType::Float;
-  const int64_t widest = in_float ? 256 : cuda::attention_widest_head_dim();
+  constexpr int64_t widest_in_float = 256;
+  const int64_t widest = in_float ? widest_in_float : cuda::attention_widest_head_dim();
   return check_query_key_value(op, query, key, value, ndim, Backend::cuda, widest);
 }
 

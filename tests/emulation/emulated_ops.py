@@ -36,19 +36,20 @@ def sources_of(stem):
 ATTENTION_HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 
 
-def attention_units():
-    """What the build makes of cmake/attention_unit.cu.in: a source for each head dimension and type."""
+def attention_units(head_dims=ATTENTION_HEAD_DIMS, types=("f16", "bf16")):
+    """What the build makes of cmake/attention_unit.cu.in, and the definition that lists it for attention.cu."""
     template = (emulator.ROOT / "cmake" / "attention_unit.cu.in").read_text()
     folder = emulator.BUILD / "units"
     folder.mkdir(parents=True, exist_ok=True)
     units = []
-    for head_dim, kind in itertools.product(ATTENTION_HEAD_DIMS, ("f16", "bf16")):
-        unit = folder / f"attention_{head_dim}_{kind}.cu"
-        text = template.replace("@HEAD_DIM@", str(head_dim)).replace("@TYPE@", kind)
+    for head_dim, of_type in itertools.product(head_dims, types):
+        unit = folder / f"attention_{head_dim}_{of_type}.cu"
+        text = template.replace("@HEAD_DIM@", str(head_dim)).replace("@TYPE@", of_type)
         if not unit.exists() or unit.read_text() != text:
             unit.write_text(text)
         units.append(unit)
-    return units
+    listed = " ".join(f"TRANSFUSE_UNIT({head_dim})" for head_dim in head_dims)
+    return units, (f"-DTRANSFUSE_ATTENTION_HEAD_DIMS={listed}",)
 
 
 # Stems whose kernels and host code both exist.
@@ -66,14 +67,14 @@ def _schemas(namespace):
     return fragment
 
 
-def compiled(stem, namespace="transfuse_emulated", kernels=None, include=()):
-    """Path of the library of one op, for load()."""
+def compiled(stem, namespace="transfuse_emulated", kernels=None, include=(), defines=()):
+    """Path of the library of one op, for load(). kernels: instead of those of kernels/cuda."""
     shipped, host = sources_of(stem)
-    kernels, defines = kernels or shipped, ()
-    if stem == "attention":
-        kernels = [*kernels, *attention_units()]
-        listed = " ".join(f"TRANSFUSE_UNIT({head_dim})" for head_dim in ATTENTION_HEAD_DIMS)
-        defines = (f"-DTRANSFUSE_ATTENTION_HEAD_DIMS={listed}",)
+    if kernels is None:
+        kernels = shipped
+        if stem == "attention":
+            units, defines = attention_units()
+            kernels = [*shipped, *units]
     return emulator.compiled(stem, kernels, host, include, namespace, defines)
 
 
@@ -84,11 +85,16 @@ def load(path, namespace="transfuse_emulated"):
 
 
 @lru_cache(maxsize=None)
+def library(stem):
+    """The library of one op, compiled if it is not there yet."""
+    return load(compiled(stem))
+
+
 def libraries():
-    """stem -> its library, all compiled side by side."""
+    """Compiles all of them side by side."""
     emulator.core_path()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return {stem: load(path) for stem, path in zip(EMULATED, pool.map(compiled, EMULATED), strict=True)}
+        list(pool.map(compiled, EMULATED))
 
 
 def stem_of(name):
@@ -122,7 +128,7 @@ class EmulatedKernels(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         namespace, _, name = function.name().partition("::")
         stem = stem_of(name) if namespace == "transfuse" else None
-        served_by = None if stem is None or beyond(stem, args) else self.library or libraries()[stem]
+        served_by = None if stem is None or beyond(stem, args) else self.library or library(stem)
         if served_by is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"{self.namespace}::{name}", "CPU"):
             return function(*args, **(kwargs or {}))
         self.calls += 1

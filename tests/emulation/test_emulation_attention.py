@@ -96,7 +96,8 @@ def arguments(case, seed=0, batch=2):
         shape = (heads, 1, len_k) if case["bias"] == "broadcast" else (batch, heads, len_q, len_k)
         options["attn_bias"] = draw(*shape, of=torch.float32 if case["bias"] == "float32" else dtype)
     if case["alibi"]:
-        options["alibi_slopes"] = draw(*((batch,) if case["alibi"] == "batch" else ()), heads, of=torch.float32).abs() / 8
+        shape = (batch, heads) if case["alibi"] == "batch" else (heads,)
+        options["alibi_slopes"] = draw(*shape, of=torch.float32).abs() / 8
     if case["sinks"]:
         options["sinks"] = draw(heads, of=torch.float32)
     if case["seqlens_k"]:
@@ -134,7 +135,8 @@ def test_features_meet(number):
 @pytest.mark.parametrize("dtype", emulated_ops.DTYPES, ids=dtype_name)
 def test_packed_heads_change_no_bit(dtype):
     """Short queries share tiles with other heads of their key head; the same rows in longer batches do not."""
-    case = {name: levels[0] for name, levels in FACTORS.items()} | {"dtype": dtype, "heads": (4, 2), "lengths": (40, 70)}
+    plain = {name: levels[0] for name, levels in FACTORS.items()}
+    case = plain | {"dtype": dtype, "heads": (4, 2), "lengths": (40, 70)}
     (query, key, value), options = arguments(case)
     with emulated_ops.EmulatedKernels(seed=3):
         whole, lse = scaled_dot_product_attention(query, key, value, enable_gqa=True, return_lse=True)
@@ -166,9 +168,9 @@ def test_tables_are_clamped(integers):
     tokens = torch.randn(40, 2, 32).bfloat16()
     for offsets in ([0, 10, 1000], [-5, 20, 40], [30, 10, 40], [0, 40, 40]):
         table = torch.tensor(offsets, dtype=integers)
-        call = torch.ops.transfuse.varlen_attention_forward
+        options = (None, None, None, None, 16, 16, 0.2, True, True, -1, -1, 0.0, 0.0)
         with emulated_ops.EmulatedKernels(seed=4) as mode:
-            call(tokens, tokens, tokens, table, table, None, None, None, None, 16, 16, 0.2, True, True, -1, -1, 0.0, 0.0)
+            torch.ops.transfuse.varlen_attention_forward(tokens, tokens, tokens, table, table, *options)
         assert mode.calls == 1
 
 
