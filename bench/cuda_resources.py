@@ -25,6 +25,8 @@ VECTOR_KERNELS = (
     "masked_softmax_forward_kernel", "masked_softmax_wide_forward_kernel",
     "masked_softmax_backward_kernel", "masked_softmax_wide_backward_kernel", "gelu_kernel", "rotary_forward_kernel",
 )  # fmt: skip
+# Kernels whose products must be the tensor cores' and nobody else's.
+TENSOR_CORE_KERNELS = ("attention_forward_kernel",)
 REGISTERS_PER_MULTIPROCESSOR = 65536
 RESERVED_SHARED = 1024  # of each block on sm_80 and later, counted by cuobjdump from sm_90 on
 
@@ -85,11 +87,14 @@ def resources(path):
 
 
 def accesses(path, architecture):
-    """{kernel: {"LDG.128", "LDG", "STG.128", "STG", "local"}}: instructions in the machine code of one architecture."""
-    counts, current = defaultdict(lambda: dict.fromkeys(("LDG.128", "LDG", "STG.128", "STG", "local"), 0)), None
+    """{kernel: {"LDG.128", "LDG", "STG.128", "STG", "local", "HMMA"}}: instructions in one architecture's machine code."""
+    kinds = ("LDG.128", "LDG", "STG.128", "STG", "local", "HMMA")
+    counts, current = defaultdict(lambda: dict.fromkeys(kinds, 0)), None
     for line in _run(tool("cuobjdump"), "-arch", architecture, "-sass", path).splitlines():
         if match := re.match(r"\s*Function : (\S+)", line):
             current = counts[match[1]]
+        elif re.search(r"\bHMMA\.16816\.F32", line):
+            current["HMMA"] += 1
         elif match := re.search(r"\b(LDG|STG|LDL|STL)(\S*)", line):
             kind, suffix = match.groups()
             current["local" if kind in ("LDL", "STL") else f"{kind}.128" if ".128" in suffix else kind] += 1

@@ -20,6 +20,7 @@ RAW_OPS = (
     "rms_norm_forward", "add_rms_norm_forward", "rms_norm_backward",
     "gelu_forward", "gelu_backward", "rotary_forward", "rotary_backward",
     "masked_softmax_forward", "masked_softmax_backward", "masked_softmax_mask_backward",
+    "attention_forward", "varlen_attention_forward",
 )  # fmt: skip
 
 
@@ -38,6 +39,7 @@ def _refusal(name, *arguments):
 X = torch.zeros(3, 5)
 ROWS = torch.zeros(2, 3, 4, 8)
 TABLE = torch.zeros(4, 4)
+NO_OPTIONS = (0.5, False, False, -1, -1, 0.0, 0.0)  # of attention: scale and so on
 REFUSALS = (
     ("layer_norm_forward", (X, torch.ones(4), None, 1, 1e-5),
      "layer_norm: weight has shape (4,), expected the last dimensions of input's (3, 5)"),
@@ -60,6 +62,10 @@ REFUSALS = (
     ("rotary_forward", (ROWS, TABLE[:3], TABLE, False, False), "rotary: input is on another device, expected cuda"),
     ("rotary_forward", (ROWS[0], TABLE, TABLE, False, False),
      "rotary: input has shape (3, 4, 8), expected 4 dimensions"),
+    ("attention_forward", (ROWS, ROWS, ROWS, *[None] * 6, *NO_OPTIONS),
+     "attention: query is on another device, expected cuda"),
+    ("varlen_attention_forward", (X, X, X, TABLE, TABLE, *[None] * 4, 1, 1, *NO_OPTIONS),
+     "varlen_attention: query is on another device, expected cuda"),
 )  # fmt: skip
 
 

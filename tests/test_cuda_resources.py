@@ -71,3 +71,13 @@ def test_held_rows_are_loaded_in_whole_vectors_alone(accesses):
         policy = re.search(r"RowPolicy<\w+, (\d+), (\d+), true>", kernel)
         if policy:
             assert counts["LDG.128"] >= int(policy[2]), f"{kernel}: {counts}"
+
+
+def test_attention_multiplies_on_tensor_cores(accesses):
+    """Both products of 16 queries and 16 keys at a time: each fragment of keys and of values meets each of queries."""
+    judged = 0
+    for kernel, counts in accesses.items():
+        if kernel.partition("<")[0] in cuda_resources.TENSOR_CORE_KERNELS:
+            judged += 1
+            assert counts["HMMA"] >= 2 * 16, f"{kernel}: {counts}"
+    assert judged >= 2 * 2, "plain and general, in two types"

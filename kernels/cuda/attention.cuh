@@ -66,6 +66,15 @@ struct AttentionParams {
   bool mask_pairs, bias_pairs;                             // two neighbouring keys are one aligned access
 };
 
+struct AttentionGradParams {
+  AttentionParams problem;
+  AttentionTensor grad_output, output;  // [B, Hq, Lq, Dv]
+  AttentionTensor lse, grad_lse;        // [B, Hq, Lq], float; grad_lse may be absent
+  AttentionTensor delta;                // the same, scratch
+  AttentionOutput grad_query, grad_key, grad_value;
+  bool whole_grad_output;  // found by the launcher
+};
+
 /* Tiles of the tensor-core kernel, one row per head dimension and size of a block's shared memory: of the rows that the
    GPU has the memory for, the one that takes most.
 
@@ -87,6 +96,8 @@ constexpr AttentionTile attention_tiles[] = {
 // The widest head dimension that the units of this build take in 16 bits; float32 always takes 256.
 int attention_widest_head_dim();
 
+// Of float16 and bfloat16.
+cudaError_t attention_backward(const AttentionGradParams& params, DType dtype, cudaStream_t stream);
 cudaError_t attention_forward(const AttentionParams& params, DType dtype, cudaStream_t stream);
 
 }  // namespace transfuse::cuda

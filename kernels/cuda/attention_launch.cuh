@@ -2,7 +2,7 @@
 // dimension and type (cmake/attention_unit.cu.in).
 #pragma once
 
-#include "cuda/attention_forward.cuh"
+#include "cuda/attention_backward.cuh"
 
 namespace transfuse::cuda {
 
@@ -46,6 +46,31 @@ cudaError_t attention_forward_of(const AttentionParams& p, bool general, cudaStr
   CodeTarget target{};
   const cudaError_t error = code_target(attention_forward_kernel<AttentionPolicy<T, row, false>>, target);
   return error == cudaSuccess ? launch_row<T, head_dim, row>(p, general, target, stream) : error;
+}
+
+// dO * O first, which both of the others need.
+template <class Policy>
+cudaError_t launch_backward(const AttentionGradParams& g, cudaStream_t stream) {
+  const AttentionParams& p = g.problem;
+  const int64_t heads = p.num_sequences * p.num_heads, kv_heads = p.num_sequences * p.num_kv_heads;
+  const auto tiles = [](int64_t length, int of) { return (length + of - 1) / of; };
+  const int64_t deltas = heads * tiles(p.max_seqlen_q, delta_rows), of_queries = heads * tiles(p.max_seqlen_q, Policy::owned);
+  const int64_t of_keys = kv_heads * tiles(p.max_seqlen_k, Policy::owned) * Policy::column_shares;
+  if (deltas > most_blocks || of_queries > most_blocks || of_keys > most_blocks) return cudaErrorInvalidConfiguration;
+  const auto grid = [](int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); };
+  cudaError_t error = launch(attention_delta_kernel<typename Policy::T>, grid(deltas), dim3(delta_rows * warp_size), 0,
+                             stream, g);
+  if (error != cudaSuccess) return error;
+  error = launch(attention_grad_query_kernel<Policy>, grid(of_queries), dim3(Policy::threads), Policy::shared_bytes,
+                 stream, g);
+  if (error != cudaSuccess) return error;
+  return launch(attention_grad_key_kernel<Policy>, grid(of_keys), dim3(Policy::threads), Policy::shared_bytes, stream, g);
+}
+
+template <class T, int head_dim>
+cudaError_t attention_backward_of(const AttentionGradParams& g, bool general, cudaStream_t stream) {
+  return general ? launch_backward<AttentionGradPolicy<T, head_dim, true>>(g, stream)
+                 : launch_backward<AttentionGradPolicy<T, head_dim, false>>(g, stream);
 }
 
 }  // namespace

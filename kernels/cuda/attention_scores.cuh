@@ -2,8 +2,8 @@
 //
 //   score = softcap(scale * q . k) + bias - slope * abs(query + offset - key)      softcap(s) = cap * tanh(s / cap)
 //
-// Policy: exclusion is a predicate, applied by select before the maximum; what is excluded has a score of -inf, and a
-// bit of its own, since a score that takes part may be -inf as well. A score that nothing is added to is kept without
+// Policy: exclusion is a predicate, applied by select before the maximum; what is excluded has a score of -inf and a bit
+// of its own, since a score that takes part may be -inf as well. A score that nothing is added to is kept without
 // its scale: the difference from the row's maximum is taken first, exactly where it matters, and scaled then.
 #pragma once
 
@@ -150,7 +150,7 @@ __device__ __forceinline__ void transform_scores(ScoreFragment<Keys>& scores, co
 #pragma unroll
     for (int n = 0; n < Keys / 8; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) scores.x[n][e] = tanh_accurate(scores.x[n][e] * p.scale_over_softcap);
+      for (int e = 0; e < 4; ++e) scores.x[n][e] = tanh_and_slope(scores.x[n][e] * p.scale_over_softcap).value;
   }
   if (p.bias.data) {
     for_each_bias<T, Keys>(p, s, rows, key, [&](int n, int half, Two bias) {
@@ -213,6 +213,32 @@ __device__ __forceinline__ void exclude_masked(ScoreFragment<Keys>& scores, cons
 
 constexpr float saturated_logit = 128.0f;
 
+// Products with rows [row, row + 16) of the second operand's tile.
+template <class T, int steps, class First, class Second>
+__device__ __forceinline__ void multiply_in_two_floats(Pair (&sums)[2][4], const First& first, const Second& second,
+                                                       int row) {
+#pragma unroll
+  for (int j = 0; j < 2; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sums[j][e] = {0, 0};
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    uint32_t a[4], b[2][2];
+    first.load(a, 0, step);
+    second.load(b, row, step);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      float part[4] = {};
+      multiply<T>(part, a, b[j]);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const Pair sum = two_sum(sums[j][e].hi, part[e]);
+        sums[j][e] = {sum.hi, sums[j][e].lo + sum.lo};
+      }
+    }
+  }
+}
+
 // Of the thread's two rows.
 struct RowAnchor {
   bool refine[2];
@@ -229,23 +255,8 @@ __device__ __forceinline__ void refine_scores(ScoreFragment<Keys>& scores, const
   const ProductsOperand<KeyTile> keys(key_tile);
 #pragma unroll
   for (int n = 0; n < Keys / 8; n += 2) {
-    Pair product[2][4] = {};
-#pragma unroll 1
-    for (int step = 0; step < QueryTile::columns / 16; ++step) {
-      uint32_t a[4], b[2][2];
-      queries.load(a, 0, step);
-      keys.load(b, 8 * n, step);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        float part[4] = {};
-        multiply<T>(part, a, b[j]);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const Pair sum = two_sum(product[j][e].hi, part[e]);
-          product[j][e] = {sum.hi, product[j][e].lo + sum.lo};
-        }
-      }
-    }
+    Pair product[2][4];
+    multiply_in_two_floats<T, QueryTile::columns / 16>(product, queries, keys, 8 * n);
 #pragma unroll
     for (int j = 0; j < 2; ++j)
 #pragma unroll

@@ -84,6 +84,15 @@ struct AttentionTask {
     first_row = static_cast<int>(first);
     num_rows = static_cast<int>(clamped(all - first, 0, tile_queries));
   }
+  // No rows of queries: the keys of one key head.
+  struct KeysAlone {};
+  __device__ __forceinline__ AttentionTask(KeysAlone, const AttentionParams& p, int its_kv_head, int64_t its_sequence)
+      : sequence(sequence_of(p, its_sequence)),
+        first_row(0),
+        num_rows(0),
+        first_head(0),
+        kv_head(its_kv_head),
+        packed_heads(1) {}
   __host__ __device__ static int64_t attention_tile_count(const AttentionParams& p, int tile_queries) {
     return (static_cast<int64_t>(p.max_seqlen_q) * p.packed_heads + tile_queries - 1) / tile_queries;
   }

@@ -154,7 +154,7 @@ struct SimtBlock {
     if (p.transforms) {
       const bool capped = p.softcap > 0;
       const float factor = capped ? p.softcap : p.scale;
-      if (capped) score = tanh_accurate(score * p.scale_over_softcap);
+      if (capped) score = tanh_and_slope(score * p.scale_over_softcap).value;
       score = p.bias.data ? fmaf(score, factor, bias) : score * factor;
       if (p.alibi_slopes)
         score = fmaf(-alibi_slope(p, sequence, row.head), distance(p, sequence, row.query, key), score);

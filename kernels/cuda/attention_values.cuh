@@ -23,7 +23,8 @@ __device__ __forceinline__ void weights_fragment(uint32_t (&a)[4], const ScoreFr
 
 template <class T, int m_tiles, int Keys, class ValueTile, int columns>
 __device__ __forceinline__ void add_values(float (&output)[m_tiles][columns][4],
-                                           const ScoreFragment<Keys> (&weights)[m_tiles], const ValueTile& value) {
+                                           const ScoreFragment<Keys> (&weights)[m_tiles], const ValueTile& value,
+                                           int first_chunk = 0) {
   const SumsOperand<ValueTile> values(value);
 #pragma unroll
   for (int step = 0; step < Keys / 16; ++step) {
@@ -33,7 +34,7 @@ __device__ __forceinline__ void add_values(float (&output)[m_tiles][columns][4],
 #pragma unroll
     for (int n = 0; n < columns; n += 2) {
       uint32_t b[2][2];
-      values.load(b, 16 * step, n);
+      values.load(b, 16 * step, first_chunk + n);
 #pragma unroll
       for (int t = 0; t < m_tiles; ++t) {
         multiply<T>(output[t][n], a[t], b[0]);
@@ -72,20 +73,20 @@ __device__ __forceinline__ ValuesApart values_apart(uint32_t values) {
   return r;
 }
 
-// For each weight 1 where it is above 0, and 256 where it is 0 (or NaN) and yet takes part.
+// The sign of each weight; and 1 for it, or 256 where it is 0 (or NaN) and yet takes part.
 template <class T, int Keys>
-__device__ __forceinline__ void kept_fragments(uint32_t (&positive)[4], uint32_t (&kept)[4],
+__device__ __forceinline__ void kept_fragments(uint32_t (&signs)[4], uint32_t (&kept)[4],
                                                const ScoreFragment<Keys>& weights, int step) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    float one[2], count[2];
+    float sign[2], count[2];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int n = 2 * step + i / 2, e = i % 2 * 2 + j;
-      one[j] = weights.x[n][e] > 0 ? 1.0f : 0.0f;
-      count[j] = weights.is_excluded(n, e) ? 0.0f : weights.x[n][e] > 0 ? 1.0f : 256.0f;
+      sign[j] = weights.x[n][e] > 0 ? 1.0f : weights.x[n][e] < 0 ? -1.0f : 0.0f;
+      count[j] = weights.is_excluded(n, e) ? 0.0f : sign[j] != 0 ? 1.0f : 256.0f;
     }
-    positive[i] = pair_of<T>(one[0], one[1]);
+    signs[i] = pair_of<T>(sign[0], sign[1]);
     kept[i] = pair_of<T>(count[0], count[1]);
   }
 }
@@ -94,19 +95,20 @@ __device__ __forceinline__ void kept_fragments(uint32_t (&positive)[4], uint32_t
 // that infinity, everything else NaN, as IEEE has it.
 template <class T, int m_tiles, int Keys, class ValueTile, int columns>
 __device__ __forceinline__ void add_kept_values(float (&output)[m_tiles][columns][4],
-                                                const ScoreFragment<Keys> (&weights)[m_tiles], const ValueTile& value) {
+                                                const ScoreFragment<Keys> (&weights)[m_tiles], const ValueTile& value,
+                                           int first_chunk = 0) {
   const SumsOperand<ValueTile> values(value);
 #pragma unroll
   for (int step = 0; step < Keys / 16; ++step) {
 #pragma unroll
     for (int t = 0; t < m_tiles; ++t) {
-      uint32_t a[4], positive[4], kept[4];
+      uint32_t a[4], signs[4], kept[4];
       weights_fragment<T>(a, weights[t], step);
-      kept_fragments<T>(positive, kept, weights[t], step);
+      kept_fragments<T>(signs, kept, weights[t], step);
 #pragma unroll
       for (int n = 0; n < columns; n += 2) {
         uint32_t b[2][2];
-        values.load(b, 16 * step, n);
+        values.load(b, 16 * step, first_chunk + n);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const ValuesApart low = values_apart<T>(b[j][0]), high = values_apart<T>(b[j][1]);
@@ -114,7 +116,7 @@ __device__ __forceinline__ void add_kept_values(float (&output)[m_tiles][columns
           multiply<T>(sum, a, {low.finite, high.finite});
           if (!__any_sync(whole_warp, low.kinds != 0 || high.kinds != 0)) continue;
           float balance[4] = {}, count[4] = {};
-          multiply<T>(balance, positive, {low.signs, high.signs});
+          multiply<T>(balance, signs, {low.signs, high.signs});
           multiply<T>(count, kept, {low.kinds, high.kinds});
 #pragma unroll
           for (int e = 0; e < 4; ++e)

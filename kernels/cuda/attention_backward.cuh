@@ -1,0 +1,461 @@
+// Attention backward on tensor cores, by owners: nobody adds to what another block writes, and every sum has one order.
+//
+//   P = exp(score - lse)      D = 1 / (1 - p) where dropout keeps, else 0      delta = sum of dO * O, less dlse
+//   dV = (P * D)^T dO         dP = D * (dO V^T)         dS = P * (dP - delta)
+//   dR = dS * cap_slope       dQ = scale * dR K         dK = scale * dR^T Q
+//
+// A block of the first kernel owns a tile of queries, walks the keys that they see, and writes dQ; one of the second owns
+// a tile of keys, walks the queries that see them, heads of a group in order, and writes dK and dV. Scores and dP are so
+// computed twice, seven products instead of five: the price of sums without atomics and without a workspace that grows
+// with Lq x Lk.
+//
+// Policy: as in the forward. Pairs that are excluded have P = dS = 0 by select; a block whose sums are not finite walks
+// once more over kept pairs alone. Saturated rows take their products in two floats. P and dS are rounded to the storage
+// type for the products they enter, and nowhere else.
+#pragma once
+
+#include "cuda/attention_forward.cuh"
+
+namespace transfuse::cuda {
+
+// Tiles by head dimension. A warp of the second kernel holds the accumulators of dK and dV for 16 keys; where these do
+// not fit the registers, blocks share the columns of both, and each takes the scores for itself.
+template <class Type, int HeadDim, bool General>
+struct AttentionGradPolicy {
+  using T = Type;
+  static constexpr bool general = General;
+  static constexpr int head_dim = HeadDim, stages = 2;
+  static constexpr int warps = 4, threads = warps * warp_size, warp_rows = 16;
+  static constexpr int owned = warps * warp_rows;                // queries, or keys, of a block
+  static constexpr int walked = HeadDim <= 128 ? 32 : 16;        // keys, or queries, of one step
+  static constexpr int column_shares = HeadDim <= 128 ? 1 : 2;   // of dK and dV
+  static constexpr int columns = HeadDim / column_shares;
+  using OwnedTile = SharedTile<T, owned, HeadDim>;
+  using WalkedTile = SharedTile<T, walked, HeadDim>;
+  static constexpr int statistics_bytes = stages * 2 * walked * static_cast<int>(sizeof(float));
+  static constexpr int shared_bytes = 2 * OwnedTile::bytes + 2 * stages * WalkedTile::bytes + statistics_bytes;
+  static_assert(shared_bytes <= 99 * 1024, "the tiles fit a block's shared memory everywhere");
+};
+
+namespace {
+
+// One pair of a query and a key: what its score is made of, and whether it takes part.
+struct PairScore {
+  float score, cap_slope;
+  bool kept;
+};
+
+// From a product to a score, element by element: the general kernels of the backward look everything up where it lies.
+template <class T>
+__device__ __forceinline__ PairScore pair_score(const AttentionParams& p, const AttentionSequence& s, int head, int query,
+                                                int key, bool inside, float product) {
+  PairScore r{product, 1.0f, inside};
+  if (p.mask.data && r.kept) r.kept = row_of<uint8_t>(p.mask, s.batch, head, query)[key * p.mask.col] != 0;
+  if (!p.transforms) return r;
+  float bias = 0;
+  if (p.bias.data && r.kept) {
+    bias = p.bias_in_float ? row_of<float>(p.bias, s.batch, head, query)[key * p.bias.col]
+                           : to_float(row_of<T>(p.bias, s.batch, head, query)[key * p.bias.col]);
+    r.kept = bias != -attention_infinity;
+  }
+  if (p.softcap > 0) {
+    const TanhAndSlope capped = tanh_and_slope(product * p.scale_over_softcap);
+    r.score = fmaf(capped.value, p.softcap, bias);
+    r.cap_slope = capped.slope;
+  } else {
+    r.score = fmaf(product, p.scale, bias);
+  }
+  if (p.alibi_slopes) r.score = fmaf(-alibi_slope(p, s, head), distance(p, s, query, key), r.score);
+  return r;
+}
+
+// P and dS of one pair. `rest` is what rounding took from the product.
+struct PairGrad {
+  float weight, dropped_weight, grad_score;
+  bool kept;
+};
+
+template <class T, bool general>
+__device__ __forceinline__ PairGrad pair_grad(const AttentionParams& p, const AttentionSequence& s, int head, int query,
+                                              int key, bool inside, float product, float rest, float grad_weight,
+                                              float lse, float delta) {
+  PairScore of{product, 1.0f, inside};
+  if constexpr (general) of = pair_score<T>(p, s, head, query, key, inside, product);
+  const float rest_scale = p.transforms ? p.scale : p.logit_scale;
+  const float logit = fmaf(of.score, p.logit_scale, -lse) + rest * rest_scale;
+  PairGrad r{0, 0, 0, of.kept};
+  if (!of.kept || lse == -attention_infinity) return r;
+  r.weight = r.dropped_weight = ptx::exp2_approx(logit * exp_log2e);
+  if constexpr (general) {
+    if (p.dropout_seed) {
+      const PhiloxWords words = dropout_words(p, s, query, head, key / 4 * 4);
+      const uint32_t low = key & 1 ? words.word[1] : words.word[0], high = key & 1 ? words.word[3] : words.word[2];
+      const bool keeps = (key & 2 ? high : low) >= p.dropout_threshold && !p.drops_all;
+      const float share = keeps ? 1.0f / p.kept_share : 0.0f;
+      r.dropped_weight *= share;
+      grad_weight *= share;
+    }
+  }
+  r.grad_score = r.weight * (grad_weight - delta) * of.cap_slope;
+  return r;
+}
+
+// Products of 16 rows with all rows of another tile; in two floats where some row is saturated, else the rests are 0.
+template <class T, int Others, class RowsTile, class OthersTile>
+__device__ __forceinline__ void careful_products(ScoreFragment<Others> (&products)[1], ScoreFragment<Others>& rests,
+                                                 const RowsTile& rows, const OthersTile& others, int row, bool refine) {
+  multiply_keys(products, rows, others, row);
+#pragma unroll
+  for (int n = 0; n < Others / 8; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) rests.x[n][e] = 0;
+  if (!refine) return;
+  const RowsOperand<RowsTile> first(rows, row);
+  const ProductsOperand<OthersTile> second(others);
+#pragma unroll
+  for (int n = 0; n < Others / 8; n += 2) {
+    Pair sums[2][4];
+    multiply_in_two_floats<T, RowsTile::columns / 16>(sums, first, second, 8 * n);
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const bool finite = isfinite(sums[j][e].hi + sums[j][e].lo);
+        if (finite) products[0].x[n + j][e] = sums[j][e].hi;
+        rests.x[n + j][e] = finite ? sums[j][e].lo : 0.0f;
+      }
+  }
+}
+
+template <class Policy>
+struct GradBlock {
+  using T = typename Policy::T;
+  static constexpr int walked = Policy::walked;
+  const AttentionGradParams& g;
+  const AttentionParams& p;
+  const AttentionTask& task;
+  const AttentionSequence& sequence;
+  const typename Policy::OwnedTile first_owned, second_owned;      // queries and dO, or keys and values
+  const typename Policy::WalkedTile first_walked, second_walked;   // of the ring's first stage: the others
+  float* statistics;                                               // [stages][2][walked]: lse and delta
+  const int warp_row;
+
+  __device__ __forceinline__ GradBlock(const AttentionGradParams& params, const AttentionTask& its_task, T* shared)
+      : g(params),
+        p(params.problem),
+        task(its_task),
+        sequence(its_task.sequence),
+        first_owned{shared},
+        second_owned{shared + Policy::owned * Policy::head_dim},
+        first_walked{shared + 2 * Policy::owned * Policy::head_dim},
+        second_walked{first_walked.data + Policy::stages * walked * Policy::head_dim},
+        statistics(reinterpret_cast<float*>(second_walked.data + Policy::stages * walked * Policy::head_dim)),
+        warp_row(static_cast<int>(threadIdx.x) / warp_size * Policy::warp_rows) {}
+
+  __device__ __forceinline__ typename Policy::WalkedTile stage_of(const typename Policy::WalkedTile& first,
+                                                                  int stage) const {
+    return {first.data + stage * walked * Policy::head_dim};
+  }
+  __device__ __forceinline__ int row_of_thread(int half) const { return warp_row + fragment_row() + 8 * half; }
+
+  template <class Tile>
+  __device__ __forceinline__ void load(const Tile& tile, const AttentionTensor& t, int head, int64_t row, int rows,
+                                       int columns, bool whole) const {
+    load_tile<Policy::threads>(
+        tile, row_of<T>(t, sequence.batch, head, row), [&](int r) { return r * t.row; }, t.col, rows, columns, whole);
+  }
+  __device__ __forceinline__ float statistic(const AttentionTensor& t, int head, int query) const {
+    return query < sequence.seqlen_q ? row_of<float>(t, sequence.batch, head, sequence.query_row + query)[0] : 0.0f;
+  }
+
+  template <int shares>
+  __device__ __forceinline__ static void clear(float (&sums)[1][shares][4]) {
+#pragma unroll
+    for (int n = 0; n < shares; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[0][n][e] = 0;
+  }
+  template <int shares>
+  __device__ __forceinline__ static bool is_finite(const float (&sums)[1][shares][4]) {
+    bool finite = true;
+#pragma unroll
+    for (int n = 0; n < shares; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) finite &= fabsf(sums[0][n][e]) < attention_infinity;
+    return finite;
+  }
+  // The warp's rows of a gradient, rounded once, each lane its own pairs of columns.
+  template <int shares>
+  __device__ __forceinline__ void write(const float (&sums)[1][shares][4], const AttentionOutput& to, int head,
+                                        int64_t first_row, int rows, int first_column, int columns,
+                                        float factor) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = row_of_thread(half);
+      if (row >= rows) continue;
+      T* line = row_of<T>(to, sequence.batch, head, first_row + row);
+#pragma unroll
+      for (int n = 0; n < shares; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int column = first_column + 8 * n + fragment_column() + i;
+          if (column < columns) line[column] = from_float<T>(sums[0][n][2 * half + i] * factor);
+        }
+    }
+  }
+};
+
+// ---- dQ: a tile of queries walks its keys ----
+
+template <class Policy>
+struct QueryGradBlock : GradBlock<Policy> {
+  using Base = GradBlock<Policy>;
+  using T = typename Policy::T;
+  static constexpr int keys = Policy::walked;
+  float grad_query[1][Policy::head_dim / 8][4];
+  float lse[2], delta[2];  // of the thread's two rows
+  using Base::Base, Base::g, Base::p, Base::task, Base::sequence, Base::stage_of;
+
+  __device__ __forceinline__ void load_queries() {
+    const int head = task.first_head, query = task.first_row, rows = task.num_rows;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int of_row = task.query(this->row_of_thread(half));
+      lse[half] = this->statistic(g.lse, head, of_row);
+      delta[half] = this->statistic(g.delta, head, of_row);
+    }
+    this->load(this->first_owned, p.query, head, sequence.query_row + query, rows, p.head_dim, p.whole_query);
+    this->load(this->second_owned, g.grad_output, head, sequence.query_row + query, rows, p.value_head_dim,
+               g.whole_grad_output);
+  }
+  __device__ __forceinline__ void load_keys(int key, int stage) const {
+    const int rows = sequence.seqlen_k - key;
+    this->load(stage_of(this->first_walked, stage), p.key, task.kv_head, sequence.key_row + key, rows, p.head_dim,
+               p.whole_key);
+    this->load(stage_of(this->second_walked, stage), p.value, task.kv_head, sequence.key_row + key, rows,
+               p.value_head_dim, p.whole_value);
+  }
+
+  __device__ __forceinline__ void take_keys(int key, int stage, bool kept_alone) {
+    ScoreFragment<keys> scores[1], rests, grads[1];
+    const bool saturated = is_saturated(lse[0], 1.0f) || is_saturated(lse[1], 1.0f);
+    const bool refine = p.softcap == 0 && __any_sync(whole_warp, saturated);
+    careful_products<T>(scores, rests, this->first_owned, stage_of(this->first_walked, stage), this->warp_row, refine);
+    multiply_keys(grads, this->second_owned, stage_of(this->second_walked, stage), this->warp_row);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const ScoreRow row = score_row(p, task, this->row_of_thread(half));
+#pragma unroll
+      for (int n = 0; n < keys / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int e = 2 * half + i, at = key + 8 * n + fragment_column() + i;
+          const PairGrad of = pair_grad<T, Policy::general>(
+              p, sequence, row.head, row.query, at, at >= row.seen.begin && at < row.seen.end, scores[0].x[n][e],
+              rests.x[n][e], grads[0].x[n][e], lse[half], delta[half]);
+          grads[0].x[n][e] = of.grad_score;
+          if (!of.kept) grads[0].excluded |= 1u << (4 * n + e);
+        }
+    }
+    if (kept_alone)
+      add_kept_values<T>(grad_query, grads, stage_of(this->first_walked, stage));
+    else
+      add_values<T>(grad_query, grads, stage_of(this->first_walked, stage));
+  }
+
+  __device__ __forceinline__ void walk_keys(bool kept_alone) {
+    this->clear(grad_query);
+    const KeyRange seen = task.seen_by_some(p, 0, Policy::owned);
+    const int first = seen.begin / keys * keys;
+    int stage = 0;
+    if (first < seen.end) load_keys(first, stage);
+    ptx::cp_async_commit();
+    for (int key = first; key < seen.end; key += keys) {
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // this stage is there for all, and nobody reads the other one any more
+      if (key + keys < seen.end) load_keys(key + keys, stage ^ 1);
+      ptx::cp_async_commit();
+      take_keys(key, stage, kept_alone);
+      stage ^= 1;
+    }
+    ptx::cp_async_wait<0>();
+  }
+  __device__ __forceinline__ void write_rows() const {
+    this->write(grad_query, g.grad_query, task.first_head, sequence.query_row + task.first_row, task.num_rows, 0,
+                p.head_dim, p.scale);
+  }
+};
+
+template <class Policy>
+__global__ void __launch_bounds__(Policy::threads, 1)
+    attention_grad_query_kernel(const __grid_constant__ AttentionGradParams g) {
+  const AttentionTask task(g.problem, Policy::owned, blockIdx.x);
+  if (task.num_rows <= 0) return;
+  QueryGradBlock<Policy> block(g, task, reinterpret_cast<typename Policy::T*>(dynamic_shared()));
+  block.load_queries();
+  for (bool kept_alone = false;; kept_alone = true) {
+    block.walk_keys(kept_alone);
+    if (kept_alone || !g.problem.excludes) break;
+    if (!__syncthreads_or(!block.is_finite(block.grad_query))) break;
+  }
+  block.write_rows();
+}
+
+// ---- dK and dV: a tile of keys walks the queries that see it ----
+
+template <class Policy>
+struct KeyGradBlock : GradBlock<Policy> {
+  using Base = GradBlock<Policy>;
+  using T = typename Policy::T;
+  static constexpr int queries = Policy::walked;
+  const int key, rows, first_column;  // of the tile, and of the block's share of the columns
+  float grad_key[1][Policy::columns / 8][4], grad_value[1][Policy::columns / 8][4];
+  using Base::g, Base::p, Base::task, Base::sequence, Base::stage_of;
+
+  __device__ __forceinline__ KeyGradBlock(const AttentionGradParams& params, const AttentionTask& its_task, T* shared,
+                                          int first_key, int share)
+      : Base(params, its_task, shared),
+        key(first_key),
+        rows(min(Policy::owned, its_task.sequence.seqlen_k - first_key)),
+        first_column(share * Policy::columns) {}
+
+  __device__ __forceinline__ void load_keys() const {
+    this->load(this->first_owned, p.key, task.kv_head, sequence.key_row + key, rows, p.head_dim, p.whole_key);
+    this->load(this->second_owned, p.value, task.kv_head, sequence.key_row + key, rows, p.value_head_dim,
+               p.whole_value);
+  }
+  __device__ __forceinline__ float* statistics_of(int stage) const { return this->statistics + 2 * queries * stage; }
+  __device__ __forceinline__ void load_queries(int head, int query, int stage) const {
+    const int left = sequence.seqlen_q - query;
+    this->load(stage_of(this->first_walked, stage), p.query, head, sequence.query_row + query, left, p.head_dim,
+               p.whole_query);
+    this->load(stage_of(this->second_walked, stage), g.grad_output, head, sequence.query_row + query, left,
+               p.value_head_dim, g.whole_grad_output);
+    for (int i = threadIdx.x; i < 2 * queries; i += Policy::threads)
+      statistics_of(stage)[i] = this->statistic(i < queries ? g.lse : g.delta, head, query + i % queries);
+  }
+
+  __device__ __forceinline__ void take_queries(int head, int query, int stage, bool kept_alone) {
+    ScoreFragment<queries> scores[1], rests, weights[1], grads[1];
+    const float* statistics = statistics_of(stage);
+    const bool saturated = is_saturated(statistics[lane_of_warp() % queries], 1.0f);
+    const bool refine = p.softcap == 0 && __any_sync(whole_warp, saturated);
+    careful_products<T>(scores, rests, this->first_owned, stage_of(this->first_walked, stage), this->warp_row, refine);
+    multiply_keys(grads, this->second_owned, stage_of(this->second_walked, stage), this->warp_row);
+    weights[0].excluded = 0;
+#pragma unroll
+    for (int n = 0; n < queries / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int column = 8 * n + fragment_column() + i, at = query + column;
+        const KeyRange seen = keys_of_query(p, sequence, min(at, sequence.seqlen_q - 1));
+        const float lse = statistics[column], delta = statistics[queries + column];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int e = 2 * half + i, of_row = key + this->row_of_thread(half);
+          const bool inside = at < sequence.seqlen_q && of_row >= seen.begin && of_row < seen.end;
+          const PairGrad of = pair_grad<T, Policy::general>(p, sequence, head, at, of_row, inside, scores[0].x[n][e],
+                                                            rests.x[n][e], grads[0].x[n][e], lse, delta);
+          weights[0].x[n][e] = of.dropped_weight;
+          grads[0].x[n][e] = of.grad_score;
+          if (!of.kept) weights[0].excluded |= 1u << (4 * n + e);
+        }
+      }
+    grads[0].excluded = weights[0].excluded;
+    const int chunk = first_column / width<T>;
+    if (kept_alone) {
+      add_kept_values<T>(grad_value, weights, stage_of(this->second_walked, stage), chunk);
+      add_kept_values<T>(grad_key, grads, stage_of(this->first_walked, stage), chunk);
+    } else {
+      add_values<T>(grad_value, weights, stage_of(this->second_walked, stage), chunk);
+      add_values<T>(grad_key, grads, stage_of(this->first_walked, stage), chunk);
+    }
+  }
+
+  // Queries [begin, end) that may see some of the tile's keys.
+  __device__ __forceinline__ KeyRange seeing_queries() const {
+    const int64_t opposite = diagonal(p, sequence);
+    return {static_cast<int>(clamped(key - opposite - p.window_right, 0, sequence.seqlen_q)),
+            static_cast<int>(clamped(key + rows - opposite + p.window_left, 0, sequence.seqlen_q))};
+  }
+  __device__ __forceinline__ void walk_queries(bool kept_alone) {
+    this->clear(grad_key);
+    this->clear(grad_value);
+    const KeyRange seeing = seeing_queries();
+    const int first = seeing.begin / queries * queries, group = p.num_heads / p.num_kv_heads;
+    const int steps = seeing.end > first ? (seeing.end - first + queries - 1) / queries : 0;
+    const auto load_step = [&](int step, int stage) {
+      if (step < steps * group)
+        load_queries(task.kv_head * group + step / steps, first + step % steps * queries, stage);
+      ptx::cp_async_commit();
+    };
+    if (steps > 0) load_step(0, 0);
+    ptx::cp_async_commit();
+    for (int step = 0; step < steps * group; ++step) {
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // this stage is there for all, and nobody reads the other one any more
+      load_step(step + 1, (step + 1) % 2);
+      take_queries(task.kv_head * group + step / steps, first + step % steps * queries, step % 2, kept_alone);
+    }
+    ptx::cp_async_wait<0>();
+  }
+  __device__ __forceinline__ void write_rows() const {
+    this->write(grad_key, g.grad_key, task.kv_head, sequence.key_row + key, rows, first_column, p.head_dim, p.scale);
+    this->write(grad_value, g.grad_value, task.kv_head, sequence.key_row + key, rows, first_column, p.value_head_dim,
+                1.0f);
+  }
+};
+
+template <class Policy>
+__global__ void __launch_bounds__(Policy::threads, 1)
+    attention_grad_key_kernel(const __grid_constant__ AttentionGradParams g) {
+  const AttentionParams& p = g.problem;
+  int64_t block_number = blockIdx.x;
+  const int share = static_cast<int>(block_number % Policy::column_shares);
+  block_number /= Policy::column_shares;
+  const int tiles = (p.max_seqlen_k + Policy::owned - 1) / Policy::owned;
+  const int key = static_cast<int>(block_number % tiles) * Policy::owned;
+  block_number /= tiles;
+  const AttentionTask task(AttentionTask::KeysAlone{}, p, static_cast<int>(block_number % p.num_kv_heads),
+                           block_number / p.num_kv_heads);
+  if (key >= task.sequence.seqlen_k) return;
+  KeyGradBlock<Policy> block(g, task, reinterpret_cast<typename Policy::T*>(dynamic_shared()), key, share);
+  block.load_keys();
+  for (bool kept_alone = false;; kept_alone = true) {
+    block.walk_queries(kept_alone);
+    if (kept_alone || !p.excludes) break;
+    if (!__syncthreads_or(!block.is_finite(block.grad_key) || !block.is_finite(block.grad_value))) break;
+  }
+  block.write_rows();
+}
+
+// ---- delta: a warp to a row ----
+
+constexpr int delta_rows = 8;
+
+template <class T>
+__global__ void __launch_bounds__(delta_rows* warp_size)
+    attention_delta_kernel(const __grid_constant__ AttentionGradParams g) {
+  const AttentionParams& p = g.problem;
+  const int tiles = (p.max_seqlen_q + delta_rows - 1) / delta_rows;
+  int64_t block = blockIdx.x;
+  const int query = static_cast<int>(block % tiles) * delta_rows + static_cast<int>(threadIdx.x) / warp_size;
+  block /= tiles;
+  const int head = static_cast<int>(block % p.num_heads);
+  const AttentionSequence s = sequence_of(p, block / p.num_heads);
+  if (query >= s.seqlen_q) return;  // whole warps
+  const int64_t row = s.query_row + query;
+  const T* grad = row_of<T>(g.grad_output, s.batch, head, row);
+  const T* output = row_of<T>(g.output, s.batch, head, row);
+  float sum = 0;
+  for (int c = lane_of_warp(); c < p.value_head_dim; c += warp_size)
+    sum = fmaf(to_float(grad[c * g.grad_output.col]), to_float(output[c * g.output.col]), sum);
+  sum = reduce_lanes<warp_size>(sum, Add{});
+  if (lane_of_warp() != 0) return;
+  if (g.grad_lse.data) sum -= row_of<float>(g.grad_lse, s.batch, head, row)[0];
+  const_cast<float*>(row_of<float>(g.delta, s.batch, head, row))[0] = sum;
+}
+
+}  // namespace
+
+}  // namespace transfuse::cuda
