@@ -120,6 +120,81 @@ class Problem {
   std::vector<Tensor> kept_;
 };
 
+// ---- problems ----
+
+// A [B, H, L, D] view of [B, L, H, D] memory: heads of one token lie together, as the next projection wants them.
+Tensor empty_heads(const char* op, const CudaCall& call, int64_t batch, int64_t heads, int64_t length, int64_t dim,
+                   ScalarType type) {
+  const Tensor memory = call.empty({batch, length, heads, dim}, type);
+  return view_of(op, memory, {batch, heads, length, dim},
+                 {memory.stride(0), memory.stride(2), memory.stride(1), memory.stride(3)});
+}
+
+AttentionSizes check_dense(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
+                           const std::optional<Tensor>& mask, const std::optional<Tensor>& seqlens_k,
+                           const AttentionOptions& options) {
+  const AttentionSizes s = check_tensors(op, query, key, value, 4);
+  check_options(op, options, query, query.size(0), s.num_heads, query.size(2), key.size(2), Backend::cuda);
+  if (mask) check_mask(op, *mask, query, key.size(2), Backend::cuda);
+  if (seqlens_k) {
+    check_integers(op, "seqlens_k", *seqlens_k, 1, Backend::cuda);
+    check_same_device(op, "seqlens_k", *seqlens_k, query, "query");
+    check_shape(op, "seqlens_k", *seqlens_k, {query.size(0)});
+  }
+  return s;
+}
+
+Problem dense_problem(const char* op, const CudaCall& call, const Tensor& query, const Tensor& key, const Tensor& value,
+                      const std::optional<Tensor>& mask, const std::optional<Tensor>& seqlens_k,
+                      const AttentionOptions& options, const AttentionSizes& s) {
+  Problem problem(call, query, key, value, s, dense_dims);
+  problem.add_options(op, options);
+  AttentionParams& p = problem.params;
+  p.mask = view(mask, dense_dims);
+  if (seqlens_k) p.seqlens_k = table_of(*seqlens_k);
+  p.num_sequences = query.size(0);
+  p.max_seqlen_q = counted(op, "query's length", query.size(2));
+  p.max_seqlen_k = counted(op, "key's length", key.size(2));
+  return problem;
+}
+
+void check_offsets(const char* op, const char* argument, const Tensor& t, const Tensor& query) {
+  check_integers(op, argument, t, 1, Backend::cuda);
+  check_same_device(op, argument, t, query, "query");
+  check(t.size(0) >= 1, op, ": ", argument, " has shape ", shape_of(t), ", expected at least one entry");
+}
+
+AttentionSizes check_packed(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
+                            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                            int64_t max_seqlen_k, const AttentionOptions& options) {
+  const AttentionSizes s = check_tensors(op, query, key, value, 3);
+  check_offsets(op, "cu_seqlens_q", cu_seqlens_q, query);
+  check_offsets(op, "cu_seqlens_k", cu_seqlens_k, query);
+  check_same_shape(op, "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q, "cu_seqlens_q");
+  check(max_seqlen_q >= 0 && max_seqlen_k >= 0, op, ": max_seqlen_q and max_seqlen_k are ", max_seqlen_q, " and ",
+        max_seqlen_k, ", expected at least 0");
+  check_options(op, options, query, cu_seqlens_q.size(0) - 1, s.num_heads, max_seqlen_q, max_seqlen_k, Backend::cuda);
+  return s;
+}
+
+Problem packed_problem(const char* op, const CudaCall& call, const Tensor& query, const Tensor& key, const Tensor& value,
+                       const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                       int64_t max_seqlen_k, const AttentionOptions& options, const AttentionSizes& s) {
+  Problem problem(call, query, key, value, s, packed_dims);
+  problem.add_options(op, options);
+  AttentionParams& p = problem.params;
+  p.offsets_q = table_of(cu_seqlens_q);
+  p.offsets_k = table_of(cu_seqlens_k);
+  p.num_sequences = cu_seqlens_q.size(0) - 1;
+  p.tokens_q = query.size(0);
+  p.tokens_k = key.size(0);
+  p.max_seqlen_q = counted(op, "query's longest sequence", std::min(max_seqlen_q, p.tokens_q));
+  p.max_seqlen_k = counted(op, "key's longest sequence", std::min(max_seqlen_k, p.tokens_k));
+  return problem;
+}
+
+// ---- forward ----
+
 std::tuple<Tensor, Tensor> attention_forward(const Tensor query, const Tensor key, const Tensor value,
                                              std::optional<Tensor> bias, std::optional<Tensor> mask,
                                              std::optional<Tensor> seqlens_k, std::optional<Tensor> alibi_slopes,
@@ -129,39 +204,17 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor query, const Tensor ke
   const char* op = "attention";
   const AttentionOptions options{bias,         alibi_slopes, sinks,        dropout_seed, scale,    causal,
                                  bottom_right, window_left,  window_right, softcap,      dropout_p};
-  const AttentionSizes s = check_tensors(op, query, key, value, 4);
-  const int64_t batch = query.size(0), seqlen_q = query.size(2), seqlen_k = key.size(2);
-  check_options(op, options, query, batch, s.num_heads, seqlen_q, seqlen_k, Backend::cuda);
-  if (mask) check_mask(op, *mask, query, seqlen_k, Backend::cuda);
-  if (seqlens_k) {
-    check_integers(op, "seqlens_k", *seqlens_k, 1, Backend::cuda);
-    check_same_device(op, "seqlens_k", *seqlens_k, query, "query");
-    check_shape(op, "seqlens_k", *seqlens_k, {batch});
-  }
+  const AttentionSizes s = check_dense(op, query, key, value, mask, seqlens_k, options);
   const CudaCall call(op, query);
-  // A [B, H, L, D] view of [B, L, H, D] memory: heads of one token lie together, as the next projection wants them.
-  const Tensor memory = call.empty({batch, seqlen_q, s.num_heads, s.value_head_dim}, query.scalar_type());
-  const Tensor output = view_of(op, memory, {batch, s.num_heads, seqlen_q, s.value_head_dim},
-                                {memory.stride(0), memory.stride(2), memory.stride(1), memory.stride(3)});
-  const Tensor lse = call.empty({batch, s.num_heads, seqlen_q}, ScalarType::Float);
-  Problem problem(call, query, key, value, s, dense_dims);
-  problem.add_options(op, options);
+  const int64_t batch = query.size(0), length = query.size(2);
+  const Tensor output = empty_heads(op, call, batch, s.num_heads, length, s.value_head_dim, query.scalar_type());
+  const Tensor lse = call.empty({batch, s.num_heads, length}, ScalarType::Float);
+  Problem problem = dense_problem(op, call, query, key, value, mask, seqlens_k, options, s);
   AttentionParams& p = problem.params;
-  p.mask = view(mask, dense_dims);
-  if (seqlens_k) p.seqlens_k = table_of(*seqlens_k);
-  p.num_sequences = batch;
-  p.max_seqlen_q = counted(op, "query's length", seqlen_q);
-  p.max_seqlen_k = counted(op, "key's length", seqlen_k);
   p.output = output_view(output, dense_dims);
   p.lse = output_view(lse, dense_dims);
   call.check(cuda::attention_forward(p, dtype_of(query), call.stream()));
   return {output, lse};
-}
-
-void check_offsets(const char* op, const char* argument, const Tensor& t, const Tensor& query) {
-  check_integers(op, argument, t, 1, Backend::cuda);
-  check_same_device(op, argument, t, query, "query");
-  check(t.size(0) >= 1, op, ": ", argument, " has shape ", shape_of(t), ", expected at least one entry");
 }
 
 std::tuple<Tensor, Tensor> varlen_attention_forward(const Tensor query, const Tensor key, const Tensor value,
@@ -174,32 +227,120 @@ std::tuple<Tensor, Tensor> varlen_attention_forward(const Tensor query, const Te
   const char* op = "varlen_attention";
   const AttentionOptions options{bias,         alibi_slopes, sinks,        dropout_seed, scale,    causal,
                                  bottom_right, window_left,  window_right, softcap,      dropout_p};
-  const AttentionSizes s = check_tensors(op, query, key, value, 3);
-  check_offsets(op, "cu_seqlens_q", cu_seqlens_q, query);
-  check_offsets(op, "cu_seqlens_k", cu_seqlens_k, query);
-  check_same_shape(op, "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q, "cu_seqlens_q");
-  check(max_seqlen_q >= 0 && max_seqlen_k >= 0, op, ": max_seqlen_q and max_seqlen_k are ", max_seqlen_q, " and ",
-        max_seqlen_k, ", expected at least 0");
-  const int64_t count = cu_seqlens_q.size(0) - 1;
-  check_options(op, options, query, count, s.num_heads, max_seqlen_q, max_seqlen_k, Backend::cuda);
+  const AttentionSizes s = check_packed(op, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                                        options);
   const CudaCall call(op, query);
-  const int64_t tokens_q = query.size(0), tokens_k = key.size(0);
-  const Tensor output = call.empty({tokens_q, s.num_heads, s.value_head_dim}, query.scalar_type());
-  const Tensor lse = call.empty({s.num_heads, tokens_q}, ScalarType::Float);
-  Problem problem(call, query, key, value, s, packed_dims);
-  problem.add_options(op, options);
+  const Tensor output = call.empty({query.size(0), s.num_heads, s.value_head_dim}, query.scalar_type());
+  const Tensor lse = call.empty({s.num_heads, query.size(0)}, ScalarType::Float);
+  Problem problem = packed_problem(op, call, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                                   options, s);
   AttentionParams& p = problem.params;
-  p.offsets_q = table_of(cu_seqlens_q);
-  p.offsets_k = table_of(cu_seqlens_k);
-  p.num_sequences = count;
-  p.tokens_q = tokens_q;
-  p.tokens_k = tokens_k;
-  p.max_seqlen_q = counted(op, "query's longest sequence", std::min(max_seqlen_q, tokens_q));
-  p.max_seqlen_k = counted(op, "key's longest sequence", std::min(max_seqlen_k, tokens_k));
   p.output = output_view(output, packed_dims);
   p.lse = output_view(lse, packed_lse_dims);
   call.check(cuda::attention_forward(p, dtype_of(query), call.stream()));
   return {output, lse};
+}
+
+// ---- backward ----
+
+using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// What there is no kernel for; the ops page says so before it comes here.
+void check_wanted(const char* op, const Tensor& query, bool need_bias_grad, bool need_alibi_grad,
+                  bool need_sinks_grad) {
+  check(query.scalar_type() != ScalarType::Float, op, ": query has dtype float32, expected bfloat16 or float16 ",
+        "(the float32 kernel has no backward)");
+  check(!need_bias_grad && !need_alibi_grad && !need_sinks_grad, op,
+        ": a gradient of bias, alibi_slopes or sinks is wanted, expected none (the kernel has none)");
+}
+
+// What a backward takes beside the inputs: shapes as the forward left them.
+void check_saved(const char* op, const Tensor& query, const Tensor& value, const Tensor& grad_output,
+                 const std::optional<Tensor>& grad_lse, const Tensor& output, const Tensor& lse,
+                 const std::vector<int64_t>& lse_shape) {
+  std::vector<int64_t> output_shape(query.sizes().begin(), query.sizes().end());
+  output_shape.back() = value.size(value.dim() - 1);
+  const auto check_one = [&](const char* argument, const Tensor& t, ScalarType type, const std::vector<int64_t>& shape) {
+    check_device(op, argument, t, Backend::cuda);
+    check_same_device(op, argument, t, query, "query");
+    check_dtype(op, argument, t, type);
+    check_shape(op, argument, t, shape);
+  };
+  check_one("grad_output", grad_output, query.scalar_type(), output_shape);
+  check_one("output", output, query.scalar_type(), output_shape);
+  check_one("lse", lse, ScalarType::Float, lse_shape);
+  if (grad_lse) check_one("grad_lse", *grad_lse, ScalarType::Float, lse_shape);
+}
+
+// Runs the kernels; `grads` are of query, key and value.
+Grads run_backward(const CudaCall& call, const AttentionParams& problem, const Tensor& query,
+                   const Tensor& grad_output, const std::optional<Tensor>& grad_lse, const Tensor& output,
+                   const Tensor& lse, const std::vector<Tensor>& grads, Dims dims, Dims lse_dims) {
+  const Tensor delta = call.empty_like_dense(lse);
+  cuda::AttentionGradParams g{};
+  g.problem = problem;
+  g.grad_output = view(grad_output, dims);
+  g.output = view(output, dims);
+  g.lse = view(lse, lse_dims);
+  g.grad_lse = view(grad_lse, lse_dims);
+  g.delta = view(delta, lse_dims);
+  g.grad_query = output_view(grads[0], dims);
+  g.grad_key = output_view(grads[1], dims);
+  g.grad_value = output_view(grads[2], dims);
+  call.check(cuda::attention_backward(g, dtype_of(query), call.stream()));
+  const auto nothing = [&] { return call.empty({0}, query.scalar_type()); };
+  return {grads[0], grads[1], grads[2], nothing(), nothing(), nothing()};
+}
+
+Grads attention_backward(const Tensor grad_output, std::optional<Tensor> grad_lse, const Tensor query, const Tensor key,
+                         const Tensor value, const Tensor output, const Tensor lse, std::optional<Tensor> bias,
+                         std::optional<Tensor> mask, std::optional<Tensor> seqlens_k,
+                         std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
+                         std::optional<Tensor> dropout_seed, double scale, bool causal, bool bottom_right,
+                         int64_t window_left, int64_t window_right, double softcap, double dropout_p,
+                         std::vector<int64_t>, bool need_bias_grad, bool need_alibi_grad, bool need_sinks_grad) {
+  const char* op = "attention";
+  const AttentionOptions options{bias,         alibi_slopes, sinks,        dropout_seed, scale,    causal,
+                                 bottom_right, window_left,  window_right, softcap,      dropout_p};
+  check_wanted(op, query, need_bias_grad, need_alibi_grad, need_sinks_grad);
+  const AttentionSizes s = check_dense(op, query, key, value, mask, seqlens_k, options);
+  const int64_t batch = query.size(0), seqlen_q = query.size(2), seqlen_k = key.size(2);
+  check_saved(op, query, value, grad_output, grad_lse, output, lse, {batch, s.num_heads, seqlen_q});
+  const CudaCall call(op, query);
+  const ScalarType type = query.scalar_type();
+  const Problem problem = dense_problem(op, call, query, key, value, mask, seqlens_k, options, s);
+  const std::vector<Tensor> grads{empty_heads(op, call, batch, s.num_heads, seqlen_q, s.head_dim, type),
+                                  empty_heads(op, call, batch, s.num_kv_heads, seqlen_k, s.head_dim, type),
+                                  empty_heads(op, call, batch, s.num_kv_heads, seqlen_k, s.value_head_dim, type)};
+  if (seqlens_k)  // keys past the length belong to nobody
+    for (int i = 1; i < 3; ++i) {
+      Tensor grad = grads[i];
+      torch::stable::zero_(grad);
+    }
+  return run_backward(call, problem.params, query, grad_output, grad_lse, output, lse, grads, dense_dims, dense_dims);
+}
+
+Grads varlen_attention_backward(const Tensor grad_output, std::optional<Tensor> grad_lse, const Tensor query,
+                                const Tensor key, const Tensor value, const Tensor output, const Tensor lse,
+                                const Tensor cu_seqlens_q, const Tensor cu_seqlens_k, std::optional<Tensor> bias,
+                                std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
+                                std::optional<Tensor> dropout_seed, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                double scale, bool causal, bool bottom_right, int64_t window_left, int64_t window_right,
+                                double softcap, double dropout_p, std::vector<int64_t>, bool need_bias_grad,
+                                bool need_alibi_grad, bool need_sinks_grad) {
+  const char* op = "varlen_attention";
+  const AttentionOptions options{bias,         alibi_slopes, sinks,        dropout_seed, scale,    causal,
+                                 bottom_right, window_left,  window_right, softcap,      dropout_p};
+  check_wanted(op, query, need_bias_grad, need_alibi_grad, need_sinks_grad);
+  const AttentionSizes s = check_packed(op, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                                        options);
+  check_saved(op, query, value, grad_output, grad_lse, output, lse, {query.size(1), query.size(0)});
+  const CudaCall call(op, query);
+  const Problem problem = packed_problem(op, call, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                                         max_seqlen_k, options, s);
+  const std::vector<Tensor> grads{call.empty_like_dense(query), call.empty_like_dense(key), call.empty_like_dense(value)};
+  return run_backward(call, problem.params, query, grad_output, grad_lse, output, lse, grads, packed_dims,
+                      packed_lse_dims);
 }
 
 }  // namespace
@@ -207,6 +348,8 @@ std::tuple<Tensor, Tensor> varlen_attention_forward(const Tensor query, const Te
 STABLE_TORCH_LIBRARY_IMPL(transfuse, CUDA, m) {
   m.impl("attention_forward", TORCH_BOX(&attention_forward));
   m.impl("varlen_attention_forward", TORCH_BOX(&varlen_attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("varlen_attention_backward", TORCH_BOX(&varlen_attention_backward));
 }
 
 }  // namespace transfuse

@@ -12,7 +12,9 @@ namespace transfuse::cuda {
 cudaError_t attention_forward_f32(const AttentionParams& p, cudaStream_t stream);
 #define TRANSFUSE_UNIT(head_dim)                                                                                      \
   cudaError_t attention_forward_##head_dim##_f16(const AttentionParams& p, bool general, cudaStream_t stream);        \
-  cudaError_t attention_forward_##head_dim##_bf16(const AttentionParams& p, bool general, cudaStream_t stream);
+  cudaError_t attention_forward_##head_dim##_bf16(const AttentionParams& p, bool general, cudaStream_t stream);       \
+  cudaError_t attention_backward_##head_dim##_f16(const AttentionGradParams& g, bool general, cudaStream_t stream);   \
+  cudaError_t attention_backward_##head_dim##_bf16(const AttentionGradParams& g, bool general, cudaStream_t stream);
 TRANSFUSE_ATTENTION_HEAD_DIMS
 #undef TRANSFUSE_UNIT
 
@@ -57,18 +59,44 @@ AttentionParams prepared(AttentionParams p) {
   return p;
 }
 
+template <class T>
+AttentionGradParams prepared(AttentionGradParams g) {
+  g.problem = prepared<T>(g.problem);
+  g.problem.packed_heads = 1;
+  g.whole_grad_output = whole_rows<T>(g.grad_output);
+  return g;
+}
+
+bool is_general(const AttentionParams& p) { return p.transforms || p.mask.data || p.dropout_seed; }
+int widest_head_dim(const AttentionParams& p) { return p.head_dim > p.value_head_dim ? p.head_dim : p.value_head_dim; }
+
 }  // namespace
 
 cudaError_t attention_forward(const AttentionParams& params, DType dtype, cudaStream_t stream) {
   if (params.num_heads == 0 || params.max_seqlen_q == 0 || params.num_sequences == 0) return cudaSuccess;
   if (dtype == DType::f32) return attention_forward_f32(prepared<float>(params), stream);
   const AttentionParams p = dtype == DType::f16 ? prepared<f16>(params) : prepared<bf16>(params);
-  const bool general = p.transforms || p.mask.data || p.dropout_seed;
-  const int widest = p.head_dim > p.value_head_dim ? p.head_dim : p.value_head_dim;
+  const bool general = is_general(p);
+  const int widest = widest_head_dim(p);
 #define TRANSFUSE_UNIT(of_unit)                                                            \
   if (widest <= of_unit)                                                                   \
     return dtype == DType::f16 ? attention_forward_##of_unit##_f16(p, general, stream)     \
                                : attention_forward_##of_unit##_bf16(p, general, stream);
+  TRANSFUSE_ATTENTION_HEAD_DIMS
+#undef TRANSFUSE_UNIT
+  return cudaErrorNotSupported;
+}
+
+cudaError_t attention_backward(const AttentionGradParams& params, DType dtype, cudaStream_t stream) {
+  if (dtype == DType::f32) return cudaErrorNotSupported;
+  if (params.problem.num_heads == 0 || params.problem.num_sequences == 0) return cudaSuccess;
+  const AttentionGradParams g = dtype == DType::f16 ? prepared<f16>(params) : prepared<bf16>(params);
+  const bool general = is_general(g.problem);
+  const int widest = widest_head_dim(g.problem);
+#define TRANSFUSE_UNIT(of_unit)                                                             \
+  if (widest <= of_unit)                                                                    \
+    return dtype == DType::f16 ? attention_backward_##of_unit##_f16(g, general, stream)     \
+                               : attention_backward_##of_unit##_bf16(g, general, stream);
   TRANSFUSE_ATTENTION_HEAD_DIMS
 #undef TRANSFUSE_UNIT
   return cudaErrorNotSupported;

@@ -113,17 +113,15 @@ __device__ __forceinline__ void careful_products(ScoreFragment<Others> (&product
   const RowsOperand<RowsTile> first(rows, row);
   const ProductsOperand<OthersTile> second(others);
 #pragma unroll
-  for (int n = 0; n < Others / 8; n += 2) {
-    Pair sums[2][4];
+  for (int n = 0; n < Others / 8; ++n) {
+    Pair sums[4];
     multiply_in_two_floats<T, RowsTile::columns / 16>(sums, first, second, 8 * n);
 #pragma unroll
-    for (int j = 0; j < 2; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const bool finite = isfinite(sums[j][e].hi + sums[j][e].lo);
-        if (finite) products[0].x[n + j][e] = sums[j][e].hi;
-        rests.x[n + j][e] = finite ? sums[j][e].lo : 0.0f;
-      }
+    for (int e = 0; e < 4; ++e) {
+      const bool finite = isfinite(sums[e].hi + sums[e].lo);
+      if (finite) products[0].x[n][e] = sums[e].hi;
+      rests.x[n][e] = finite ? sums[e].lo : 0.0f;
+    }
   }
 }
 

@@ -213,28 +213,24 @@ __device__ __forceinline__ void exclude_masked(ScoreFragment<Keys>& scores, cons
 
 constexpr float saturated_logit = 128.0f;
 
-// Products with rows [row, row + 16) of the second operand's tile.
+// Products with rows [row, row + 8) of the second operand's tile, added in two floats. Eight rows at a time, as the
+// registers that this takes are taken from the whole kernel.
 template <class T, int steps, class First, class Second>
-__device__ __forceinline__ void multiply_in_two_floats(Pair (&sums)[2][4], const First& first, const Second& second,
+__device__ __forceinline__ void multiply_in_two_floats(Pair (&sums)[4], const First& first, const Second& second,
                                                        int row) {
 #pragma unroll
-  for (int j = 0; j < 2; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) sums[j][e] = {0, 0};
+  for (int e = 0; e < 4; ++e) sums[e] = {0, 0};
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     uint32_t a[4], b[2][2];
     first.load(a, 0, step);
-    second.load(b, row, step);
+    second.load(b, row / 16 * 16, step);
+    float part[4] = {};
+    multiply<T>(part, a, b[row / 8 % 2]);
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      float part[4] = {};
-      multiply<T>(part, a, b[j]);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const Pair sum = two_sum(sums[j][e].hi, part[e]);
-        sums[j][e] = {sum.hi, sums[j][e].lo + sum.lo};
-      }
+    for (int e = 0; e < 4; ++e) {
+      const Pair sum = two_sum(sums[e].hi, part[e]);
+      sums[e] = {sum.hi, sums[e].lo + sum.lo};
     }
   }
 }
@@ -254,34 +250,32 @@ __device__ __forceinline__ void refine_scores(ScoreFragment<Keys>& scores, const
   const RowsOperand<QueryTile> queries(query, row);
   const ProductsOperand<KeyTile> keys(key_tile);
 #pragma unroll
-  for (int n = 0; n < Keys / 8; n += 2) {
-    Pair product[2][4];
+  for (int n = 0; n < Keys / 8; ++n) {
+    Pair product[4];
     multiply_in_two_floats<T, QueryTile::columns / 16>(product, queries, keys, 8 * n);
 #pragma unroll
-    for (int j = 0; j < 2; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int half = e / 2, at = key + 8 * (n + j) + fragment_column() + e % 2;
-        const Pair exact = product[j][e];
-        if (!row_anchor.refine[half] || scores.is_excluded(n + j, e)) continue;
-        float& score = scores.x[n + j][e];
-        if (!isfinite(exact.hi + exact.lo)) {
-          score -= row_anchor.anchor[half];
-        } else if (general && p.transforms) {
-          double logit = (static_cast<double>(exact.hi) + exact.lo) * p.scale;
-          if (p.bias.data && at < s.seqlen_k) {
-            const int64_t place = at * p.bias.col;
-            logit += p.bias_in_float
-                ? row_of<float>(p.bias, s.batch, rows[half].head, rows[half].query)[place]
-                : to_float(row_of<T>(p.bias, s.batch, rows[half].head, rows[half].query)[place]);
-          }
-          if (p.alibi_slopes)
-            logit -= static_cast<double>(alibi_slope(p, s, rows[half].head)) * distance(p, s, rows[half].query, at);
-          score = static_cast<float>(logit - row_anchor.anchor[half]);
-        } else {
-          score = (exact.hi - row_anchor.anchor[half]) + exact.lo;
+    for (int e = 0; e < 4; ++e) {
+      const int half = e / 2, at = key + 8 * n + fragment_column() + e % 2;
+      const Pair exact = product[e];
+      if (!row_anchor.refine[half] || scores.is_excluded(n, e)) continue;
+      float& score = scores.x[n][e];
+      if (!isfinite(exact.hi + exact.lo)) {
+        score -= row_anchor.anchor[half];
+      } else if (general && p.transforms) {
+        double logit = (static_cast<double>(exact.hi) + exact.lo) * p.scale;
+        if (p.bias.data && at < s.seqlen_k) {
+          const int64_t place = at * p.bias.col;
+          logit += p.bias_in_float
+              ? row_of<float>(p.bias, s.batch, rows[half].head, rows[half].query)[place]
+              : to_float(row_of<T>(p.bias, s.batch, rows[half].head, rows[half].query)[place]);
         }
+        if (p.alibi_slopes)
+          logit -= static_cast<double>(alibi_slope(p, s, rows[half].head)) * distance(p, s, rows[half].query, at);
+        score = static_cast<float>(logit - row_anchor.anchor[half]);
+      } else {
+        score = (exact.hi - row_anchor.anchor[half]) + exact.lo;
       }
+    }
   }
 }
 

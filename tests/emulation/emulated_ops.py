@@ -103,12 +103,17 @@ def stem_of(name):
     return next((stem for stem in EMULATED if name.startswith(f"{stem}_")), None)
 
 
-def beyond(stem, args):
-    """Whether a problem is one that the ops page keeps from CUDA: wider heads run elsewhere."""
+def beyond(stem, name, args):
+    """Whether a problem is one that the ops page keeps from CUDA."""
     floats = [t for t in args if isinstance(t, torch.Tensor) and t.is_floating_point()]
-    return any(t.dtype == torch.float64 for t in floats) or (
-        stem == "attention" and max(t.shape[-1] for t in floats[:3]) > max(ATTENTION_HEAD_DIMS)
-    )
+    if any(t.dtype == torch.float64 for t in floats):
+        return True
+    if stem != "attention":
+        return False
+    backward = name.endswith("_backward")
+    if backward and (floats[0].dtype == torch.float32 or any(args[-3:])):  # gradients of bias, slopes or sinks
+        return True
+    return max(t.shape[-1] for t in (args[2:5] if backward else args[:3])) > max(ATTENTION_HEAD_DIMS)
 
 
 class EmulatedKernels(TorchDispatchMode):
@@ -128,7 +133,7 @@ class EmulatedKernels(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         namespace, _, name = function.name().partition("::")
         stem = stem_of(name) if namespace == "transfuse" else None
-        served_by = None if stem is None or beyond(stem, args) else self.library or library(stem)
+        served_by = None if stem is None or beyond(stem, name, args) else self.library or library(stem)
         if served_by is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"{self.namespace}::{name}", "CPU"):
             return function(*args, **(kwargs or {}))
         self.calls += 1

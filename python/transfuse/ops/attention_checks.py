@@ -53,19 +53,27 @@ def cuda_reasons(problem, head_dims: tuple[tuple[str, int], ...]) -> tuple[str, 
     for name, size in head_dims:
         if size > widest and not extension.cuda_unavailable:
             reasons += (f"{name} is {size}, the kernel takes up to {widest}",)
-    if problem.requires_grad:
-        reasons += ("a gradient is wanted, the kernel has no backward yet",)
+    if problem.requires_grad and problem.dtype == torch.float32:
+        reasons += ("a gradient is wanted, the float32 kernel has no backward yet",)
+    for name in problem.extra_gradients:
+        reasons += (f"the gradient of {name} is wanted, the kernel has none yet",)
     return reasons
 
 
-def choice_key(query: Tensor, key: Tensor, value: Tensor, features: dict, *biases: Tensor | None) -> tuple:
+def extra_gradients(bias: Tensor | None, features: dict) -> tuple[str, ...]:
+    """Which of the arguments beside query, key and value want a gradient."""
+    tensors = {"attn_bias": bias, **{name: features.get(name) for name in ("alibi_slopes", "sinks")}}
+    return tuple(name for name, tensor in tensors.items() if tensor is not None and wants_grad(tensor))
+
+
+def choice_key(query: Tensor, key: Tensor, value: Tensor, features: dict, bias: Tensor | None) -> tuple:
     """What the choice of an implementation depends on: one table serves all sizes that are treated alike."""
     widest = max(query.shape[-1], value.shape[-1])
     if query.device.type == "cpu":
         return "cpu", query.dtype, widest > MAX_HEAD_DIM, *features
-    needs = wants_grad(query, key, value, *biases, features.get("alibi_slopes"), features.get("sinks"))
-    narrow = widest <= extension.cuda_attention_head_dim
-    return str(query.device), query.dtype, narrow, widest <= CUDA_FLOAT32_HEAD_DIM, widest > MAX_HEAD_DIM, needs, *features
+    sizes = (extension.cuda_attention_head_dim, CUDA_FLOAT32_HEAD_DIM, MAX_HEAD_DIM)
+    gradients = wants_grad(query, key, value), extra_gradients(bias, features)
+    return str(query.device), query.dtype, *(widest > size for size in sizes), *gradients, *features
 
 
 def features_in_use(
