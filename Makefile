@@ -44,7 +44,8 @@ demo: build
 # JOBS files at a time, each with torch's threads, which must not spin while they wait.
 JOBS ?= 2
 test: build
-	PATH="$$PATH:$$(echo $(NVCC_FOLDER))" OMP_WAIT_POLICY=passive $(PY) -m pytest tests -n $(JOBS) --dist loadfile \
+	$(if $(FULL),TRANSFUSE_EMULATED_HEAD_DIMS="32 64 96 128 192 256") \
+	  PATH="$$PATH:$$(echo $(NVCC_FOLDER))" OMP_WAIT_POLICY=passive $(PY) -m pytest tests -n $(JOBS) --dist loadfile \
 	  --no-loadscope-reorder $(if $(FULL),--table tests/full.md,-m "not slow") $(ARGS)
 
 # The runtimes that models are compared with live apart, on top of what .venv holds: it stays as users have it.

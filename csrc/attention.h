@@ -1,4 +1,5 @@
-// The raw forward ops of attention.cpp, for host code that composes them. Their arguments: python/transfuse/ops/attention.py.
+// The raw forward ops of attention.cpp, for host code that composes them. Their arguments:
+// python/transfuse/ops/attention.py.
 #pragma once
 
 #include <optional>

@@ -177,9 +177,9 @@ AttentionSizes check_packed(const char* op, const Tensor& query, const Tensor& k
   return s;
 }
 
-Problem packed_problem(const char* op, const CudaCall& call, const Tensor& query, const Tensor& key, const Tensor& value,
-                       const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
-                       int64_t max_seqlen_k, const AttentionOptions& options, const AttentionSizes& s) {
+Problem packed_problem(const char* op, const CudaCall& call, const Tensor& query, const Tensor& key,
+                       const Tensor& value, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                       int64_t max_seqlen_q, int64_t max_seqlen_k, const AttentionOptions& options, const AttentionSizes& s) {
   Problem problem(call, query, key, value, s, packed_dims);
   problem.add_options(op, options);
   AttentionParams& p = problem.params;
@@ -260,7 +260,8 @@ void check_saved(const char* op, const Tensor& query, const Tensor& value, const
                  const std::vector<int64_t>& lse_shape) {
   std::vector<int64_t> output_shape(query.sizes().begin(), query.sizes().end());
   output_shape.back() = value.size(value.dim() - 1);
-  const auto check_one = [&](const char* argument, const Tensor& t, ScalarType type, const std::vector<int64_t>& shape) {
+  const auto check_one = [&](const char* argument, const Tensor& t, ScalarType type,
+                             const std::vector<int64_t>& shape) {
     check_device(op, argument, t, Backend::cuda);
     check_same_device(op, argument, t, query, "query");
     check_dtype(op, argument, t, type);
@@ -338,7 +339,8 @@ Grads varlen_attention_backward(const Tensor grad_output, std::optional<Tensor> 
   const CudaCall call(op, query);
   const Problem problem = packed_problem(op, call, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
                                          max_seqlen_k, options, s);
-  const std::vector<Tensor> grads{call.empty_like_dense(query), call.empty_like_dense(key), call.empty_like_dense(value)};
+  const std::vector<Tensor> grads{call.empty_like_dense(query), call.empty_like_dense(key),
+                                  call.empty_like_dense(value)};
   return run_backward(call, problem.params, query, grad_output, grad_lse, output, lse, grads, packed_dims,
                       packed_lse_dims);
 }

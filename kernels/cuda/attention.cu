@@ -1,8 +1,8 @@
 // Attention on a GPU: what the launcher finds out about a problem, and which unit runs it.
 //
-// The kernels are in attention_forward.cuh (float16, bfloat16) and attention_simt.cuh (float32). Those of the 16-bit
-// types are compiled in one unit per head dimension and type; TRANSFUSE_ATTENTION_HEAD_DIMS lists those of this build, as
-// TRANSFUSE_UNIT(64) TRANSFUSE_UNIT(128).
+// The kernels are in attention_forward.cuh and attention_backward.cuh (float16, bfloat16), and attention_simt.cuh
+// (float32). Those of the 16-bit types are compiled in one unit per head dimension and type;
+// TRANSFUSE_ATTENTION_HEAD_DIMS lists those of this build, as TRANSFUSE_UNIT(64) TRANSFUSE_UNIT(128).
 #include "cuda/attention.cuh"
 
 #include "cuda/vector.cuh"
@@ -49,7 +49,8 @@ int heads_of_a_tile(const AttentionParams& p) {
 template <class T>
 AttentionParams prepared(AttentionParams p) {
   p.packed_heads = heads_of_a_tile(p);
-  p.excludes = p.mask.data || p.bias.data || p.window_left < attention_unbounded || p.window_right < attention_unbounded;
+  p.excludes =
+      p.mask.data || p.bias.data || p.window_left < attention_unbounded || p.window_right < attention_unbounded;
   p.whole_query = whole_rows<T>(p.query);
   p.whole_key = whole_rows<T>(p.key);
   p.whole_value = whole_rows<T>(p.value);

@@ -75,21 +75,21 @@ struct AttentionGradParams {
   bool whole_grad_output;  // found by the launcher
 };
 
-/* Tiles of the tensor-core kernel, one row per head dimension and size of a block's shared memory: of the rows that the
-   GPU has the memory for, the one that takes most.
+/* Tiles of the forward on tensor cores, one row per head dimension and size of a block's shared memory: of the rows
+   that the GPU has the memory for, the one that takes most.
 
-   Two stages of keys and values beside the queries fit one block's shared memory. Up to 128 dimensions a warp holds 32
-   queries, so that each fragment of keys and values is used twice: with 16 the reads of shared memory alone would take as
-   long as the products. The number of keys is what registers leave beside the output's accumulators; 64 keys spill at 96
-   dimensions and more, 48 at 128 (nvcc 13.0, sm_80). 227 KB have no row of their own: registers end before the memory.
-   Arithmetic and the compiler's figures only: nothing here was timed. */
+   Two stages of keys and values beside the queries fit one block's shared memory. Up to 96 dimensions a warp holds 32
+   queries, so that each fragment of keys and values is used twice: with 16 the reads of shared memory alone take as
+   long as the products. The number of keys is what registers leave beside the output's accumulators: with 32 queries
+   64 keys spill at 96 dimensions, and 32 do at 128 (nvcc 13.0, sm_80 and sm_90a). 227 KB have no row of their own: registers end before
+   the memory. Arithmetic and the compiler's figures only: nothing here was timed. */
 struct AttentionTile {
   int head_dim, shared_kb;
   int queries, keys;         // of a tile
   int warps, general_warps;  // of the plain kernel, and of the one with biases, masks, softcap and dropout
 };
 constexpr AttentionTile attention_tiles[] = {
-    {32, 99, 128, 64, 4, 8},  {64, 99, 128, 64, 4, 8}, {96, 99, 128, 48, 4, 8},  {128, 99, 128, 32, 4, 8},
+    {32, 99, 128, 64, 4, 8},  {64, 99, 128, 64, 4, 8}, {96, 99, 128, 48, 4, 8},  {128, 99, 128, 64, 8, 8},
     {192, 99, 64, 32, 4, 4}, {192, 163, 128, 64, 8, 8}, {256, 99, 64, 32, 4, 4}, {256, 163, 128, 32, 8, 8},
 };
 

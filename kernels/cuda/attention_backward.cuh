@@ -4,14 +4,14 @@
 //   dV = (P * D)^T dO         dP = D * (dO V^T)         dS = P * (dP - delta)
 //   dR = dS * cap_slope       dQ = scale * dR K         dK = scale * dR^T Q
 //
-// A block of the first kernel owns a tile of queries, walks the keys that they see, and writes dQ; one of the second owns
-// a tile of keys, walks the queries that see them, heads of a group in order, and writes dK and dV. Scores and dP are so
-// computed twice, seven products instead of five: the price of sums without atomics and without a workspace that grows
-// with Lq x Lk.
+// A block of the first kernel owns a tile of queries, walks the keys that they see, and writes dQ; one of the second
+// owns a tile of keys, walks the queries that see them, heads of a group in order, and writes dK and dV. Scores and dP
+// are so computed twice, seven products instead of five: the price of sums without atomics and without a workspace that
+// grows with Lq x Lk.
 //
 // Policy: as in the forward. Pairs that are excluded have P = dS = 0 by select; a block whose sums are not finite walks
-// once more over kept pairs alone. Saturated rows take their products in two floats. P and dS are rounded to the storage
-// type for the products they enter, and nowhere else.
+// once more over kept pairs alone. Saturated rows take their products in two floats. P and dS are rounded to the
+// storage type for the products they enter, and nowhere else.
 #pragma once
 
 #include "cuda/attention_forward.cuh"
@@ -27,7 +27,7 @@ struct AttentionGradPolicy {
   static constexpr int head_dim = HeadDim, stages = 2;
   static constexpr int warps = 4, threads = warps * warp_size, warp_rows = 16;
   static constexpr int owned = warps * warp_rows;                // queries, or keys, of a block
-  static constexpr int walked = HeadDim <= 128 ? 32 : 16;        // keys, or queries, of one step
+  static constexpr int walked = HeadDim <= 96 ? 32 : 16;         // keys, or queries, of one step
   static constexpr int column_shares = HeadDim <= 128 ? 1 : 2;   // of dK and dV
   static constexpr int columns = HeadDim / column_shares;
   using OwnedTile = SharedTile<T, owned, HeadDim>;
@@ -47,8 +47,8 @@ struct PairScore {
 
 // From a product to a score, element by element: the general kernels of the backward look everything up where it lies.
 template <class T>
-__device__ __forceinline__ PairScore pair_score(const AttentionParams& p, const AttentionSequence& s, int head, int query,
-                                                int key, bool inside, float product) {
+__device__ __forceinline__ PairScore pair_score(const AttentionParams& p, const AttentionSequence& s, int head,
+                                                int query, int key, bool inside, float product) {
   PairScore r{product, 1.0f, inside};
   if (p.mask.data && r.kept) r.kept = row_of<uint8_t>(p.mask, s.batch, head, query)[key * p.mask.col] != 0;
   if (!p.transforms) return r;
@@ -69,12 +69,12 @@ __device__ __forceinline__ PairScore pair_score(const AttentionParams& p, const 
   return r;
 }
 
-// P and dS of one pair. `rest` is what rounding took from the product.
 struct PairGrad {
   float weight, dropped_weight, grad_score;
   bool kept;
 };
 
+// P and dS of one pair. `rest` is what rounding took from the product.
 template <class T, bool general>
 __device__ __forceinline__ PairGrad pair_grad(const AttentionParams& p, const AttentionSequence& s, int head, int query,
                                               int key, bool inside, float product, float rest, float grad_weight,

@@ -1,7 +1,7 @@
 // Dropout of attention weights: one Philox word per weight, the same on every backend (CONTRACT section 3).
 //
-// Counter (key / 4, query, batch * H + head, offset), word key % 4, Philox key = seed; a weight is kept if its word is at
-// least probability * 2^32, and is then divided by 1 - probability, which is left to whoever divides by the sum.
+// Counter (key / 4, query, batch * H + head, offset), word key % 4, Philox key = seed; a weight is kept if its word is
+// at least probability * 2^32, and is then divided by 1 - probability, which is left to whoever divides by the sum.
 // Positions count within the sequence. A dropped weight is a weight of 0 that takes part.
 #pragma once
 

@@ -1,8 +1,9 @@
 // Attention forward on tensor cores: softmax(scores) V over blocks of keys, no matrix of Lq x Lk anywhere.
 //
 // A block of threads takes a tile of queries of one head and walks the blocks of keys that some of its rows see: load,
-// scores, mask, online softmax, accumulate; finish. (Milakov and Gimelshein, 2018; Dao et al., 2022.) Products are
-// mma.m16n8k16 with float accumulators; weights are rounded to the storage type for the second product and nowhere else.
+// scores, mask, online softmax, accumulate; finish (Milakov and Gimelshein, 2018; Dao et al., 2022). Products are
+// mma.m16n8k16 with float accumulators; weights are rounded to the storage type for the second product and nowhere
+// else.
 //
 // Policy: keys and values lie in a ring of two stages in shared memory: while one is multiplied, cp.async fills the
 // other, and one barrier per block of keys hands them over. A warp owns 16 or 32 rows and everything that belongs to
@@ -217,8 +218,8 @@ struct ForwardBlock {
 
   // ---- finish ----
 
-  // Divides by the sums, rounds once, and writes the warp's rows, whose queries' place in shared memory the outputs take
-  // so that they leave in whole vectors.
+  // Divides by the sums, rounds once, and writes the warp's rows. In shared memory the outputs take the place of the
+  // queries, so that they leave in whole vectors.
   __device__ __forceinline__ void write_rows() {
     __syncwarp();  // no lane reads the warp's queries any more
 #pragma unroll

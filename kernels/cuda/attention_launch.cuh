@@ -54,7 +54,8 @@ cudaError_t launch_backward(const AttentionGradParams& g, cudaStream_t stream) {
   const AttentionParams& p = g.problem;
   const int64_t heads = p.num_sequences * p.num_heads, kv_heads = p.num_sequences * p.num_kv_heads;
   const auto tiles = [](int64_t length, int of) { return (length + of - 1) / of; };
-  const int64_t deltas = heads * tiles(p.max_seqlen_q, delta_rows), of_queries = heads * tiles(p.max_seqlen_q, Policy::owned);
+  const int64_t deltas = heads * tiles(p.max_seqlen_q, delta_rows);
+  const int64_t of_queries = heads * tiles(p.max_seqlen_q, Policy::owned);
   const int64_t of_keys = kv_heads * tiles(p.max_seqlen_k, Policy::owned) * Policy::column_shares;
   if (deltas > most_blocks || of_queries > most_blocks || of_keys > most_blocks) return cudaErrorInvalidConfiguration;
   const auto grid = [](int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); };
@@ -64,7 +65,8 @@ cudaError_t launch_backward(const AttentionGradParams& g, cudaStream_t stream) {
   error = launch(attention_grad_query_kernel<Policy>, grid(of_queries), dim3(Policy::threads), Policy::shared_bytes,
                  stream, g);
   if (error != cudaSuccess) return error;
-  return launch(attention_grad_key_kernel<Policy>, grid(of_keys), dim3(Policy::threads), Policy::shared_bytes, stream, g);
+  return launch(attention_grad_key_kernel<Policy>, grid(of_keys), dim3(Policy::threads), Policy::shared_bytes, stream,
+                g);
 }
 
 template <class T, int head_dim>

@@ -2,8 +2,8 @@
 //
 //   score = softcap(scale * q . k) + bias - slope * abs(query + offset - key)      softcap(s) = cap * tanh(s / cap)
 //
-// Policy: exclusion is a predicate, applied by select before the maximum; what is excluded has a score of -inf and a bit
-// of its own, since a score that takes part may be -inf as well. A score that nothing is added to is kept without
+// Policy: exclusion is a predicate, applied by select before the maximum; what is excluded has a score of -inf and a
+// bit of its own, since a score that takes part may be -inf as well. A score that nothing is added to is kept without
 // its scale: the difference from the row's maximum is taken first, exactly where it matters, and scaled then.
 #pragma once
 
@@ -206,10 +206,10 @@ __device__ __forceinline__ void exclude_masked(ScoreFragment<Keys>& scores, cons
 
 // ---- saturated rows ----
 //
-// A score of size x carries an absolute error of about x * 2^-24, and exp makes it a relative error of the weights. Rows
-// whose largest logit is beyond saturated_logit therefore take their products again, 16 dimensions at a time and added in
-// two floats, and keep all scores relative to an anchor of the row's size, so that rounding them costs nothing that
-// matters. A softcap has no such rows: it flattens what it saturates.
+// A score of size x carries an absolute error of about x * 2^-24, and exp makes it a relative error of the weights.
+// Rows whose largest logit is beyond saturated_logit therefore take their products again, 16 dimensions at a time and
+// added in two floats, and keep all scores relative to an anchor of the row's size, so that rounding them costs nothing
+// that matters. A softcap has no such rows: it flattens what it saturates.
 
 constexpr float saturated_logit = 128.0f;
 

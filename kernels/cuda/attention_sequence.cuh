@@ -1,8 +1,8 @@
 // Where the sequences of a problem lie, which tile a block works on, and which keys take part in its rows.
 //
-// Policy: blocks of keys are counted from the sequence's own key 0, so a row has the same bits whatever was skipped, and
-// wherever its sequence lies in the batch. Tables of lengths and offsets are not trusted: whatever they hold, every row
-// lies within the tensors.
+// Policy: blocks of keys are counted from the sequence's own key 0, so a row has the same bits whatever was skipped,
+// and wherever its sequence lies in the batch. Tables of lengths and offsets are not trusted: whatever they hold, every
+// row lies within the tensors.
 #pragma once
 
 #include "cuda/attention.cuh"
@@ -64,8 +64,8 @@ __device__ __forceinline__ T* row_of(const AttentionOutput& t, int64_t batch, in
   return static_cast<T*>(t.data) + batch * t.batch + head * t.head + row * t.row;
 }
 
-// The rows of one block: queries of one sequence and head, or, where heads are packed, of all the query heads that share
-// a key head, head by head within a query. A row's arithmetic is the same in either.
+// The rows of one block: queries of one sequence and head, or, where heads are packed, of all the query heads that
+// share a key head, head by head within a query. A row's arithmetic is the same in either.
 struct AttentionTask {
   AttentionSequence sequence;
   int first_row, num_rows;  // num_rows may be 0 or less: nothing to do

@@ -1,12 +1,12 @@
 // Attention forward in float32: every product and sum is an IEEE operation, no tensor core.
 //
-// The walk of attention_forward.cuh, with sums in the registers of a grid of threads: eight neighbouring lanes share the
-// rows, each with every eighth key and, for the output, four of every 32 columns. Scores are sums of 16 products at a
-// time, weights go through shared memory to whoever needs them.
+// The walk of attention_forward.cuh, with sums in the registers of a grid of threads: eight neighbouring lanes share
+// the rows, each with every eighth key and, for the output, four of every 32 columns. Scores are sums of 16 products at
+// a time, weights go through shared memory to whoever needs them.
 //
-// Policy: keys and values have one place each; while scores are taken the values of the same block are on their way, and
-// the next keys while values are added. An excluded weight is written as -0: it is told from a weight of 0 that takes
-// part where values are not finite, and adds nothing anywhere.
+// Policy: keys and values have one place each; while scores are taken the values of the same block are on their way,
+// and the next keys while values are added. An excluded weight is written as -0: it is told from a weight of 0 that
+// takes part where values are not finite, and adds nothing anywhere.
 #pragma once
 
 #include "cuda/attention_dropout.cuh"
@@ -222,7 +222,8 @@ struct SimtBlock {
     for (int j = 0; j < my_keys; ++j) {
       const int at = key_lane + Policy::key_lanes * j;
       const float difference = scores[j] - shift;
-      float weight = takes_part[j] ? difference != difference ? difference : exp_scaled(difference, p.logit_scale) : -0.0f;
+      float weight = -0.0f;
+      if (takes_part[j]) weight = difference != difference ? difference : exp_scaled(difference, p.logit_scale);
       total += weight;
       if (p.dropout_seed && takes_part[j]) {
         const PhiloxWords words = dropout_words(p, sequence, row.query, row.head, (key + at) / 4 * 4);

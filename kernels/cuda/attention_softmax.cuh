@@ -1,8 +1,8 @@
 // The online softmax (Milakov and Gimelshein, 2018): the running maximum and sum of each row, and how a row ends.
 //
-// Policy: the maximum is that of the stored scores and exact; weights are exp(logit_scale * (score - maximum)), where the
-// difference comes first: equal scores of any size weigh exactly 1. A NaN score is passed over by the maximum and shows
-// in the sum. A sink joins at the end.
+// Policy: the maximum is that of the stored scores and exact; weights are exp(logit_scale * (score - maximum)), where
+// the difference comes first: equal scores of any size weigh exactly 1. A NaN score is passed over by the maximum and
+// shows in the sum. A sink joins at the end.
 #pragma once
 
 #include "cuda/attention_scores.cuh"
@@ -50,8 +50,8 @@ __device__ __forceinline__ bool is_saturated(float maximum, float logit_scale) {
   return size > saturated_logit && size < attention_infinity;
 }
 
-// Which rows keep their scores relative to an anchor. It follows the maximum: far from it a score would be rounded at the
-// size of the distance.
+// Which rows keep their scores relative to an anchor. It follows the maximum: far from it a score would be rounded at
+// the size of the distance.
 __device__ __forceinline__ RowAnchor follow_maximum(SoftmaxRows& rows, const float (&maxima)[2], float logit_scale) {
   RowAnchor result;
 #pragma unroll
@@ -105,7 +105,8 @@ __device__ __forceinline__ float exp_of_difference(double x) {
 }
 
 // From a row's largest stored score, its anchor and its sum of weights.
-__device__ __forceinline__ RowEnd end_of_row(const AttentionParams& p, int head, float maximum, float anchor, float sum) {
+__device__ __forceinline__ RowEnd end_of_row(const AttentionParams& p, int head, float maximum, float anchor,
+                                             float sum) {
   const bool nothing = sum == 0;  // the largest weight of a row is 1, so only a row without keys sums to 0
   double top = nothing ? -__builtin_huge_val()
                        : (static_cast<double>(maximum) + static_cast<double>(anchor)) * p.logit_scale;

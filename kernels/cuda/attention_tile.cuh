@@ -30,8 +30,8 @@ struct SharedTile {
   }
 };
 
-// A lane's address in a tile, from which the steps of a product are constants and one xor away: addresses that each step
-// computed for itself would fill the registers of the whole loop.
+// A lane's address in a tile, from which the steps of a product are constants and one xor away: addresses that each
+// step computed for itself would fill the registers of the whole loop.
 template <class Tile>
 struct TileReader {
   using T = std::remove_pointer_t<decltype(Tile::data)>;
@@ -48,8 +48,8 @@ struct TileReader {
   }
 };
 
-// Fills a tile with rows [0, rows) and columns [0, columns) of memory, row r at first + offset(r). By cp.async where rows
-// are whole vectors on their boundaries: the caller commits and waits, and a barrier follows, in either case.
+// Fills a tile with rows [0, rows) and columns [0, columns) of memory, row r at first + offset(r). By cp.async where
+// rows are whole vectors on their boundaries: the caller commits and waits, and a barrier follows, in either case.
 template <int threads, class Tile, class T, class Offset>
 __device__ __forceinline__ void load_tile(const Tile& tile, const T* first, Offset offset, int64_t column_stride,
                                           int rows, int columns, bool whole) {

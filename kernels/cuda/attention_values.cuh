@@ -1,9 +1,9 @@
 // The second product of attention: weighted sums of values, and what an excluded value must not bring into them.
 //
-// A product takes what is excluded times 0, which is NaN where that is not finite. A block whose sums are all finite has
-// met nothing of the kind; any other walks its keys once more with add_kept_values, where values that are not finite are
-// taken as 0 and what they make of the rows that keep them is found apart. Rows that keep none have the same bits in
-// either walk.
+// A product takes what is excluded times 0, which is NaN where that is not finite. A block whose sums are all finite
+// has met nothing of the kind; any other walks its keys once more with add_kept_values, where values that are not
+// finite are taken as 0 and what they make of the rows that keep them is found apart. Rows that keep none have the same
+// bits in either walk.
 #pragma once
 
 #include "cuda/attention_scores.cuh"

@@ -1,5 +1,5 @@
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), as kernels/cpu/philox.h has it.
-// What the counter and the key hold is the caller's (attention: CONTRACT section 3).
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), as kernels/cpu/philox.h has
+// it. What the counter and the key hold is the caller's (attention: CONTRACT section 3).
 #pragma once
 
 #include <cuda_runtime.h>

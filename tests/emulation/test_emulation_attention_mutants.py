@@ -1,4 +1,4 @@
-"""Mistakes in attention's tensor-core kernel as it ships: each, put into a copy, is found by the emulator or by results.
+"""Mistakes in attention's tensor-core kernel as it ships: each, put into a copy, is found, by a report or by results.
 
 One head dimension, one type, forward: a mutant then compiles in seconds.
 """
@@ -94,17 +94,29 @@ MUTANTS = (
         (WRONG_RESULT,),
     ),
 )
-# bfloat16 alone.
+# The forward in bfloat16 alone.
 NARROWED = (
     ("attention.cu", "if (dtype == DType::f32) return attention_forward_f32(prepared<float>(params), stream);\n", ""),
-    ("attention.cu", "dtype == DType::f16 ? prepared<f16>(params) : prepared<bf16>(params)", "prepared<bf16>(params)"),
     (
         "attention.cu",
         "dtype == DType::f16 ? attention_forward_##of_unit##_f16(p, general, stream)     \\\n"
         "                               : attention_forward_##of_unit##_bf16(p, general, stream);",
         "attention_forward_##of_unit##_bf16(p, general, stream);",
     ),
+    (
+        "attention.cu",
+        "dtype == DType::f16 ? attention_backward_##of_unit##_f16(g, general, stream)     \\\n"
+        "                               : attention_backward_##of_unit##_bf16(g, general, stream);",
+        "cudaErrorNotSupported;",
+    ),
 )
+UNIT = f"""#include "cuda/attention_launch.cuh"
+namespace transfuse::cuda {{
+cudaError_t attention_forward_{HEAD_DIM}_bf16(const AttentionParams& p, bool general, cudaStream_t stream) {{
+  return attention_forward_of<bf16, {HEAD_DIM}>(p, general, stream);
+}}
+}}  // namespace transfuse::cuda
+"""
 
 
 def _mutated(mutant):
@@ -113,8 +125,9 @@ def _mutated(mutant):
     for file, old, new in (*NARROWED, *([(mutant.file, mutant.old, mutant.new)] if mutant else ())):
         path = folder / "cuda" / file
         path.write_text(replaced(path.read_text(), old, new))
-    units, defines = emulated_ops.attention_units((HEAD_DIM,), ("bf16",))
-    kernels = [folder / "cuda" / "attention.cu", *units]
+    (folder / "unit.cu").write_text(UNIT)
+    kernels = [folder / "cuda" / "attention.cu", folder / "unit.cu"]
+    defines = (f"-DTRANSFUSE_ATTENTION_HEAD_DIMS=TRANSFUSE_UNIT({HEAD_DIM})",)
     return emulated_ops.compiled("attention", MUTANT_NAMESPACE, kernels, [folder], defines)
 
 
