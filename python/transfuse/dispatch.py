@@ -184,6 +184,10 @@ def supports_all(problem: Problem) -> tuple[str, ...]:
     return ()
 
 
+class NoBackend(RuntimeError):
+    """The backend that was asked for cannot run the problem; the text has its reasons."""
+
+
 def select(op: str, implementations: Sequence[Implementation], key: tuple, make_problem: Callable[[], Problem]) -> Implementation:
     """The implementation that runs, by the ordered list. A fallback is seen: a warning once per (op, reason).
 
@@ -193,7 +197,7 @@ def select(op: str, implementations: Sequence[Implementation], key: tuple, make_
         key: hashable facts the choice depends on (device, dtype, flags), never batch or size.
         make_problem: builds the Problem on a miss.
     Raises:
-        RuntimeError: the backend asked for cannot run the problem, or TRANSFUSE_STRICT=1 forbids the fallback.
+        NoBackend: the backend asked for cannot run the problem. RuntimeError: TRANSFUSE_STRICT=1 forbids the fallback.
     """
     full_key = (setting(), op, key)
     chosen = _choices.get(full_key)
@@ -220,7 +224,7 @@ def _choose(op: str, implementations: Sequence[Implementation], full_key: tuple,
         return implementation
     if not passed_over:
         passed_over.append((wanted, ("the op has no such backend",)))
-    raise RuntimeError(f"{op}: no backend can run this under use_backend({wanted!r}):\n{_reason_lines(passed_over)}")
+    raise NoBackend(f"{op}: no backend can run this under use_backend({wanted!r}):\n{_reason_lines(passed_over)}")
 
 
 def _tell_fallback(op: str, reason: str) -> bool:

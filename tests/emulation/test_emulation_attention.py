@@ -13,6 +13,7 @@ import torch
 import transfuse
 from transfuse import scaled_dot_product_attention, varlen_attention
 from transfuse.dispatch import dtype_name
+from transfuse.promises.cases import GRADIENT_SLACK
 from transfuse.testing import assert_close
 
 # Factor -> its levels; a case has one of each, and every two levels of two factors meet in some case.
@@ -130,6 +131,33 @@ def test_features_meet(number):
     terms = case["lengths"][1]
     assert_close(output, exact[0], terms, "output", slack=2.0 if case["dropout"] else 1.0)
     assert_close(lse, exact[1], terms, "lse")
+
+
+WITH_GRADIENTS = [number for number, case in enumerate(CASES) if case["dtype"] != torch.float32]
+
+
+@pytest.mark.parametrize("number", WITH_GRADIENTS, ids=lambda number: f"{number}-{words_of(CASES[number])}")
+def test_gradients_of_features_meet(number):
+    case = CASES[number]
+    tensors, options = arguments(case, number)
+    generator = torch.Generator().manual_seed(number)
+
+    def gradients(tensors, options):
+        torch.manual_seed(number)
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        results = scaled_dot_product_attention(*leaves, return_lse=True, **options)
+        return torch.autograd.grad(results, leaves, [grad.to(result) for grad, result in zip(grads, results)])
+
+    batch, heads, len_q, _ = tensors[0].shape
+    grads = torch.randn(batch, heads, len_q, case["head_dims"][1], generator=generator).to(case["dtype"])
+    grads = grads, torch.randn(batch, heads, len_q, generator=generator)
+    with emulated_ops.EmulatedKernels(seed=number + 1) as mode:
+        found = gradients(tensors, options)
+    assert mode.calls == 2
+    with transfuse.use_backend("reference"):
+        exact = gradients([t.double() for t in tensors], widened(options))
+    for name, grad, expected in zip(("query", "key", "value"), found, exact, strict=True):
+        assert_close(grad, expected, sum(case["lengths"]), name, slack=GRADIENT_SLACK * (2 if case["dropout"] else 1))
 
 
 @pytest.mark.parametrize("dtype", emulated_ops.DTYPES, ids=dtype_name)

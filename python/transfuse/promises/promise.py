@@ -10,7 +10,7 @@ import torch
 
 import transfuse
 from transfuse import env
-from transfuse.dispatch import dtype_name
+from transfuse.dispatch import NoBackend, dtype_name
 from transfuse.promises.cases import PARITY_CASES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -139,7 +139,7 @@ def check(promise, backend="auto", device="cpu"):
         with transfuse.use_backend(backend):
             figure = promise.measure(backend, device)
         status = "ok" if figure.worst <= promise.bound else "failed"  # NaN is not within any bound
-    except NoKernel as error:
+    except (NoKernel, NoBackend) as error:
         status, reason = "no kernel", str(error)
     except Exception as error:
         lines = str(error).splitlines()
