@@ -179,7 +179,8 @@ AttentionSizes check_packed(const char* op, const Tensor& query, const Tensor& k
 
 Problem packed_problem(const char* op, const CudaCall& call, const Tensor& query, const Tensor& key,
                        const Tensor& value, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                       int64_t max_seqlen_q, int64_t max_seqlen_k, const AttentionOptions& options, const AttentionSizes& s) {
+                       int64_t max_seqlen_q, int64_t max_seqlen_k, const AttentionOptions& options,
+                       const AttentionSizes& s) {
   Problem problem(call, query, key, value, s, packed_dims);
   problem.add_options(op, options);
   AttentionParams& p = problem.params;
@@ -188,8 +189,13 @@ Problem packed_problem(const char* op, const CudaCall& call, const Tensor& query
   p.num_sequences = cu_seqlens_q.size(0) - 1;
   p.tokens_q = query.size(0);
   p.tokens_k = key.size(0);
-  p.max_seqlen_q = counted(op, "query's longest sequence", std::min(max_seqlen_q, p.tokens_q));
-  p.max_seqlen_k = counted(op, "key's longest sequence", std::min(max_seqlen_k, p.tokens_k));
+  // No sequence is longer than all of them together; a bias and its gradient have the size that was given.
+  if (!options.bias) {
+    max_seqlen_q = std::min(max_seqlen_q, p.tokens_q);
+    max_seqlen_k = std::min(max_seqlen_k, p.tokens_k);
+  }
+  p.max_seqlen_q = counted(op, "query's longest sequence", max_seqlen_q);
+  p.max_seqlen_k = counted(op, "key's longest sequence", max_seqlen_k);
   return problem;
 }
 
@@ -245,13 +251,24 @@ std::tuple<Tensor, Tensor> varlen_attention_forward(const Tensor query, const Te
 
 using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// What there is no kernel for; the ops page says so before it comes here.
-void check_wanted(const char* op, const Tensor& query, bool need_bias_grad, bool need_alibi_grad,
-                  bool need_sinks_grad) {
+// Gradients of what is not query, key or value: which are wanted, and bias's shape as the caller gave it, 1 where it
+// broadcasts.
+struct ExtraGrads {
+  bool bias, alibi_slopes, sinks;
+  const std::vector<int64_t>& bias_shape;
+};
+
+void check_wanted(const char* op, const Tensor& query, const AttentionOptions& options, const ExtraGrads& wanted) {
   check(query.scalar_type() != ScalarType::Float, op, ": query has dtype float32, expected bfloat16 or float16 ",
         "(the float32 kernel has no backward)");
-  check(!need_bias_grad && !need_alibi_grad && !need_sinks_grad, op,
-        ": a gradient of bias, alibi_slopes or sinks is wanted, expected none (the kernel has none)");
+  check(!wanted.bias || options.bias, op, ": need_bias_grad is set, expected a bias");
+  check(!wanted.alibi_slopes || options.alibi_slopes, op, ": need_alibi_grad is set, expected alibi_slopes");
+  check(!wanted.sinks || options.sinks, op, ": need_sinks_grad is set, expected sinks");
+  if (!wanted.bias) return;
+  check(wanted.bias_shape.size() == 4, op, ": bias_shape has ", wanted.bias_shape.size(), " entries, expected 4");
+  for (int i = 0; i < 4; ++i)
+    check(wanted.bias_shape[i] == options.bias->size(i) || wanted.bias_shape[i] == 1, op, ": bias_shape[", i, "] is ",
+          wanted.bias_shape[i], ", expected 1 or ", options.bias->size(i));
 }
 
 // What a backward takes beside the inputs: shapes as the forward left them.
@@ -273,10 +290,45 @@ void check_saved(const char* op, const Tensor& query, const Tensor& value, const
   if (grad_lse) check_one("grad_lse", *grad_lse, ScalarType::Float, lse_shape);
 }
 
+// Zeros, written by the GPU itself.
+Tensor zeros(const CudaCall& call, const std::vector<int64_t>& sizes) {
+  const Tensor result = call.empty(sizes, ScalarType::Float);
+  if (result.numel())
+    call.check(cudaMemsetAsync(result.mutable_data_ptr(), 0, result.numel() * sizeof(float), call.stream()));
+  return result;
+}
+
+float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+// Of slopes where there are grad_scores, else of sinks, in the shape and dtype of `argument`.
+Tensor head_grad(const CudaCall& call, const cuda::AttentionGradParams& g, const float* grad_scores,
+                 const Tensor& argument) {
+  const AttentionParams& p = g.problem;
+  const Tensor grad = zeros(call, {p.num_sequences, p.num_heads}), total = zeros(call, {p.num_heads});
+  const bool per_sequence = argument.dim() == 2;
+  if (p.num_sequences > 0 && p.num_heads > 0)
+    call.check(cuda::attention_head_backward(
+        {p, grad_scores, g.lse, g.delta, floats(grad), per_sequence ? nullptr : floats(total)}, call.stream()));
+  return torch::stable::to(per_sequence ? grad : total, argument.scalar_type());
+}
+
+Tensor bias_grad(const CudaCall& call, const cuda::AttentionGradParams& g, const Tensor& bias,
+                 const std::vector<int64_t>& shape) {
+  const Tensor grad = zeros(call, shape);
+  cuda::AttentionBiasGradParams b{g.grad_scores, floats(grad), {}, {}};
+  for (int i = 0; i < 4; ++i) {
+    b.sizes[i] = bias.size(i);
+    b.bias_sizes[i] = shape[i];
+  }
+  if (bias.numel() > 0) call.check(cuda::attention_bias_backward(b, call.stream()));
+  return torch::stable::to(grad, bias.scalar_type());
+}
+
 // Runs the kernels; `grads` are of query, key and value.
 Grads run_backward(const CudaCall& call, const AttentionParams& problem, const Tensor& query,
                    const Tensor& grad_output, const std::optional<Tensor>& grad_lse, const Tensor& output,
-                   const Tensor& lse, const std::vector<Tensor>& grads, Dims dims, Dims lse_dims) {
+                   const Tensor& lse, const std::vector<Tensor>& grads, Dims dims, Dims lse_dims,
+                   const AttentionOptions& options, const ExtraGrads& wanted) {
   const Tensor delta = call.empty_like_dense(lse);
   cuda::AttentionGradParams g{};
   g.problem = problem;
@@ -288,9 +340,19 @@ Grads run_backward(const CudaCall& call, const AttentionParams& problem, const T
   g.grad_query = output_view(grads[0], dims);
   g.grad_key = output_view(grads[1], dims);
   g.grad_value = output_view(grads[2], dims);
+  std::optional<Tensor> grad_scores;
+  if (wanted.bias || wanted.alibi_slopes) {
+    grad_scores = zeros(call, {problem.num_sequences, problem.num_heads, problem.max_seqlen_q, problem.max_seqlen_k});
+    g.grad_scores = floats(*grad_scores);
+  }
   call.check(cuda::attention_backward(g, dtype_of(query), call.stream()));
   const auto nothing = [&] { return call.empty({0}, query.scalar_type()); };
-  return {grads[0], grads[1], grads[2], nothing(), nothing(), nothing()};
+  return {grads[0],
+          grads[1],
+          grads[2],
+          wanted.bias ? bias_grad(call, g, *options.bias, wanted.bias_shape) : nothing(),
+          wanted.alibi_slopes ? head_grad(call, g, g.grad_scores, *options.alibi_slopes) : nothing(),
+          wanted.sinks ? head_grad(call, g, nullptr, *options.sinks) : nothing()};
 }
 
 Grads attention_backward(const Tensor grad_output, std::optional<Tensor> grad_lse, const Tensor query, const Tensor key,
@@ -299,11 +361,13 @@ Grads attention_backward(const Tensor grad_output, std::optional<Tensor> grad_ls
                          std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
                          std::optional<Tensor> dropout_seed, double scale, bool causal, bool bottom_right,
                          int64_t window_left, int64_t window_right, double softcap, double dropout_p,
-                         std::vector<int64_t>, bool need_bias_grad, bool need_alibi_grad, bool need_sinks_grad) {
+                         std::vector<int64_t> bias_shape, bool need_bias_grad, bool need_alibi_grad,
+                         bool need_sinks_grad) {
   const char* op = "attention";
   const AttentionOptions options{bias,         alibi_slopes, sinks,        dropout_seed, scale,    causal,
                                  bottom_right, window_left,  window_right, softcap,      dropout_p};
-  check_wanted(op, query, need_bias_grad, need_alibi_grad, need_sinks_grad);
+  const ExtraGrads wanted{need_bias_grad, need_alibi_grad, need_sinks_grad, bias_shape};
+  check_wanted(op, query, options, wanted);
   const AttentionSizes s = check_dense(op, query, key, value, mask, seqlens_k, options);
   const int64_t batch = query.size(0), seqlen_q = query.size(2), seqlen_k = key.size(2);
   check_saved(op, query, value, grad_output, grad_lse, output, lse, {batch, s.num_heads, seqlen_q});
@@ -318,7 +382,8 @@ Grads attention_backward(const Tensor grad_output, std::optional<Tensor> grad_ls
       Tensor grad = grads[i];
       torch::stable::zero_(grad);
     }
-  return run_backward(call, problem.params, query, grad_output, grad_lse, output, lse, grads, dense_dims, dense_dims);
+  return run_backward(call, problem.params, query, grad_output, grad_lse, output, lse, grads, dense_dims, dense_dims,
+                      options, wanted);
 }
 
 Grads varlen_attention_backward(const Tensor grad_output, std::optional<Tensor> grad_lse, const Tensor query,
@@ -327,12 +392,13 @@ Grads varlen_attention_backward(const Tensor grad_output, std::optional<Tensor> 
                                 std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
                                 std::optional<Tensor> dropout_seed, int64_t max_seqlen_q, int64_t max_seqlen_k,
                                 double scale, bool causal, bool bottom_right, int64_t window_left, int64_t window_right,
-                                double softcap, double dropout_p, std::vector<int64_t>, bool need_bias_grad,
+                                double softcap, double dropout_p, std::vector<int64_t> bias_shape, bool need_bias_grad,
                                 bool need_alibi_grad, bool need_sinks_grad) {
   const char* op = "varlen_attention";
   const AttentionOptions options{bias,         alibi_slopes, sinks,        dropout_seed, scale,    causal,
                                  bottom_right, window_left,  window_right, softcap,      dropout_p};
-  check_wanted(op, query, need_bias_grad, need_alibi_grad, need_sinks_grad);
+  const ExtraGrads wanted{need_bias_grad, need_alibi_grad, need_sinks_grad, bias_shape};
+  check_wanted(op, query, options, wanted);
   const AttentionSizes s = check_packed(op, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                                         options);
   check_saved(op, query, value, grad_output, grad_lse, output, lse, {query.size(1), query.size(0)});
@@ -342,7 +408,7 @@ Grads varlen_attention_backward(const Tensor grad_output, std::optional<Tensor> 
   const std::vector<Tensor> grads{call.empty_like_dense(query), call.empty_like_dense(key),
                                   call.empty_like_dense(value)};
   return run_backward(call, problem.params, query, grad_output, grad_lse, output, lse, grads, packed_dims,
-                      packed_lse_dims);
+                      packed_lse_dims, options, wanted);
 }
 
 }  // namespace

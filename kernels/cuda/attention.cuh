@@ -72,7 +72,24 @@ struct AttentionGradParams {
   AttentionTensor lse, grad_lse;        // [B, Hq, Lq], float; grad_lse may be absent
   AttentionTensor delta;                // the same, scratch
   AttentionOutput grad_query, grad_key, grad_value;
+  float* grad_scores;      // null, or dS [N, Hq, max_seqlen_q, max_seqlen_k], zero-filled by the host
   bool whole_grad_output;  // found by the launcher
+};
+
+// The gradient of a bias of bias_sizes, 1 where it was broadcast to `sizes`, those of grad_scores.
+struct AttentionBiasGradParams {
+  const float* grad_scores;
+  float* grad_bias;
+  int64_t sizes[4], bias_sizes[4];
+};
+
+// That of slopes, where there are grad_scores, else of sinks.
+struct AttentionHeadGradParams {
+  AttentionParams problem;
+  const float* grad_scores;
+  AttentionTensor lse, delta;
+  float* grad;   // [N, Hq]
+  float* total;  // null, or the sum over sequences [Hq]
 };
 
 /* Tiles of the forward on tensor cores, one row per head dimension and size of a block's shared memory: of the rows
@@ -81,8 +98,8 @@ struct AttentionGradParams {
    Two stages of keys and values beside the queries fit one block's shared memory. Up to 96 dimensions a warp holds 32
    queries, so that each fragment of keys and values is used twice: with 16 the reads of shared memory alone take as
    long as the products. The number of keys is what registers leave beside the output's accumulators: with 32 queries
-   64 keys spill at 96 dimensions, and 32 do at 128 (nvcc 13.0, sm_80 and sm_90a). 227 KB have no row of their own: registers end before
-   the memory. Arithmetic and the compiler's figures only: nothing here was timed. */
+   64 keys spill at 96 dimensions, and 32 do at 128 (nvcc 13.0, sm_80 and sm_90a). 227 KB have no row of their own:
+   registers end before the memory. Arithmetic and the compiler's figures only: nothing here was timed. */
 struct AttentionTile {
   int head_dim, shared_kb;
   int queries, keys;         // of a tile
@@ -96,6 +113,8 @@ constexpr AttentionTile attention_tiles[] = {
 // The widest head dimension that the units of this build take in 16 bits; float32 always takes 256.
 int attention_widest_head_dim();
 
+cudaError_t attention_bias_backward(const AttentionBiasGradParams& params, cudaStream_t stream);
+cudaError_t attention_head_backward(const AttentionHeadGradParams& params, cudaStream_t stream);
 // Of float16 and bfloat16.
 cudaError_t attention_backward(const AttentionGradParams& params, DType dtype, cudaStream_t stream);
 cudaError_t attention_forward(const AttentionParams& params, DType dtype, cudaStream_t stream);

@@ -70,7 +70,7 @@ __device__ __forceinline__ PairScore pair_score(const AttentionParams& p, const 
 }
 
 struct PairGrad {
-  float weight, dropped_weight, grad_score;
+  float dropped_weight, grad_score, grad_product;  // P * D, dS, dR
   bool kept;
 };
 
@@ -85,7 +85,7 @@ __device__ __forceinline__ PairGrad pair_grad(const AttentionParams& p, const At
   const float logit = fmaf(of.score, p.logit_scale, -lse) + rest * rest_scale;
   PairGrad r{0, 0, 0, of.kept};
   if (!of.kept || lse == -attention_infinity) return r;
-  r.weight = r.dropped_weight = ptx::exp2_approx(logit * exp_log2e);
+  const float weight = r.dropped_weight = ptx::exp2_approx(logit * exp_log2e);
   if constexpr (general) {
     if (p.dropout_seed) {
       const PhiloxWords words = dropout_words(p, s, query, head, key / 4 * 4);
@@ -96,7 +96,8 @@ __device__ __forceinline__ PairGrad pair_grad(const AttentionParams& p, const At
       grad_weight *= share;
     }
   }
-  r.grad_score = r.weight * (grad_weight - delta) * of.cap_slope;
+  r.grad_score = weight * (grad_weight - delta);
+  r.grad_product = r.grad_score * of.cap_slope;
   return r;
 }
 
@@ -251,14 +252,23 @@ struct QueryGradBlock : GradBlock<Policy> {
           const PairGrad of = pair_grad<T, Policy::general>(
               p, sequence, row.head, row.query, at, at >= row.seen.begin && at < row.seen.end, scores[0].x[n][e],
               rests.x[n][e], grads[0].x[n][e], lse[half], delta[half]);
-          grads[0].x[n][e] = of.grad_score;
+          grads[0].x[n][e] = of.grad_product;
           if (!of.kept) grads[0].excluded |= 1u << (4 * n + e);
+          if constexpr (Policy::general) {
+            if (g.grad_scores && of.kept && this->row_of_thread(half) < task.num_rows)
+              grad_scores_of(row)[at] = of.grad_score;
+          }
         }
     }
     if (kept_alone)
       add_kept_values<T>(grad_query, grads, stage_of(this->first_walked, stage));
     else
       add_values<T>(grad_query, grads, stage_of(this->first_walked, stage));
+  }
+
+  __device__ __forceinline__ float* grad_scores_of(const ScoreRow& row) const {
+    const int64_t head = sequence.batch * p.num_heads + row.head;
+    return g.grad_scores + (head * p.max_seqlen_q + row.query) * p.max_seqlen_k;
   }
 
   __device__ __forceinline__ void walk_keys(bool kept_alone) {
@@ -355,7 +365,7 @@ struct KeyGradBlock : GradBlock<Policy> {
           const PairGrad of = pair_grad<T, Policy::general>(p, sequence, head, at, of_row, inside, scores[0].x[n][e],
                                                             rests.x[n][e], grads[0].x[n][e], lse, delta);
           weights[0].x[n][e] = of.dropped_weight;
-          grads[0].x[n][e] = of.grad_score;
+          grads[0].x[n][e] = of.grad_product;
           if (!of.kept) weights[0].excluded |= 1u << (4 * n + e);
         }
       }

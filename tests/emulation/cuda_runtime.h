@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
 
 #include "vector_types.h"
@@ -29,8 +30,12 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
+// memory.cpp: 1 initialised.
+extern "C" void emulation_register_made(uintptr_t begin, size_t bytes, int contents);
+// Zeros are meant; other bytes fill what nobody may read.
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
   std::memset(data, value, bytes);
+  if (value == 0) emulation_register_made(reinterpret_cast<uintptr_t>(data), bytes, 1);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {

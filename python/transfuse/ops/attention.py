@@ -101,7 +101,6 @@ class AttentionProblem(dispatch.Problem):
     seqlens_k: bool
     is_causal: bool
     features: tuple[str, ...]  # of dropout_p, window, softcap, alibi_slopes, sinks
-    extra_gradients: tuple[str, ...]  # which of attn_bias, alibi_slopes, sinks want one
 
 
 def _cpu_unsupported(problem: AttentionProblem) -> tuple[str, ...]:
@@ -328,7 +327,6 @@ def _problem(arguments, features) -> AttentionProblem:
         seqlens_k=seqlens_k is not None,
         is_causal=is_causal,
         features=tuple(features),
-        extra_gradients=checks.extra_gradients(arguments[3], features),
     )
 
 

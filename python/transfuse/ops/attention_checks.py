@@ -55,15 +55,7 @@ def cuda_reasons(problem, head_dims: tuple[tuple[str, int], ...]) -> tuple[str, 
             reasons += (f"{name} is {size}, the kernel takes up to {widest}",)
     if problem.requires_grad and problem.dtype == torch.float32:
         reasons += ("a gradient is wanted, the float32 kernel has no backward yet",)
-    for name in problem.extra_gradients:
-        reasons += (f"the gradient of {name} is wanted, the kernel has none yet",)
     return reasons
-
-
-def extra_gradients(bias: Tensor | None, features: dict) -> tuple[str, ...]:
-    """Which of the arguments beside query, key and value want a gradient."""
-    tensors = {"attn_bias": bias, **{name: features.get(name) for name in ("alibi_slopes", "sinks")}}
-    return tuple(name for name, tensor in tensors.items() if tensor is not None and wants_grad(tensor))
 
 
 def choice_key(query: Tensor, key: Tensor, value: Tensor, features: dict, bias: Tensor | None) -> tuple:
@@ -72,8 +64,8 @@ def choice_key(query: Tensor, key: Tensor, value: Tensor, features: dict, bias: 
     if query.device.type == "cpu":
         return "cpu", query.dtype, widest > MAX_HEAD_DIM, *features
     sizes = (extension.cuda_attention_head_dim, CUDA_FLOAT32_HEAD_DIM, MAX_HEAD_DIM)
-    gradients = wants_grad(query, key, value), extra_gradients(bias, features)
-    return str(query.device), query.dtype, *(widest > size for size in sizes), *gradients, *features
+    gradient = wants_grad(query, key, value, bias, features.get("alibi_slopes"), features.get("sinks"))
+    return str(query.device), query.dtype, *(widest > size for size in sizes), gradient, *features
 
 
 def features_in_use(

@@ -87,7 +87,6 @@ class VarlenAttentionProblem(dispatch.Problem):
     max_seqlen_k: int
     is_causal: bool
     features: tuple[str, ...]  # of attn_bias, dropout_p, window, softcap, alibi_slopes, sinks
-    extra_gradients: tuple[str, ...]  # which of attn_bias, alibi_slopes, sinks want one
 
 
 def _cpu_unsupported(problem: VarlenAttentionProblem) -> tuple[str, ...]:
@@ -258,7 +257,6 @@ def _problem(arguments, features) -> VarlenAttentionProblem:
         max_seqlen_k=max_k,
         is_causal=is_causal,
         features=tuple(features),
-        extra_gradients=checks.extra_gradients(features.get("attn_bias"), features),
     )
 
 
