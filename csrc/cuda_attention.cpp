@@ -258,9 +258,7 @@ struct ExtraGrads {
   const std::vector<int64_t>& bias_shape;
 };
 
-void check_wanted(const char* op, const Tensor& query, const AttentionOptions& options, const ExtraGrads& wanted) {
-  check(query.scalar_type() != ScalarType::Float, op, ": query has dtype float32, expected bfloat16 or float16 ",
-        "(the float32 kernel has no backward)");
+void check_wanted(const char* op, const AttentionOptions& options, const ExtraGrads& wanted) {
   check(!wanted.bias || options.bias, op, ": need_bias_grad is set, expected a bias");
   check(!wanted.alibi_slopes || options.alibi_slopes, op, ": need_alibi_grad is set, expected alibi_slopes");
   check(!wanted.sinks || options.sinks, op, ": need_sinks_grad is set, expected sinks");
@@ -367,7 +365,7 @@ Grads attention_backward(const Tensor grad_output, std::optional<Tensor> grad_ls
   const AttentionOptions options{bias,         alibi_slopes, sinks,        dropout_seed, scale,    causal,
                                  bottom_right, window_left,  window_right, softcap,      dropout_p};
   const ExtraGrads wanted{need_bias_grad, need_alibi_grad, need_sinks_grad, bias_shape};
-  check_wanted(op, query, options, wanted);
+  check_wanted(op, options, wanted);
   const AttentionSizes s = check_dense(op, query, key, value, mask, seqlens_k, options);
   const int64_t batch = query.size(0), seqlen_q = query.size(2), seqlen_k = key.size(2);
   check_saved(op, query, value, grad_output, grad_lse, output, lse, {batch, s.num_heads, seqlen_q});
@@ -398,7 +396,7 @@ Grads varlen_attention_backward(const Tensor grad_output, std::optional<Tensor> 
   const AttentionOptions options{bias,         alibi_slopes, sinks,        dropout_seed, scale,    causal,
                                  bottom_right, window_left,  window_right, softcap,      dropout_p};
   const ExtraGrads wanted{need_bias_grad, need_alibi_grad, need_sinks_grad, bias_shape};
-  check_wanted(op, query, options, wanted);
+  check_wanted(op, options, wanted);
   const AttentionSizes s = check_packed(op, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                                         options);
   check_saved(op, query, value, grad_output, grad_lse, output, lse, {query.size(1), query.size(0)});

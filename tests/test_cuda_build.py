@@ -20,7 +20,7 @@ RAW_OPS = (
     "rms_norm_forward", "add_rms_norm_forward", "rms_norm_backward",
     "gelu_forward", "gelu_backward", "rotary_forward", "rotary_backward",
     "masked_softmax_forward", "masked_softmax_backward", "masked_softmax_mask_backward",
-    "attention_forward", "varlen_attention_forward",
+    "attention_forward", "varlen_attention_forward", "attention_backward", "varlen_attention_backward",
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@
 namespace transfuse::cuda {
 
 cudaError_t attention_forward_f32(const AttentionParams& p, cudaStream_t stream);
+cudaError_t attention_backward_f32(const AttentionGradParams& g, cudaStream_t stream);
 #define TRANSFUSE_UNIT(head_dim)                                                                                      \
   cudaError_t attention_forward_##head_dim##_f16(const AttentionParams& p, bool general, cudaStream_t stream);        \
   cudaError_t attention_forward_##head_dim##_bf16(const AttentionParams& p, bool general, cudaStream_t stream);       \
@@ -89,8 +90,8 @@ cudaError_t attention_forward(const AttentionParams& params, DType dtype, cudaSt
 }
 
 cudaError_t attention_backward(const AttentionGradParams& params, DType dtype, cudaStream_t stream) {
-  if (dtype == DType::f32) return cudaErrorNotSupported;
   if (params.problem.num_heads == 0 || params.problem.num_sequences == 0) return cudaSuccess;
+  if (dtype == DType::f32) return attention_backward_f32(prepared<float>(params), stream);
   const AttentionGradParams g = dtype == DType::f16 ? prepared<f16>(params) : prepared<bf16>(params);
   const bool general = is_general(g.problem);
   const int widest = widest_head_dim(g.problem);

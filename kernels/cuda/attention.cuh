@@ -98,7 +98,7 @@ struct AttentionHeadGradParams {
    Two stages of keys and values beside the queries fit one block's shared memory. Up to 96 dimensions a warp holds 32
    queries, so that each fragment of keys and values is used twice: with 16 the reads of shared memory alone take as
    long as the products. The number of keys is what registers leave beside the output's accumulators: with 32 queries
-   64 keys spill at 96 dimensions, and 32 do at 128 (nvcc 13.0, sm_80 and sm_90a). 227 KB have no row of their own:
+   64 keys spill at 96 dimensions, and 32 at 128; with 16, 32 keys at 256 (nvcc 13.0, sm_80 and sm_90a). 227 KB have no row of their own:
    registers end before the memory. Arithmetic and the compiler's figures only: nothing here was timed. */
 struct AttentionTile {
   int head_dim, shared_kb;
@@ -107,7 +107,7 @@ struct AttentionTile {
 };
 constexpr AttentionTile attention_tiles[] = {
     {32, 99, 128, 64, 4, 8},  {64, 99, 128, 64, 4, 8}, {96, 99, 128, 48, 4, 8},  {128, 99, 128, 64, 8, 8},
-    {192, 99, 64, 32, 4, 4}, {192, 163, 128, 64, 8, 8}, {256, 99, 64, 32, 4, 4}, {256, 163, 128, 32, 8, 8},
+    {192, 99, 64, 32, 4, 4}, {192, 163, 128, 64, 8, 8}, {256, 99, 64, 16, 4, 4}, {256, 163, 128, 32, 8, 8},
 };
 
 // The widest head dimension that the units of this build take in 16 bits; float32 always takes 256.
@@ -115,7 +115,6 @@ int attention_widest_head_dim();
 
 cudaError_t attention_bias_backward(const AttentionBiasGradParams& params, cudaStream_t stream);
 cudaError_t attention_head_backward(const AttentionHeadGradParams& params, cudaStream_t stream);
-// Of float16 and bfloat16.
 cudaError_t attention_backward(const AttentionGradParams& params, DType dtype, cudaStream_t stream);
 cudaError_t attention_forward(const AttentionParams& params, DType dtype, cudaStream_t stream);
 

@@ -74,6 +74,13 @@ struct PairGrad {
   bool kept;
 };
 
+// exp(logit), as exact as the type asks for; a NaN stays.
+template <class T>
+__device__ __forceinline__ float weight_of(float logit) {
+  if constexpr (sizeof(T) == 4) return logit != logit ? logit : exp_nonpositive(fminf(logit, 1.0f), 0.0f);
+  return ptx::exp2_approx(logit * exp_log2e);
+}
+
 // P and dS of one pair. `rest` is what rounding took from the product.
 template <class T, bool general>
 __device__ __forceinline__ PairGrad pair_grad(const AttentionParams& p, const AttentionSequence& s, int head, int query,
@@ -85,7 +92,7 @@ __device__ __forceinline__ PairGrad pair_grad(const AttentionParams& p, const At
   const float logit = fmaf(of.score, p.logit_scale, -lse) + rest * rest_scale;
   PairGrad r{0, 0, 0, of.kept};
   if (!of.kept || lse == -attention_infinity) return r;
-  const float weight = r.dropped_weight = ptx::exp2_approx(logit * exp_log2e);
+  const float weight = r.dropped_weight = weight_of<T>(logit);
   if constexpr (general) {
     if (p.dropout_seed) {
       const PhiloxWords words = dropout_words(p, s, query, head, key / 4 * 4);
@@ -380,16 +387,10 @@ struct KeyGradBlock : GradBlock<Policy> {
     }
   }
 
-  // Queries [begin, end) that may see some of the tile's keys.
-  __device__ __forceinline__ KeyRange seeing_queries() const {
-    const int64_t opposite = diagonal(p, sequence);
-    return {static_cast<int>(clamped(key - opposite - p.window_right, 0, sequence.seqlen_q)),
-            static_cast<int>(clamped(key + rows - opposite + p.window_left, 0, sequence.seqlen_q))};
-  }
   __device__ __forceinline__ void walk_queries(bool kept_alone) {
     this->clear(grad_key);
     this->clear(grad_value);
-    const KeyRange seeing = seeing_queries();
+    const KeyRange seeing = queries_of_keys(p, sequence, key, rows);
     const int first = seeing.begin / queries * queries, group = p.num_heads / p.num_kv_heads;
     const int steps = seeing.end > first ? (seeing.end - first + queries - 1) / queries : 0;
     const auto load_step = [&](int step, int stage) {

@@ -43,7 +43,7 @@ __device__ __forceinline__ int diagonal(const AttentionParams& p, const Attentio
   return p.bottom_right ? s.seqlen_k - s.seqlen_q : 0;
 }
 
-// Keys [begin, end).
+// Keys, or queries, [begin, end).
 struct KeyRange {
   int begin, end;
 };
@@ -53,6 +53,14 @@ __device__ __forceinline__ KeyRange keys_of_query(const AttentionParams& p, cons
   const int64_t opposite = static_cast<int64_t>(query) + diagonal(p, s);
   return {static_cast<int>(clamped(opposite - p.window_left, 0, s.seqlen_k)),
           static_cast<int>(clamped(opposite + p.window_right + 1, 0, s.seqlen_k))};
+}
+
+// The other way round: queries that may see some of the keys [key, key + keys).
+__device__ __forceinline__ KeyRange queries_of_keys(const AttentionParams& p, const AttentionSequence& s, int key,
+                                                    int keys) {
+  const int64_t opposite = diagonal(p, s);
+  return {static_cast<int>(clamped(key - opposite - p.window_right, 0, s.seqlen_q)),
+          static_cast<int>(clamped(key + keys - opposite + p.window_left, 0, s.seqlen_q))};
 }
 
 template <class T>

@@ -113,8 +113,6 @@ def beyond(stem, name, args):
     if stem != "attention":
         return False
     backward = name.endswith("_backward")
-    if backward and floats[0].dtype == torch.float32:
-        return True
     return max(t.shape[-1] for t in (args[2:5] if backward else args[:3])) > max(ATTENTION_HEAD_DIMS)
 
 

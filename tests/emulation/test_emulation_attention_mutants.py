@@ -97,6 +97,7 @@ MUTANTS = (
 # The forward in bfloat16 alone.
 NARROWED = (
     ("attention.cu", "if (dtype == DType::f32) return attention_forward_f32(prepared<float>(params), stream);\n", ""),
+    ("attention.cu", "if (dtype == DType::f32) return attention_backward_f32(prepared<float>(params), stream);\n", ""),
     (
         "attention.cu",
         "dtype == DType::f16 ? attention_forward_##of_unit##_f16(p, general, stream)     \\\n"

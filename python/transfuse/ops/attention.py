@@ -81,7 +81,7 @@ def scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attn_bias, seqlens_k, causal_alignment,
         window, softcap, alibi_slopes, sinks,
     )
-    choice = checks.choice_key(*arguments[:3], features, arguments[3])
+    choice = checks.choice_key(arguments[0], arguments[2], features)
     implementation = dispatch.select(_OP, IMPLEMENTATIONS, choice, lambda: _problem(arguments, features))
     output, lse = implementation.run(*arguments, features)
     if restore is not None:

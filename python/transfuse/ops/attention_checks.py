@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from transfuse import dispatch, extension
-from transfuse.autograd import first_derivative, wants_grad
+from transfuse.autograd import first_derivative
 from transfuse.checks import check_dropout, check_tensor, is_dense
 from transfuse.dispatch import dtype_name
 
@@ -53,19 +53,16 @@ def cuda_reasons(problem, head_dims: tuple[tuple[str, int], ...]) -> tuple[str, 
     for name, size in head_dims:
         if size > widest and not extension.cuda_unavailable:
             reasons += (f"{name} is {size}, the kernel takes up to {widest}",)
-    if problem.requires_grad and problem.dtype == torch.float32:
-        reasons += ("a gradient is wanted, the float32 kernel has no backward yet",)
     return reasons
 
 
-def choice_key(query: Tensor, key: Tensor, value: Tensor, features: dict, bias: Tensor | None) -> tuple:
+def choice_key(query: Tensor, value: Tensor, features: dict) -> tuple:
     """What the choice of an implementation depends on: one table serves all sizes that are treated alike."""
     widest = max(query.shape[-1], value.shape[-1])
     if query.device.type == "cpu":
         return "cpu", query.dtype, widest > MAX_HEAD_DIM, *features
     sizes = (extension.cuda_attention_head_dim, CUDA_FLOAT32_HEAD_DIM, MAX_HEAD_DIM)
-    gradient = wants_grad(query, key, value, bias, features.get("alibi_slopes"), features.get("sinks"))
-    return str(query.device), query.dtype, *(widest > size for size in sizes), gradient, *features
+    return str(query.device), query.dtype, *(widest > size for size in sizes), *features
 
 
 def features_in_use(

@@ -69,7 +69,7 @@ def varlen_attention(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, attn_bias, dropout_p, is_causal,
         causal_alignment, scale, window, softcap, alibi_slopes, sinks,
     )
-    choice = checks.choice_key(*arguments[:3], features, features.get("attn_bias"))
+    choice = checks.choice_key(arguments[0], arguments[2], features)
     implementation = dispatch.select(_OP, IMPLEMENTATIONS, choice, lambda: _problem(arguments, features))
     output, lse = implementation.run(*arguments, features)
     return (output, lse) if return_lse else output
