@@ -98,8 +98,8 @@ struct AttentionHeadGradParams {
    Two stages of keys and values beside the queries fit one block's shared memory. Up to 96 dimensions a warp holds 32
    queries, so that each fragment of keys and values is used twice: with 16 the reads of shared memory alone take as
    long as the products. The number of keys is what registers leave beside the output's accumulators: with 32 queries
-   64 keys spill at 96 dimensions, and 32 at 128; with 16 queries, 32 keys do at 256 on sm_80 (nvcc 13.0). 227 KB have no
-   row of their own: registers end before the memory. Arithmetic and the compiler's figures only: nothing was timed. */
+   64 keys spill at 96 dimensions, and 32 at 128; with 16 queries, 32 keys do at 256 on sm_80 (nvcc 13.0). 227 KB have
+   no row of their own: registers end before the memory. Arithmetic and the compiler's figures only: nothing was timed. */
 struct AttentionTile {
   int head_dim, shared_kb;
   int queries, keys;         // of a tile

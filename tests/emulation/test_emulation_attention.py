@@ -187,6 +187,24 @@ def test_dropout_keeps_what_the_cpu_keeps(dtype):
     assert torch.equal(*found) and 0.5 < found[0].float().mean() < 0.7
 
 
+@pytest.mark.parametrize("dtype", emulated_ops.DTYPES[1:], ids=dtype_name)
+@pytest.mark.parametrize("head_dim", [192, 256])
+def test_tiles_of_a_gpu_with_less_shared_memory(head_dim, dtype, monkeypatch):
+    """sm_86, sm_89 and sm_120 have 99 KB: other tiles, the same rows up to their order of sums."""
+    case = {name: levels[0] for name, levels in FACTORS.items()}
+    for features in ({"causal": "bottom_right"}, {"mask": "rows", "bias": "dtype"}):
+        tensors, options = arguments(case | {"dtype": dtype, "head_dims": (head_dim, head_dim)} | features, batch=1)
+        results = []
+        for kilobytes in ("163", "99"):
+            monkeypatch.setenv("TRANSFUSE_EMULATED_SHARED_KB", kilobytes)
+            with emulated_ops.EmulatedKernels(seed=6):
+                results.append(scaled_dot_product_attention(*tensors, **options))
+        assert not torch.equal(*results)
+        with transfuse.use_backend("reference"):
+            exact = scaled_dot_product_attention(*(t.double() for t in tensors), **widened(options))
+        assert_close(results[1], exact, case["lengths"][1], "output")
+
+
 @pytest.mark.parametrize("integers", [torch.int32, torch.int64])
 def test_tables_are_clamped(integers):
     """Offsets that lie beyond the tensors, fall, or leave sequences longer than promised: no access out of bounds."""
