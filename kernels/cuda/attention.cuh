@@ -54,11 +54,11 @@ struct AttentionParams {
   // seqlen_k - seqlen_q for bottom_right.
   int64_t window_left, window_right;
   bool bottom_right;
-  bool bias_in_float;              // beside 16-bit queries
-  bool transforms;                 // a stored score is more than the product: it has its scale
-  float scale;                     // of the product
+  bool bias_in_float;                 // beside 16-bit queries
+  bool transforms;                    // a stored score is more than the product: it has its scale
+  float scale;                        // of the product
   float softcap, scale_over_softcap;  // 0: none
-  float logit_scale;               // what a stored score has still to be multiplied by
+  float logit_scale;                  // what a stored score has still to be multiplied by
   // Found by the launcher.
   int packed_heads;  // query heads of one key head that share a tile
   bool excludes;     // some pair of tokens may be excluded: by a window, causality, a mask or a bias
@@ -99,14 +99,14 @@ struct AttentionHeadGradParams {
    queries, so that each fragment of keys and values is used twice: with 16 the reads of shared memory alone take as
    long as the products. The number of keys is what registers leave beside the output's accumulators: with 32 queries
    64 keys spill at 96 dimensions, and 32 at 128; with 16 queries, 32 keys do at 256 on sm_80 (nvcc 13.0). 227 KB have
-   no row of their own: registers end before the memory. Arithmetic and the compiler's figures only: nothing was timed. */
+   no row of their own: registers end before the memory. Arithmetic and the compiler's figures alone, no timing. */
 struct AttentionTile {
   int head_dim, shared_kb;
   int queries, keys;         // of a tile
   int warps, general_warps;  // of the plain kernel, and of the one with biases, masks, softcap and dropout
 };
 constexpr AttentionTile attention_tiles[] = {
-    {32, 99, 128, 64, 4, 8},  {64, 99, 128, 64, 4, 8}, {96, 99, 128, 48, 4, 8},  {128, 99, 128, 64, 8, 8},
+    {32, 99, 128, 64, 4, 8}, {64, 99, 128, 64, 4, 8},   {96, 99, 128, 48, 4, 8}, {128, 99, 128, 64, 8, 8},
     {192, 99, 64, 32, 4, 4}, {192, 163, 128, 64, 8, 8}, {256, 99, 64, 16, 4, 4}, {256, 163, 128, 32, 8, 8},
 };
 
