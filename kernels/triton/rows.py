@@ -109,7 +109,7 @@ def _add_lines_kernel(lines, total, num_lines, cols, AT_ONCE: tl.constexpr, COLS
 def add_lines(lines: torch.Tensor, total: torch.Tensor) -> None:
     """total [cols], of any float dtype, becomes the sum of lines [num_lines, cols], float32; 0 of no lines."""
     num_lines, cols = lines.shape
-    width = LINE_COLS if not INTERPRETED else _INTERPRETED_ELEMENTS
+    width = LINE_COLS if not INTERPRETED else _INTERPRETED_ELEMENTS // LINES_AT_ONCE
     launch(
         _add_lines_kernel, (triton.cdiv(cols, width),), _ADD_LINES, total.device,
         lines=lines, total=total, num_lines=num_lines, cols=cols, AT_ONCE=LINES_AT_ONCE, COLS=width,
