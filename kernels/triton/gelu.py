@@ -20,7 +20,7 @@ import triton.language as tl
 from .gelu_far import CUT_ERF, CUT_TANH, erf_slope, erf_tail, tanh_slope, tanh_tail
 from .gelu_tables import NUM_COEFFICIENTS, NUM_SEGMENTS, SEGMENTS
 from .launch import Launch, architecture_of, launch
-from .rows import add_lines
+from .rows import add_lines, rows_at_once
 from .versions import fma, narrowed, widened
 
 _SEGMENTS_END = tl.constexpr(63.0 / 16)
@@ -165,7 +165,7 @@ def gelu_backward_kernel(
 # ---- host ----
 
 _LAUNCH = Launch(4)
-_ELEMENTS, _INTERPRETED_ELEMENTS = 2048, 1 << 16  # of a tile
+_ELEMENTS = 2048  # of a tile
 _MOST_COLS = 1024
 _COLUMNS = 2048  # of a tensor without bias, which has no columns of its own
 _MOST_CHUNKS, _LEAST_TILES = 1024, 4
@@ -177,11 +177,10 @@ def _table(tanh: bool, backward: bool, device: torch.device) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float32).to(device)
 
 
-def _tile(columns: int, device: torch.device) -> tuple[int, int]:
-    """(rows, columns) of a tile: a pure function of the columns."""
-    elements = _INTERPRETED_ELEMENTS if architecture_of(device).backend == "interpreter" else _ELEMENTS
+def _tile(columns: int, rows: int, device: torch.device) -> tuple[int, int]:
+    """(rows, columns) of a tile."""
     cols = min(_MOST_COLS, max(16, triton.next_power_of_2(columns)))
-    return elements // cols, cols
+    return rows_at_once(_ELEMENTS // cols, cols, rows, architecture_of(device)), cols
 
 
 def gelu_forward(input, bias, tanh):
@@ -190,12 +189,13 @@ def gelu_forward(input, bias, tanh):
     if input.numel() == 0:
         return output
     columns = _COLUMNS if bias is None else bias.numel()
-    rows, cols = _tile(columns, input.device)
-    grid = (triton.cdiv(triton.cdiv(input.numel(), columns), rows), triton.cdiv(columns, cols))
+    rows = triton.cdiv(input.numel(), columns)
+    tile_rows, cols = _tile(columns, rows, input.device)
+    grid = (triton.cdiv(rows, tile_rows), triton.cdiv(columns, cols))
     launch(
         gelu_forward_kernel, grid, _LAUNCH, input.device, input=input, bias=None if bias is None else bias.contiguous(),
-        output=output, table=_table(tanh, False, input.device), size=input.numel(), columns=columns, TANH=tanh, ROWS=rows,
-        COLS=cols,
+        output=output, table=_table(tanh, False, input.device), size=input.numel(), columns=columns, TANH=tanh,
+        ROWS=tile_rows, COLS=cols,
     )  # fmt: skip
     return output
 
@@ -209,7 +209,7 @@ def gelu_backward(grad_output, input, bias, tanh, need_bias_grad):
     if columns == 0:
         return grad_input, grad_bias
     rows = triton.cdiv(input.numel(), columns)
-    tile_rows, cols = _tile(columns, input.device)
+    tile_rows, cols = _tile(columns, rows, input.device)
     chunks = triton.cdiv(rows, tile_rows)
     bias_lines = None
     if need_bias_grad:

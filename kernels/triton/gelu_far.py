@@ -4,12 +4,10 @@ An exponential times a smooth factor; the exponential's argument is as large as 
 took, its power of two is applied last, so that a subnormal result is rounded once.
 """
 
-import struct
-
 import triton
 import triton.language as tl
 
-from .exact import two_product, two_sum
+from .exact import split, two_product, two_sum
 from .exp import exp_parts, scale_by_power
 from .versions import fma
 
@@ -30,15 +28,13 @@ _S0, _S1, _S2, _S3, _S4, _S5, _S6 = _floats(
 _C0, _C1 = float.fromhex("0x1.9884533d43651p+0"), float.fromhex("0x1.2444f2a4d8b4bp-4")
 
 
-def _split(x):
-    """A double as two floats."""
-    hi = struct.unpack("f", struct.pack("f", x))[0]
-    return tl.constexpr(hi), tl.constexpr(struct.unpack("f", struct.pack("f", x - hi))[0])
+def _pair(x):
+    return [tl.constexpr(part) for part in split(x)]
 
 
-_C0_HI, _C0_LO = _split(_C0)
-_C1_HI, _C1_LO = _split(_C1)
-_RATE_HI, _RATE_LO = _split(3 * _C1)
+_C0_HI, _C0_LO = _pair(_C0)
+_C1_HI, _C1_LO = _pair(_C1)
+_RATE_HI, _RATE_LO = _pair(3 * _C1)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .exact import store_double
 from .launch import Launch, architecture_of, launch
+from .rows import rows_at_once
 from .versions import widened
 
 
@@ -55,47 +56,47 @@ def rotary_forward_kernel(
 @triton.jit
 def rotary_backward_kernel(
     grad_output, grad_batch, grad_head, grad_token, grad_col, input, input_batch, input_head, input_token, input_col,
-    grad_cos, grad_sin, table_rows, batches, heads, length, pairs, SHARED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    grad_cos, grad_sin, repeats, heads, length, pairs, SHARED: tl.constexpr, INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """The tables' gradients: for each of their rows a sum over heads, and over the batch where it shares the tables."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    token = row % length
+    """The gradients of one row of the tables: a sum over heads, and over the batch where it shares the tables."""
+    table_row = tl.program_id(0).to(tl.int64)
+    token = table_row % length
     pair = (tl.program_id(1) * PAIRS + tl.arange(0, PAIRS))[None, :]
-    inside = (row < table_rows)[:, None] & (pair < pairs)
     first = 2 * pair if INTERLEAVED else pair
     second = first + (1 if INTERLEAVED else pairs)
     by_cos = tl.zeros([ROWS, PAIRS], tl.float64)
     by_sin = tl.zeros([ROWS, PAIRS], tl.float64)
-    for number in range(0, batches if SHARED else 1):
-        batch = number + tl.zeros([ROWS], tl.int64) if SHARED else row // length
-        for head in range(0, heads):
-            at = tl.cast(head, tl.int64)
-            g = grad_output + (batch * grad_batch + at * grad_head + token * grad_token)[:, None]
-            x = input + (batch * input_batch + at * input_head + token * input_token)[:, None]
-            g1 = _load_double(g + first * grad_col, inside)
-            g2 = _load_double(g + second * grad_col, inside)
-            x1 = _load_double(x + first * input_col, inside)
-            x2 = _load_double(x + second * input_col, inside)
-            by_cos += g1 * x1 + g2 * x2
-            by_sin += g2 * x1 - g1 * x2
-    at = row[:, None] * pairs + pair
-    store_double(grad_cos + at, by_cos, inside)
-    store_double(grad_sin + at, -by_sin if INVERSE else by_sin, inside)
+    for begin in range(0, repeats, ROWS):
+        repeat = begin + tl.arange(0, ROWS).to(tl.int64)
+        inside = (repeat < repeats)[:, None] & (pair < pairs)
+        batch = repeat // heads if SHARED else table_row // length
+        head = repeat % heads
+        g = grad_output + (batch * grad_batch + head * grad_head + token * grad_token)[:, None]
+        x = input + (batch * input_batch + head * input_head + token * input_token)[:, None]
+        g1 = _load_double(g + first * grad_col, inside)
+        g2 = _load_double(g + second * grad_col, inside)
+        x1 = _load_double(x + first * input_col, inside)
+        x2 = _load_double(x + second * input_col, inside)
+        by_cos += g1 * x1 + g2 * x2
+        by_sin += g2 * x1 - g1 * x2
+    at = table_row * pairs + pair
+    total = tl.sum(by_sin, axis=0)[None, :]
+    store_double(grad_cos + at, tl.sum(by_cos, axis=0)[None, :], pair < pairs)
+    store_double(grad_sin + at, -total if INVERSE else total, pair < pairs)
 
 
 # ---- host ----
 
 _LAUNCH = Launch(4)
-_ELEMENTS, _INTERPRETED_ELEMENTS = 1024, 1 << 15  # pairs of a tile
+_ELEMENTS = 1024  # pairs of a tile
 _MOST_PAIRS = 256
 
 
-def _tile(pairs, device):
-    """(rows, pairs) of a tile: a pure function of the pairs of a row."""
-    elements = _INTERPRETED_ELEMENTS if architecture_of(device).backend == "interpreter" else _ELEMENTS
+def _tile(pairs, rows, device):
+    """(rows, pairs) of a tile."""
     width = min(_MOST_PAIRS, max(16, triton.next_power_of_2(pairs)))
-    return elements // width, width
+    return rows_at_once(_ELEMENTS // width, width, rows, architecture_of(device)), width
 
 
 def _table_strides(table):
@@ -115,7 +116,7 @@ def rotary_forward(input, cos, sin, interleaved, inverse):
     rows = batch * heads * length
     if output.numel() == 0:
         return output
-    tile_rows, width = _tile(pairs, input.device)
+    tile_rows, width = _tile(pairs, rows, input.device)
     cos_batch, cos_token, cos_col = _table_strides(cos)
     sin_batch, sin_token, sin_col = _table_strides(sin)
     launch(
@@ -138,14 +139,14 @@ def rotary_backward(grad_output, input, cos, interleaved, inverse):
     if grad_cos.numel() == 0:
         return grad_cos, grad_sin
     shared = cos.dim() == 2 or cos.shape[0] == 1
-    table_rows = length if shared else batch * length
-    tile_rows, width = _tile(pairs, input.device)
+    table_rows, repeats = (length, batch * heads) if shared else (batch * length, heads)
+    tile_rows, width = _tile(pairs, repeats, input.device)
     launch(
-        rotary_backward_kernel, (triton.cdiv(table_rows, tile_rows), triton.cdiv(pairs, width)), _LAUNCH, input.device,
+        rotary_backward_kernel, (table_rows, triton.cdiv(pairs, width)), _LAUNCH, input.device,
         grad_output=grad_output, grad_batch=grad_output.stride(0), grad_head=grad_output.stride(1),
         grad_token=grad_output.stride(2), grad_col=grad_output.stride(3), input=input, input_batch=input.stride(0),
         input_head=input.stride(1), input_token=input.stride(2), input_col=input.stride(3), grad_cos=grad_cos,
-        grad_sin=grad_sin, table_rows=table_rows, batches=batch, heads=heads, length=length, pairs=pairs, SHARED=shared,
+        grad_sin=grad_sin, repeats=repeats, heads=heads, length=length, pairs=pairs, SHARED=shared,
         INTERLEAVED=interleaved, INVERSE=inverse, ROWS=tile_rows, PAIRS=width,
     )  # fmt: skip
     return grad_cos, grad_sin
