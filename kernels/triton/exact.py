@@ -92,7 +92,7 @@ def to_pair(x):
 def row_sum(x):
     """Sums of the rows of [R, C] floats, in double: float over SHORT_SUM neighbours, double over those sums.
 
-    One double per eight floats costs nothing even where double is 64 times slower. The tree depends on C alone.
+    One double per eight floats costs little even where double is 64 times slower. The tree depends on C alone.
     """
     short = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // SHORT_SUM, SHORT_SUM]), axis=2)
     return tl.sum(short.to(tl.float64), axis=1)

@@ -51,11 +51,13 @@ class Launch:
 
     Args:
         num_warps, num_stages: as Triton has them.
+        spill_bytes: of stack for each thread, on sm_90, that the row is known to take: the next row down is no better.
         measured: "<device>, <dtype>, <date>: <figure>; <rejected neighbour>", or NOT_MEASURED.
     """
 
     num_warps: int
     num_stages: int = 1
+    spill_bytes: int = 0
     measured: str = NOT_MEASURED
 
 
