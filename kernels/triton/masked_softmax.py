@@ -27,7 +27,7 @@ from .exact import (
 )
 from .exp import exp_nonpositive
 from .launch import Launch, architecture_of, launch
-from .rows import STREAMED, add_lines, row_tile
+from .rows import ALIGNED_ELEMENTS, STREAMED, add_lines, is_aligned, row_tile, with_alignment
 from .versions import fma, narrowed, widened
 
 _INFINITY = tl.constexpr(float("inf"))
@@ -65,14 +65,26 @@ def _visible(row, keys, queries, causal_offset, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _scores(input, mask, key, inside, visible, mask_key_stride, scale, scale_rest, KEEP: tl.constexpr):
+def _mask_rows(mask, row, d0, s0, d1, s1, d2, s2, d3, s3, DIMS: tl.constexpr, WHOLE_MASK: tl.constexpr):
+    """Where the mask of each row begins; [R, 1]."""
+    offset = _digits(row, d0, s0, d1, s1, d2, s2, d3, s3, DIMS)
+    if WHOLE_MASK:
+        mask = tl.multiple_of(mask, 16)
+        offset = tl.multiple_of(offset, [16])
+    return mask + offset[:, None]
+
+
+@triton.jit
+def _scores(
+    input, mask, key, inside, visible, mask_key_stride, scale, scale_rest, KEEP: tl.constexpr, WHOLE_MASK: tl.constexpr
+):
     """(hi, lo, valid) of the keys at `input` and `mask`: rounded scores, what rounding took, whether they take part."""
     x = widened(tl.load(input, mask=inside, other=0.0))
     hi, error = two_product(x, tl.zeros_like(x) + scale)
     lo = fma(x, tl.zeros_like(x) + scale_rest, error)
     valid = inside & (key < visible)
     if mask is not None:
-        mask = mask + key.to(tl.int64) * mask_key_stride
+        mask = mask + (key if WHOLE_MASK else key.to(tl.int64) * mask_key_stride)
         if KEEP:
             valid = valid & (tl.load(mask, mask=inside, other=0) != 0)
         else:
@@ -115,19 +127,24 @@ def _quotients(weights, valid, inverse_hi, inverse_lo, some, largest):
 # ---- forward ----
 
 
-@triton.jit
+# What the compiler may not take from a mask's strides and address: a row's bits would depend on them (rows.py).
+_PLAIN = ("mask_key_stride", *(f"{letter}{dim}" for dim in range(4) for letter in "ds"))
+
+
+@triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=("mask",))
 def masked_softmax_forward_kernel(
     input, mask, output, rows, keys, queries, causal_offset, scale, scale_rest, mask_key_stride, d0, s0, d1, s1, d2, s2,
-    d3, s3, DIMS: tl.constexpr, CAUSAL: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    d3, s3, DIMS: tl.constexpr, CAUSAL: tl.constexpr, KEEP: tl.constexpr, WHOLE_MASK: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     key = tl.arange(0, COLS)[None, :]
     inside = (row[:, None] < rows) & (key < keys)
     at = row[:, None] * keys + key
     if mask is not None:
-        mask = mask + _digits(row, d0, s0, d1, s1, d2, s2, d3, s3, DIMS)[:, None]
+        mask = _mask_rows(mask, row, d0, s0, d1, s1, d2, s2, d3, s3, DIMS, WHOLE_MASK)
     visible = _visible(row, keys, queries, causal_offset, CAUSAL)[:, None]
-    hi, lo, valid = _scores(input + at, mask, key, inside, visible, mask_key_stride, scale, scale_rest, KEEP)
+    hi, lo, valid = _scores(input + at, mask, key, inside, visible, mask_key_stride, scale, scale_rest, KEEP, WHOLE_MASK)
     largest = row_max_or_nan(tl.where(valid, hi, -_INFINITY))
     some = tl.max(tl.where(valid, 1, 0), axis=1) > 0
     rest = tl.zeros_like(largest)
@@ -141,21 +158,21 @@ def masked_softmax_forward_kernel(
     tl.store(output + at, narrowed(y, output.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=("mask",))
 def masked_softmax_streamed_forward_kernel(
     input, mask, output, keys, queries, causal_offset, scale, scale_rest, mask_key_stride, d0, s0, d1, s1, d2, s2, d3, s3,
-    DIMS: tl.constexpr, CAUSAL: tl.constexpr, KEEP: tl.constexpr, COLS: tl.constexpr,
+    DIMS: tl.constexpr, CAUSAL: tl.constexpr, KEEP: tl.constexpr, WHOLE_MASK: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
     source = input + row[:, None] * keys
     if mask is not None:
-        mask = mask + _digits(row, d0, s0, d1, s1, d2, s2, d3, s3, DIMS)[:, None]
+        mask = _mask_rows(mask, row, d0, s0, d1, s1, d2, s2, d3, s3, DIMS, WHOLE_MASK)
     visible = _visible(row, keys, queries, causal_offset, CAUSAL)[:, None]
     largest = tl.full([1], -_INFINITY, tl.float32)
     found = tl.zeros([1], tl.int32)
     for first in range(0, keys, COLS):
         key = (first + tl.arange(0, COLS))[None, :]
-        hi, lo, valid = _scores(source + key, mask, key, key < keys, visible, mask_key_stride, scale, scale_rest, KEEP)
+        hi, lo, valid = _scores(source + key, mask, key, key < keys, visible, mask_key_stride, scale, scale_rest, KEEP, WHOLE_MASK)
         block = row_max_or_nan(tl.where(valid, hi, -_INFINITY))
         either_nan = (block != block) | (largest != largest)
         largest = tl.where(either_nan, float("nan"), tl.maximum(largest, block))
@@ -166,17 +183,17 @@ def masked_softmax_streamed_forward_kernel(
         rest = tl.full([1], -_INFINITY, tl.float32)
         for first in range(0, keys, COLS):
             key = (first + tl.arange(0, COLS))[None, :]
-            hi, lo, valid = _scores(source + key, mask, key, key < keys, visible, mask_key_stride, scale, scale_rest, KEEP)
+            hi, lo, valid = _scores(source + key, mask, key, key < keys, visible, mask_key_stride, scale, scale_rest, KEEP, WHOLE_MASK)
             rest = tl.maximum(rest, tl.max(tl.where(valid & (hi == largest[:, None]), lo, -_INFINITY), axis=1))
     total = tl.zeros([1], tl.float64)
     for first in range(0, keys, COLS):
         key = (first + tl.arange(0, COLS))[None, :]
-        hi, lo, valid = _scores(source + key, mask, key, key < keys, visible, mask_key_stride, scale, scale_rest, KEEP)
+        hi, lo, valid = _scores(source + key, mask, key, key < keys, visible, mask_key_stride, scale, scale_rest, KEEP, WHOLE_MASK)
         total += row_sum(_weights(hi, lo, valid, largest[:, None], rest[:, None]))
     inverse_hi, inverse_lo = _inverse(total)
     for first in range(0, keys, COLS):
         key = (first + tl.arange(0, COLS))[None, :]
-        hi, lo, valid = _scores(source + key, mask, key, key < keys, visible, mask_key_stride, scale, scale_rest, KEEP)
+        hi, lo, valid = _scores(source + key, mask, key, key < keys, visible, mask_key_stride, scale, scale_rest, KEEP, WHOLE_MASK)
         weights = _weights(hi, lo, valid, largest[:, None], rest[:, None])
         y = _quotients(weights, valid, inverse_hi, inverse_lo, some, largest)
         tl.store(output + row[:, None] * keys + key, narrowed(y, output.dtype.element_ty), mask=key < keys)
@@ -305,28 +322,41 @@ def _digit_arguments(dims, names):
     return {f"{name}{i}": pair[j] for i, pair in enumerate(padded) for j, name in enumerate(names)}
 
 
+def _on_boundaries(mask):
+    """The mask with every row on a boundary, none of its broadcast dimensions written out."""
+    if is_aligned(mask) and all(size == 1 or stride % ALIGNED_ELEMENTS == 0 for size, stride in _lead(mask)):
+        return mask
+    own = mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.stride())]
+    return own.clone(memory_format=torch.contiguous_format).expand(mask.shape)
+
+
+def _lead(mask):
+    return zip(mask.shape[:-1], mask.stride()[:-1], strict=True)
+
+
 def masked_softmax_forward(input, mask, scale, causal, bottom_right):
-    input = input.contiguous()
+    input = with_alignment(input.contiguous(), input.shape[-1])
     output = input.new_empty(input.shape)
     if input.numel() == 0:
         return output
     keys = input.shape[-1]
     queries = input.shape[-2] if input.dim() >= 2 else 1
     rows = input.numel() // keys
-    dims, keep = [], False
+    dims, keep, whole_mask = [], False, False
     if mask is not None:
         keep = mask.dtype == torch.bool
-        dims = _merged(zip(mask.shape[:-1], mask.stride()[:-1], strict=True))
-        if len(dims) > _MOST_DIMS:
+        if len(_merged(_lead(mask))) > _MOST_DIMS:
             mask = mask.contiguous()
-            dims = _merged(zip(mask.shape[:-1], mask.stride()[:-1], strict=True))
+        whole_mask = keys % ALIGNED_ELEMENTS == 0 and mask.stride(-1) == 1
+        mask = _on_boundaries(mask) if whole_mask else mask
+        dims = _merged(_lead(mask))
         mask = mask.view(torch.uint8) if keep else mask
     scale_hi, scale_rest = split(scale)
     operands = dict(
         input=input, mask=mask, output=output, keys=keys, queries=queries,
         causal_offset=keys - queries if bottom_right else 0, scale=scale_hi, scale_rest=scale_rest,
         mask_key_stride=0 if mask is None else mask.stride(-1), DIMS=len(dims), CAUSAL=causal, KEEP=keep,
-        **_digit_arguments(dims, "ds"),
+        WHOLE_MASK=whole_mask, **_digit_arguments(dims, "ds"),
     )  # fmt: skip
     tile = row_tile(keys, rows, architecture_of(input.device))
     if tile is None:
@@ -359,7 +389,7 @@ def _differentiate(grad_output, output, grad_input, means, scale):
 
 
 def masked_softmax_backward(grad_output, output, scale):
-    grad_output, output = grad_output.contiguous(), output.contiguous()
+    grad_output, output = (with_alignment(tensor.contiguous(), output.shape[-1]) for tensor in (grad_output, output))
     grad_input = output.new_empty(output.shape)
     if output.numel() > 0:
         _differentiate(grad_output, output, grad_input, None, scale)
@@ -391,7 +421,7 @@ def masked_softmax_mask_backward(grad_output, output, mask):
         moved = mask.permute(order)
         found = masked_softmax_mask_backward(grad_output.permute(order).contiguous(), output.permute(order).contiguous(), moved)
         return found.permute([order.index(d) for d in range(len(order))]).contiguous()
-    grad_output, output = grad_output.contiguous(), output.contiguous()
+    grad_output, output = (with_alignment(tensor.contiguous(), output.shape[-1]) for tensor in (grad_output, output))
     keys = output.shape[-1]
     means = output.new_empty((output.numel() // keys, 2), dtype=torch.float32)
     _differentiate(grad_output, output, None, means, 1.0)

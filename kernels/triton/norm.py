@@ -34,7 +34,7 @@ from .exact import (
     two_sum,
 )
 from .launch import Launch, architecture_of, launch
-from .rows import STREAMED, TILES, RowTile, add_lines, as_rows, row_tile
+from .rows import STREAMED, TILES, RowTile, add_lines, as_rows, row_tile, with_alignment
 from .versions import fma, narrowed, widened
 
 # ---- statistics ----
@@ -52,7 +52,7 @@ _EXPONENT_FIELD = tl.constexpr(0x7FF0000000000000)
 @triton.jit
 def _quick_statistics(shift, deviations, squares, cols, eps_hi, eps_lo, CENTERED: tl.constexpr):
     """From the sums of deviations from `shift` and of their squares, doubles; and whether that is exact enough."""
-    length = cols.to(tl.float32)
+    length = tl.cast(cols, tl.float32)
     offset_hi, offset_lo = to_pair(deviations)
     offset_hi, offset_lo = divide_pair(offset_hi, offset_lo, length)
     variance_hi, variance_lo = to_pair(squares)
@@ -78,7 +78,7 @@ def _power_of_two_below(x):
 def _wide_statistics(mean, squares, cols, eps_hi, eps_lo, CENTERED: tl.constexpr):
     """(scale, mean, mean_tail, rest, rest_tail) from a mean and a sum of squares in double, right for every row."""
     eps = tl.cast(eps_hi, tl.float64) + tl.cast(eps_lo, tl.float64)
-    rstd = 1.0 / tl.sqrt(squares / cols.to(tl.float64) + eps)
+    rstd = 1.0 / tl.sqrt(squares / tl.cast(cols, tl.float64) + eps)
     # The exponent of `scale` is near rstd's, as far as x * scale stays a float.
     power = tl.minimum(_power_of_two_below(rstd), _LARGEST_SCALE)
     if CENTERED:
@@ -96,7 +96,7 @@ def _wide_statistics(mean, squares, cols, eps_hi, eps_lo, CENTERED: tl.constexpr
 def _statistics(x, inside, cols, eps_hi, eps_lo, CENTERED: tl.constexpr):
     """(scale, mean, mean_tail, rest, rest_tail), [R] each, of the rows of x [R, C], 0 outside."""
     if CENTERED:
-        shift = tl.div_rn(row_sum(x).to(tl.float32), cols.to(tl.float32))
+        shift = tl.div_rn(row_sum(x).to(tl.float32), tl.cast(cols, tl.float32))
         deviation = tl.where(inside, x - shift[:, None], 0.0)
         deviations = row_sum(deviation)
     else:
@@ -110,7 +110,7 @@ def _statistics(x, inside, cols, eps_hi, eps_lo, CENTERED: tl.constexpr):
     if any_true(quick == 0):
         wide_mean = tl.zeros([x.shape[0]], tl.float64)
         if CENTERED:
-            wide_mean = tl.sum(x.to(tl.float64), axis=1) / cols.to(tl.float64)
+            wide_mean = tl.sum(x.to(tl.float64), axis=1) / tl.cast(cols, tl.float64)
         wide = tl.where(inside, x.to(tl.float64) - wide_mean[:, None], 0.0)
         s, m, mt, r, rt = _wide_statistics(wide_mean, tl.sum(wide * wide, axis=1), cols, eps_hi, eps_lo, CENTERED)
         scale = tl.where(quick, scale, s)
@@ -129,7 +129,7 @@ def _streamed_statistics(row, cols, eps_hi, eps_lo, CENTERED: tl.constexpr, COLS
         for first in range(0, cols, COLS):
             col = first + tl.arange(0, COLS)
             total += row_sum(widened(tl.load(row + col, mask=col < cols, other=0.0))[None, :])
-    shift = tl.div_rn(total.to(tl.float32), cols.to(tl.float32))
+    shift = tl.div_rn(total.to(tl.float32), tl.cast(cols, tl.float32))
     deviations = tl.zeros([1], tl.float64)
     squares = tl.zeros([1], tl.float64)
     for first in range(0, cols, COLS):
@@ -148,7 +148,7 @@ def _streamed_statistics(row, cols, eps_hi, eps_lo, CENTERED: tl.constexpr, COLS
             for first in range(0, cols, COLS):
                 col = first + tl.arange(0, COLS)
                 wide_total += tl.sum(widened(tl.load(row + col, mask=col < cols, other=0.0)).to(tl.float64)[None, :], axis=1)
-        wide_mean = wide_total / cols.to(tl.float64)
+        wide_mean = wide_total / tl.cast(cols, tl.float64)
         wide_squares = tl.zeros([1], tl.float64)
         for first in range(0, cols, COLS):
             col = first + tl.arange(0, COLS)
@@ -249,7 +249,7 @@ def norm_streamed_forward_kernel(
 def _mean_in_float(total, cols):
     """A double sum over a row divided by its length."""
     hi, lo = to_pair(total)
-    hi, lo = divide_pair(hi, lo, cols.to(tl.float32))
+    hi, lo = divide_pair(hi, lo, tl.cast(cols, tl.float32))
     return hi + lo
 
 
@@ -390,8 +390,8 @@ GRADIENT_TILES = (*TILES[:-1], RowTile(8192, 1, Launch(16, spill_bytes=64)))
 _COLUMNS_AT_ONCE, _ROWS_AT_ONCE = 256, 8  # of the second pass over long rows
 
 
-def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _contiguous(tensor: torch.Tensor | None, cols: int) -> torch.Tensor | None:
+    return None if tensor is None else with_alignment(tensor.contiguous(), cols)
 
 
 def _shape(input: torch.Tensor, ndim: int) -> tuple[int, int]:
@@ -414,7 +414,7 @@ def norm_forward(input, residual, weight, bias, ndim, eps, centered):
     eps_hi, eps_lo = split(eps)
     operands = dict(
         input=input, input_stride=input_stride, residual=residual, residual_stride=residual_stride,
-        weight=_contiguous(weight), bias=_contiguous(bias), total=total, output=output, cols=cols, eps_hi=eps_hi,
+        weight=_contiguous(weight, cols), bias=_contiguous(bias, cols), total=total, output=output, cols=cols, eps_hi=eps_hi,
         eps_lo=eps_lo, CENTERED=centered,
     )  # fmt: skip
     tile = row_tile(cols, rows, architecture_of(input.device))
@@ -452,7 +452,7 @@ def norm_backward(grad_output, grad_sum, input, weight, bias, ndim, eps, need_in
         CENTERED=centered,
     )  # fmt: skip
     gradient = dict(
-        grad_sum=grad_sum, grad_sum_stride=grad_sum_stride, weight=_contiguous(weight),
+        grad_sum=grad_sum, grad_sum_stride=grad_sum_stride, weight=_contiguous(weight, cols),
         grad_input=grad_input if need_input else None, eps_hi=eps_hi, eps_lo=eps_lo,
     )  # fmt: skip
     lines = dict(weight_lines=weight_lines, bias_lines=bias_lines, rows=rows, chunks=chunks)

@@ -2,7 +2,8 @@
 
 Policy: a row that fits stays in registers from its one read to its one write, several short rows to a program; longer
 rows are read again in every pass. Which of these, and with it the tree of every sum over a row, depends on the row's
-length alone: its bits depend neither on the batch nor on its position in it.
+length alone: its bits depend neither on the batch nor on its position in it. The compiler lays a tile out, and adds,
+by what it knows of addresses; so rows of one length all lie on 16-byte boundaries or are none taken to (with_alignment).
 """
 
 from dataclasses import dataclass, replace
@@ -58,6 +59,22 @@ def row_tile(cols: int, rows: int, architecture: Architecture, tiles: tuple[RowT
     return replace(found, rows=rows_at_once(found.rows, found.cols, rows, architecture))
 
 
+_ALIGNED_BYTES = 16  # what the compiler asks of an address
+ALIGNED_ELEMENTS = 16  # and, a plain number, of a stride
+
+
+def is_aligned(tensor: torch.Tensor) -> bool:
+    return tensor.data_ptr() % _ALIGNED_BYTES == 0
+
+
+def with_alignment(tensor: torch.Tensor | None, cols: int) -> torch.Tensor | None:
+    """A dense tensor of rows as the compiler sees all of that length: whether its first row lies on a boundary says
+    nothing where not every row does, and where every row can, one that does not is copied."""
+    if tensor is None or cols % ALIGNED_ELEMENTS or is_aligned(tensor):
+        return tensor
+    return tensor.clone()
+
+
 def as_rows(tensor: torch.Tensor | None, ndim: int, cols: int) -> tuple[torch.Tensor | None, int]:
     """The tensor as rows of its last `ndim` dimensions: itself and the stride between rows, or a dense copy.
 
@@ -65,10 +82,11 @@ def as_rows(tensor: torch.Tensor | None, ndim: int, cols: int) -> tuple[torch.Te
     """
     if tensor is None:
         return None, 0
-    if tensor.is_contiguous():
-        return tensor, cols
-    stride = _row_stride(tensor, ndim, cols)
-    return (tensor.contiguous(), cols) if stride is None else (tensor, stride)
+    stride = cols if tensor.is_contiguous() else _row_stride(tensor, ndim, cols)
+    # One row of 20 elements in every 32 would be laid out otherwise than 20 in every 20.
+    if stride is None or (stride % ALIGNED_ELEMENTS == 0) != (cols % ALIGNED_ELEMENTS == 0) or (stride == 1) != (cols == 1):
+        tensor, stride = tensor.contiguous(), cols
+    return with_alignment(tensor, cols), stride
 
 
 def _row_stride(tensor: torch.Tensor, ndim: int, cols: int) -> int | None:
