@@ -164,7 +164,7 @@ def gelu_backward_kernel(
 
 # ---- host ----
 
-_LAUNCH = Launch(4)
+_LAUNCH = Launch(8)
 _ELEMENTS = 1024  # of a tile
 _MOST_COLS = 1024
 _COLUMNS = 2048  # of a tensor without bias, which has no columns of its own
