@@ -12,7 +12,6 @@ import triton.language as tl
 from .versions import fma, narrowed
 
 
-
 def split(x: float) -> tuple[float, float]:
     """A Python float as two float32 numbers; for hosts."""
     hi = struct.unpack("f", struct.pack("f", x))[0]

@@ -181,8 +181,10 @@ def _normalize(x, scale, mean, mean_tail, rest, rest_tail, CENTERED: tl.constexp
 def _load_row(parameter, col, cols, otherwise: tl.constexpr):
     """[1, C] of a weight or a bias; where there is none, `otherwise`."""
     if parameter is None:
-        return tl.full([1, col.shape[0]], otherwise, tl.float32)
-    return widened(tl.load(parameter + col, mask=col < cols, other=otherwise))[None, :]
+        row = tl.full([1, col.shape[0]], otherwise, tl.float32)
+    else:
+        row = widened(tl.load(parameter + col, mask=col < cols, other=otherwise))[None, :]
+    return row
 
 
 @triton.jit

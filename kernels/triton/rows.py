@@ -25,14 +25,14 @@ class RowTile:
     launch: Launch
 
 
-# 16 elements to a thread: more would spill beside a second operand.
+# Up to 16 elements to a thread: more would spill beside a second operand.
 TILES = (
     RowTile(16, 64, Launch(4)),
     RowTile(32, 32, Launch(4)),
     RowTile(64, 32, Launch(4)),
     RowTile(128, 16, Launch(4)),
     RowTile(256, 8, Launch(4)),
-    RowTile(512, 4, Launch(4)),
+    RowTile(512, 2, Launch(4)),
     RowTile(1024, 2, Launch(4)),
     RowTile(2048, 1, Launch(4)),
     RowTile(4096, 1, Launch(8)),

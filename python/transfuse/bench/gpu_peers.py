@@ -5,6 +5,7 @@ Sizes follow what the field quotes: 16384 tokens and 2048 channels in every atte
 which the forward does two). Backward is timed alone, on a graph that is kept.
 """
 
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -298,18 +299,15 @@ OWN_ROW_OPS = {
     "gelu_tanh": lambda x: transfuse.gelu(x, approximate="tanh"),
     "rotary": _by_heads(lambda x, cos, sin: transfuse.rotary(x, cos, sin)),
 }
-OWN = "transfuse cuda"
+OWN_BACKENDS = {"transfuse cuda": "cuda", "transfuse triton": "triton"}
 
 
 def row_kernels(run):
-    """Ours, torch's own kernels, then torch.compile's (seconds of compiling each, so a deadline cuts those)."""
-    state = True if run.dry else transfuse.backends()["cuda"]
-    if state is not True:
-        run.add(op="all", peer=OWN, status="skipped", reason=state)
+    """Ours and torch's own kernels, then those that compile first, ours and torch.compile's: a deadline cuts these."""
     sizes = [(8, columns // 64) if run.dry else (ROWS, columns) for columns in COLUMNS]
     for rows, columns in sizes:  # what a kernel on as many bytes can reach: a small one pays for its start and end
         _copy(run, rows * columns, {"rows": rows, "columns": columns})
-    for peer in (*((OWN,) if state is True else ()), "torch eager", "torch.compile"):
+    for peer in _there(run, ("transfuse cuda", "torch eager", "transfuse triton", "torch.compile")):
         for rows, columns in sizes:
             for op in ROW_OPS:
                 _row_rows(run, op, peer, rows, columns)
@@ -317,18 +315,28 @@ def row_kernels(run):
 
 def small_rows(run):
     """Sizes at which the host decides: what a call costs with Python and launch, ours beside torch's."""
-    state = True if run.dry else transfuse.backends()["cuda"]
-    if state is not True:
-        run.add(op="all", peer=OWN, status="skipped", reason=state)
+    peers = _there(run, ("transfuse cuda", "transfuse triton", "torch eager"))
     for rows, columns in SMALL_SIZES:
         for op in ROW_OPS:
-            for peer in (*((OWN,) if state is True else ()), "torch eager"):
+            for peer in peers:
                 _row_rows(run, op, peer, *((2, 6) if run.dry else (rows, columns)), timer=run.time_with_host)
+
+
+def _there(run, peers):
+    """The peers that this machine has; a backend of ours that it has not is a row with its reason."""
+    available, there = transfuse.backends(), []
+    for peer in peers:
+        state = available[OWN_BACKENDS[peer]] if peer in OWN_BACKENDS and not run.dry else True
+        if state is True:
+            there.append(peer)
+        else:
+            run.add(op="all", peer=peer, status="skipped", reason=state)
+    return there
 
 
 def _row_rows(run, op, peer, rows, columns, timer=None):
     function, row_inputs, weights, *moves = ROW_OPS[op]
-    function = OWN_ROW_OPS[op] if peer == OWN else function
+    function = OWN_ROW_OPS[op] if peer in OWN_BACKENDS else function
     tensors = [_random(run, rows, columns) for _ in range(row_inputs)] + [_random(run, columns) for _ in range(weights)]
     if op == "rotary":
         tensors.append(_random(run, rows, min(ROTARY_DIM, columns)))  # the angles, sine and cosine side by side
@@ -344,16 +352,17 @@ def _row_rows(run, op, peer, rows, columns, timer=None):
         "forward": lambda: forward,
         "backward": lambda: gradients_of(call, tensors, torch.randn_like(tensors[0])),
     }
-    for direction, moved in zip(("forward", "backward"), moves, strict=True):
-        run.measure(
-            prepare[direction],
-            moved=moved * rows * columns * 2,
-            timer=timer,
-            op=op,
-            peer=peer,
-            direction=direction,
-            shape={"rows": rows, "columns": columns},
-        )
+    with transfuse.use_backend("auto" if run.dry else OWN_BACKENDS.get(peer, "auto")):
+        for direction, moved in zip(("forward", "backward"), moves, strict=True):
+            run.measure(
+                prepare[direction],
+                moved=moved * rows * columns * 2,
+                timer=timer,
+                op=op,
+                peer=peer,
+                direction=direction,
+                shape={"rows": rows, "columns": columns},
+            )
 
 
 def models(run):
