@@ -149,6 +149,20 @@ def multiply(a, b, accumulator, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
         return tl.dot(a, b, accumulator, input_precision=PRECISION)
 
 
+@triton.jit
+def products(a, a_base, a_view, rows, num_rows, b_base, b_view, columns, num_columns, depth,
+             DEPTH: tl.constexpr, CHUNKS: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
+    """Rows of one tensor times rows of another: a [M, depth] @ b[columns]^T. With one chunk, a is already loaded."""
+    result = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        at = chunk * DEPTH + tl.arange(0, DEPTH)
+        if CHUNKS > 1:
+            a = load_rows(a_base, a_view, rows, num_rows, at, depth)
+        b = load_rows(b_base, b_view, columns, num_columns, at, depth)
+        result = multiply(a, tl.trans(b), result, WIDEN, PRECISION)
+    return result
+
+
 # ---- which keys ----
 
 
