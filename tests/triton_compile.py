@@ -1,0 +1,88 @@
+"""Compiles Triton kernels for a GPU that is not there, and says what came out.
+
+    with launch.recording(launch.SM90) as recorded:
+        layer_norm_forward(torch.empty(8, 768, device="meta"), ...)
+    found = compiled(recorded.calls[0], launch.SM90)
+    found.ptx, found.spills, found.shared_bytes
+
+Needs a process without TRITON_INTERPRET.
+"""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+_POINTERS = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64", torch.bool: "*i1",
+    torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8", torch.int8: "*i8",
+}  # fmt: skip
+_ALIGNED = 16
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One compiled kernel. ptx is "" on AMD, amdgcn on NVIDIA; spills counts spilled registers (None: not told)."""
+
+    name: str
+    ptx: str
+    amdgcn: str
+    spills: int | None
+    registers: int | None
+    shared_bytes: int
+
+
+def compiled(call, architecture):
+    """Compiles a recorded launch.Call as the launch would: integers of 1 are constants, multiples of 16 are known."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(call.kernel.params):
+        name = parameter.name
+        value = call.arguments.get(name, parameter.default)
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name] = "constexpr"
+            constants[(index,)] = value.value if isinstance(value, tl.constexpr) else value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", _ALIGNED]]
+        elif isinstance(value, bool):
+            signature[name] = "i1"
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % _ALIGNED == 0:
+                attributes[(index,)] = [["tt.divisibility", _ALIGNED]]
+        else:
+            signature[name] = "fp32"
+    target = GPUTarget(architecture.backend, architecture.name, architecture.warp_size)
+    source = ASTSource(call.kernel, signature, constants, attributes)
+    binary = triton.compile(source, target=target, options=dict(call.options))
+    text, metadata = binary.asm, binary.metadata
+    spills, registers = _resources(binary, architecture)
+    return Compiled(call.kernel.fn.__name__, text.get("ptx", ""), text.get("amdgcn", ""), spills, registers, metadata.shared)
+
+
+def _resources(binary, architecture):
+    """(spilled bytes or registers, registers per thread) as the assembler's own metadata tells them."""
+    if architecture.backend == "hip":
+        found = {}
+        for line in binary.asm["amdgcn"].splitlines():
+            key, _, value = line.strip().removeprefix(".").partition(":")
+            if key in ("vgpr_spill_count", "sgpr_spill_count", "vgpr_count"):
+                found[key] = int(value)
+        return found.get("vgpr_spill_count", 0) + found.get("sgpr_spill_count", 0), found.get("vgpr_count")
+    return _cubin_resources(binary.asm["cubin"])
+
+
+def _cubin_resources(cubin):
+    """Stack bytes (spills and nothing else: our kernels have no arrays) and registers, by Triton's own cuobjdump."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", text)[1]), int(re.search(r"REG:(\d+)", text)[1])
