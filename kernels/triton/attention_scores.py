@@ -123,7 +123,8 @@ def clamp(x, lowest, highest):
 @triton.jit
 def base_of(t, batch, head, first_row):
     """Address of row `first_row` of one head. 64 bits: rows and heads may lie 2^31 elements apart."""
-    return t.data + batch.to(tl.int64) * t.batch + head.to(tl.int64) * t.head + first_row * t.row
+    batch, head = tl.to_tensor(batch).to(tl.int64), tl.to_tensor(head).to(tl.int64)
+    return t.data + batch * t.batch + head * t.head + first_row * t.row
 
 
 @triton.jit
