@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .attention_problem import dense_problem, heads_together, packed_problem, packed_view, tile_options, view
 from .attention_scores import (
-    base_of, finish_scores, keys_of_rows, kept_draws, load_rows, multiply, multiply_kept, products,
+    base_of, finish_rows, finish_scores, keys_of_rows, kept_draws, load_rows, multiply, multiply_kept, products,
     sequence_of, store_rows, weigh,
 )
 from .launch import launch
@@ -88,23 +88,10 @@ def attention_forward_kernel(p, output, lse, num_blocks, value_chunks, BLOCK_M: 
                            BLOCK_N, HEAD, HEAD_CHUNKS, EXACT, WIDEN, PRECISION)
         result, maximum, total = state
 
-        top = tl.where(maximum == float("-inf"), maximum, maximum * p.logit_scale)
-        if p.sinks is not None:
-            sink = tl.load(p.sinks + head)
-            higher = tl.maximum(top, sink)
-            reference = tl.where(higher == float("-inf"), 0.0, higher)
-            factor = tl.exp(top - reference)
-            total = total * factor + tl.exp(sink - reference)
-            result = tl.where((top == float("-inf"))[:, None], 0.0, result * factor[:, None])
-            top = higher
-        nothing = total == 0
-        divisor = tl.where(nothing, 1.0, total)
-        if p.dropout_seed is not None:
-            result = result * p.dropout_scale
+        result, log_sum = finish_rows(p, result, maximum, total, head)
         store_rows(base_of(output, batch, head, s.first_q), output, rows, s.len_q, value_columns, p.value_head_dim,
-                   result / divisor[:, None])
+                   result)
         if chunk == 0:
-            log_sum = tl.where(nothing, float("-inf"), top + tl.log(divisor))
             lse_base = base_of(lse, batch, head, s.first_q)
             tl.store(lse_base + rows.to(tl.int64) * lse.row, log_sum, mask=rows < s.len_q)
 

@@ -12,7 +12,8 @@ The second owns blocks of keys: dK and dV, heads of a group and queries in order
 gradient there. The third owns blocks of a broadcast bias. What programs leave as parts is added in order by a fourth.
 Policy: attention_scores.py. lse is rounded at the size of the largest logit, and exp(score - lse) would carry that
 rounding, 5e-4 at logits of 1e4: it only serves as a reference, and the weights are divided by their own sum. Rows of
-logits so large that the rounding could overflow find their maximum again.
+logits so large that the rounding could overflow find their maximum again. Likewise delta: that of the rounded output
+serves dQ, and the sum of dS that it leaves corrects it for the other gradients.
 """
 
 import torch
@@ -56,8 +57,9 @@ def _differentiate_keys(p, s, state, tiles, bases, reference, delta, batch, head
                         EDGES: tl.constexpr, SLOPES: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr,
                         HEAD_CHUNKS: tl.constexpr, VALUE: tl.constexpr, VALUE_CHUNKS: tl.constexpr,
                         EXACT: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
-    """The state (dQ, sum of weights, dslope), not normalised, after blocks of keys [start, stop)."""
-    grad_query, total, grad_slope = state
+    """The state after blocks of keys [start, stop), not normalised: dQ, sums of weights and of dS, and for dslope those
+    of dS * distance and of weights * distance."""
+    grad_query, total, grad_total, grad_slope, distances = state
     query, grad = tiles
     query_base, grad_base, grad_view, key_base, value_base = bases
     GUARDED: tl.constexpr = EDGES or (p.mask is not None) or (p.bias is not None)
@@ -81,8 +83,10 @@ def _differentiate_keys(p, s, state, tiles, bases, reference, delta, batch, head
         grad_scores = weights * (grad_weights - delta[:, None])
         if GUARDED:
             grad_scores = tl.where(keep, grad_scores, 0.0)  # V at an excluded key may be anything
+        grad_total += tl.sum(grad_scores, 1)
         if SLOPES:
             grad_slope -= tl.sum(grad_scores * distance(s, rows[:, None], columns[None, :]), 1)
+            distances += tl.sum(weights * distance(s, rows[:, None], columns[None, :]), 1)
         if p.softcap is not None:
             grad_scores = grad_scores * cap_slope
             if GUARDED:
@@ -92,7 +96,7 @@ def _differentiate_keys(p, s, state, tiles, bases, reference, delta, batch, head
             grad_query = multiply_kept(grad_scores, keep, keys, grad_query, TYPE, WIDEN, PRECISION)
         else:
             grad_query = multiply(grad_scores.to(TYPE), keys, grad_query, WIDEN, PRECISION)
-    return grad_query, total, grad_slope
+    return grad_query, total, grad_total, grad_slope, distances
 
 
 @triton.jit
@@ -126,8 +130,10 @@ def attention_backward_query_kernel(p, grad_output, output, lse, grad_lse, grad_
             grads = load_rows(grad_base, grad_output, rows, s.len_q, columns, p.value_head_dim).to(tl.float32)
             outputs = load_rows(output_base, output, rows, s.len_q, columns, p.value_head_dim).to(tl.float32)
             delta += tl.sum(grads * outputs, 1)
+        of_lse = tl.zeros((BLOCK_M,), tl.float32)
         if grad_lse is not None:
-            delta -= load_statistic(grad_lse, batch, head, s.first_q, rows, s.len_q)
+            of_lse = load_statistic(grad_lse, batch, head, s.first_q, rows, s.len_q)
+        delta -= of_lse
 
         log_sum = load_statistic(lse, batch, head, s.first_q, rows, s.len_q)
         start, full_start, full_stop, stop = keys_of_rows(p, s, first, tl.minimum(first + BLOCK_M, s.len_q), BLOCK_N)
@@ -142,8 +148,8 @@ def attention_backward_query_kernel(p, grad_output, output, lse, grad_lse, grad_
         tiles = (query, grad)
         bases = (query_base, grad_base, grad_output, key_base, value_base)
         SLOPES: tl.constexpr = slope_parts is not None
-        state = (tl.zeros((BLOCK_M, HEAD), tl.float32), tl.zeros((BLOCK_M,), tl.float32),
-                 tl.zeros((BLOCK_M,), tl.float32))
+        none = tl.zeros((BLOCK_M,), tl.float32)
+        state = (tl.zeros((BLOCK_M, HEAD), tl.float32), none, none, none, none)
         if p.window_left is not None:
             state = _differentiate_keys(p, s, state, tiles, bases, reference, delta, batch, head, rows, out_columns,
                                         start, tl.minimum(full_start, stop), True, SLOPES, BLOCK_N, HEAD, HEAD_CHUNKS,
@@ -154,7 +160,7 @@ def attention_backward_query_kernel(p, grad_output, output, lse, grad_lse, grad_
         state = _differentiate_keys(p, s, state, tiles, bases, reference, delta, batch, head, rows, out_columns,
                                     full_stop, stop, True, SLOPES, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS,
                                     EXACT, WIDEN, PRECISION)
-        result, total, grad_slope = state
+        result, total, grad_total, grad_slope, distances = state
 
         # lse is that of these very keys, or of more keys when a longer row was computed in parts (ring attention): then
         # it is P's true normaliser. The weight of this part tells the two apart.
@@ -172,17 +178,20 @@ def attention_backward_query_kernel(p, grad_output, output, lse, grad_lse, grad_
         store_rows(base_of(grad_query, batch, head, s.first_q), grad_query, rows, s.len_q, out_columns, p.head_dim,
                    result * (normaliser * scale)[:, None])
         if chunk == 0:
+            exact_delta = normaliser * grad_total + normaliser * total * delta - of_lse
+            exact_delta = tl.where(is_part, delta, exact_delta)
             inside = rows < s.len_q
             row64 = rows.to(tl.int64)
             tl.store(base_of(references, batch, head, s.first_q) + row64 * references.row, reference, mask=inside)
             tl.store(base_of(normalisers, batch, head, s.first_q) + row64 * normalisers.row, normaliser, mask=inside)
-            tl.store(base_of(deltas, batch, head, s.first_q) + row64 * deltas.row, delta, mask=inside)
+            tl.store(base_of(deltas, batch, head, s.first_q) + row64 * deltas.row, exact_delta, mask=inside)
             if slope_parts is not None:
-                tl.store(slope_parts + part, tl.sum(tl.where(inside, grad_slope * normaliser, 0.0), 0))
+                grad_slope = normaliser * (grad_slope + (exact_delta - delta) * distances)
+                tl.store(slope_parts + part, tl.sum(tl.where(inside, grad_slope, 0.0), 0))
             if sink_parts is not None:
                 weight = tl.where(is_part, relative * share, share / whole_sum)
                 weight = tl.where(whole_sum == float("inf"), 1.0, weight)
-                tl.store(sink_parts + part, -tl.sum(tl.where(inside & (share > 0), weight * delta, 0.0), 0))
+                tl.store(sink_parts + part, -tl.sum(tl.where(inside & (share > 0), weight * exact_delta, 0.0), 0))
     elif chunk == 0:
         if slope_parts is not None:
             tl.store(slope_parts + part, 0.0)

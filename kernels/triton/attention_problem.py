@@ -55,6 +55,16 @@ def packed_problem(query, key, value, cu_q, cu_k, bias, alibi_slopes, sinks, dro
     )
 
 
+def decode_problem(query, key, value, bias, alibi_slopes, sinks, capacity, scale, window_left, softcap) -> Problem:
+    """key and value are caches with their heads in front of their rows; lengths are the kernels' to look up."""
+    return _problem(
+        view(query), view(key), view(value), view(bias), None, alibi_slopes, sinks, None, scale, True, True,
+        window_left, -1, softcap, 0.0, seqlens_k=None, offsets_q=None, offsets_k=None, max_q=query.shape[2],
+        max_k=capacity, tokens_q=None, tokens_k=None, heads=query.shape[1], kv_heads=key.shape[1],
+        head_dim=query.shape[3], value_head_dim=value.shape[3],
+    )
+
+
 def _problem(query, key, value, bias, mask, alibi_slopes, sinks, dropout_seed, scale, causal, bottom_right, window_left,
              window_right, softcap, dropout_p, *, seqlens_k, offsets_q, offsets_k, max_q, max_k, tokens_q, tokens_k,
              heads, kv_heads, head_dim, value_head_dim) -> Problem:
@@ -99,7 +109,8 @@ class Tile:
     """How one kind of attention kernel is launched for heads of up to `columns` columns.
 
     Args:
-        kind: "forward", "query" (its gradient), "key" (gradients of key and value), "bias".
+        kind: "forward", "query" (its gradient), "key" (gradients of key and value), "bias",
+            "decode".
         wide: of float32 tensors.
         block_m, block_n: queries and keys of a tile.
         row: warps and stages, with their provenance.
@@ -144,6 +155,10 @@ TILES = (
     _tile("bias", True, 64, 32, 32, 4, 1),
     _tile("bias", True, 128, 32, 32, 8, 1),
     _tile("bias", True, 256, 16, 32, 8, 1),
+    _tile("decode", False, 128, 16, 64, 4, 2),
+    _tile("decode", False, 256, 16, 32, 4, 2),
+    _tile("decode", True, 64, 16, 64, 4, 1),
+    _tile("decode", True, 256, 16, 32, 4, 1),
 )
 
 

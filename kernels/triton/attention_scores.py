@@ -316,6 +316,25 @@ def kept_draws(p, batch, head, rows, key, BLOCK_N: tl.constexpr):
     return words.to(tl.int64) >= p.dropout_threshold
 
 
+@triton.jit
+def finish_rows(p, result, maximum, total, head):
+    """(output, lse) of rows from weighted sums, largest scores and sums of weights; the head's sink joins them here."""
+    top = tl.where(maximum == float("-inf"), maximum, maximum * p.logit_scale)
+    if p.sinks is not None:
+        sink = tl.load(p.sinks + head) + tl.zeros_like(top)
+        higher = tl.maximum(top, sink)
+        reference = tl.where(higher == float("-inf"), 0.0, higher)
+        factor = tl.exp(top - reference)
+        total = total * factor + tl.exp(sink - reference)
+        result = tl.where((top == float("-inf"))[:, None], 0.0, result * factor[:, None])
+        top = higher
+    if p.dropout_seed is not None:
+        result = result * p.dropout_scale
+    nothing = total == 0  # the largest weight of a row is 1, so only a row without keys sums to 0
+    divisor = tl.where(nothing, 1.0, total)
+    return result / divisor[:, None], tl.where(nothing, float("-inf"), top + tl.log(divisor))
+
+
 # ---- sums over kept pairs ----
 
 
