@@ -21,7 +21,7 @@ class Architecture:
     """What a launch may depend on.
 
     Args:
-        backend: "cuda" or "hip", as Triton names them.
+        backend: "cuda" or "hip", as Triton names them; "interpreter" where kernels run on the CPU.
         name: 80, 90, 100, 120; "gfx942".
         warp_size: threads that run together.
         shared_bytes: most shared memory that one program may take.
@@ -38,6 +38,7 @@ SM90 = Architecture("cuda", 90, 32, 227 << 10)
 SM100 = Architecture("cuda", 100, 32, 227 << 10)
 SM120 = Architecture("cuda", 120, 32, 99 << 10)
 GFX942 = Architecture("hip", "gfx942", 64, 64 << 10)
+INTERPRETER = Architecture("interpreter", 90, 32, SM90.shared_bytes)
 ARCHITECTURES = (SM80, SM90, SM100, SM120, GFX942)
 # 8.6 and 8.9, too, hold 100 KB where 8.0 holds 164.
 _SMALL_SHARED = (86, 89)
@@ -71,11 +72,11 @@ def _architecture_of_gpu(index: int) -> Architecture:
 
 
 def architecture_of(device: torch.device) -> Architecture:
-    """The architecture that a tensor's device has; that of the recording, where one is made; interpreted: sm_90."""
+    """The architecture that a tensor's device has; that of the recording, where one is made."""
     if _recording is not None:
         return _recording.architecture
     if device.type == "cpu":
-        return SM90
+        return INTERPRETER
     return _architecture_of_gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 

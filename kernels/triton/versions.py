@@ -12,9 +12,32 @@ if VERSION < OLDEST:
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
+# Interpreters before 3.9 round a * b before they add c.
+_FMA_ROUNDS_TWICE = tl.constexpr(INTERPRETED.value and VERSION < (3, 9))
+
+
 @triton.jit
 def fma(a, b, c):
-    """a * b + c of floats, rounded once: interpreters before 3.9 round the product too."""
-    if INTERPRETED:
-        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+    """a * b + c of floats or doubles, rounded once (where the interpreter of floats needs doubles for it: once and a bit)."""
+    if _FMA_ROUNDS_TWICE:
+        wide = tl.cast(a, tl.float64) * tl.cast(b, tl.float64) + tl.cast(c, tl.float64)
+        return wide if c.dtype == tl.float64 else wide.to(tl.float32)
     return tl.fma(a, b, c)
+
+
+@triton.jit
+def widened(x):
+    """A tensor as loaded, in float32: the interpreter loses bfloat16's subnormals."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def narrowed(x, dtype: tl.constexpr):
+    """A float32 rounded to nearest even to a storage type: the interpreter cuts bfloat16 off."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x == x, rounded, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
