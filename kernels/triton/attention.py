@@ -18,12 +18,13 @@ from .attention_scores import (
     sequence_of, store_rows, weigh,
 )
 from .launch import launch
+from .versions import narrowed
 
 
 @triton.jit
 def _take_keys(p, s, state, query, bases, batch, head, rows, value_columns, start, stop, EDGES: tl.constexpr,
                BLOCK_N: tl.constexpr, HEAD: tl.constexpr, HEAD_CHUNKS: tl.constexpr, EXACT: tl.constexpr,
-               WIDEN: tl.constexpr, PRECISION: tl.constexpr):
+               PRECISION: tl.constexpr):
     """The state (output, maximum, sum) after blocks of keys [start, stop)."""
     output, maximum, total = state
     query_base, key_base, value_base = bases
@@ -32,7 +33,7 @@ def _take_keys(p, s, state, query, bases, batch, head, rows, value_columns, star
     for key in range(start, stop, BLOCK_N):
         columns = key + tl.arange(0, BLOCK_N)
         product = products(query, query_base, p.query, rows, s.len_q, key_base, p.key, columns, s.len_k, p.head_dim,
-                           HEAD, HEAD_CHUNKS, WIDEN, PRECISION)
+                           HEAD, HEAD_CHUNKS, PRECISION)
         scores, keep, _ = finish_scores(p, s, product, batch, head, rows[:, None], columns[None, :], EDGES)
         if GUARDED:
             scores = tl.where(keep, scores, float("-inf"))
@@ -49,16 +50,16 @@ def _take_keys(p, s, state, query, bases, batch, head, rows, value_columns, star
             weights = tl.where(kept_draws(p, batch, head, rows, key, BLOCK_N), weights, 0.0)
         values = load_rows(value_base, p.value, columns, s.len_k, value_columns, p.value_head_dim)
         if GUARDED:
-            output = multiply_kept(weights, keep, values, output, TYPE, WIDEN, PRECISION)
+            output = multiply_kept(weights, keep, values, output, TYPE, PRECISION)
         else:
-            output = multiply(weights.to(TYPE), values, output, WIDEN, PRECISION)
+            output = multiply(narrowed(weights, TYPE), values, output, PRECISION)
     return output, maximum, total
 
 
 @triton.jit
 def attention_forward_kernel(p, output, lse, num_blocks, value_chunks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                              HEAD: tl.constexpr, HEAD_CHUNKS: tl.constexpr, VALUE: tl.constexpr, EXACT: tl.constexpr,
-                             WIDEN: tl.constexpr, PRECISION: tl.constexpr):
+                             PRECISION: tl.constexpr):
     """Program: (sequence, head, chunk of the values' columns, block of queries), the longest causal blocks first."""
     task = tl.program_id(0)
     block = num_blocks - 1 - task % num_blocks
@@ -81,11 +82,11 @@ def attention_forward_kernel(p, output, lse, num_blocks, value_chunks, BLOCK_M: 
                  tl.zeros((BLOCK_M,), tl.float32))
         if p.window_left is not None:
             state = _take_keys(p, s, state, query, bases, batch, head, rows, value_columns, start,
-                               tl.minimum(full_start, stop), True, BLOCK_N, HEAD, HEAD_CHUNKS, EXACT, WIDEN, PRECISION)
+                               tl.minimum(full_start, stop), True, BLOCK_N, HEAD, HEAD_CHUNKS, EXACT, PRECISION)
         state = _take_keys(p, s, state, query, bases, batch, head, rows, value_columns, full_start, full_stop, False,
-                           BLOCK_N, HEAD, HEAD_CHUNKS, EXACT, WIDEN, PRECISION)
+                           BLOCK_N, HEAD, HEAD_CHUNKS, EXACT, PRECISION)
         state = _take_keys(p, s, state, query, bases, batch, head, rows, value_columns, full_stop, stop, True,
-                           BLOCK_N, HEAD, HEAD_CHUNKS, EXACT, WIDEN, PRECISION)
+                           BLOCK_N, HEAD, HEAD_CHUNKS, EXACT, PRECISION)
         result, maximum, total = state
 
         result, log_sum = finish_rows(p, result, maximum, total, head)

@@ -27,6 +27,7 @@ from .attention_scores import (
     rows_of_keys, sequence_of, store_rows, weigh,
 )
 from .launch import NOT_MEASURED, Launch, launch
+from .versions import narrowed, widened
 
 HUGE_LOGIT = tl.constexpr(32768.0)  # the rounding of lse then is 2^-10: far from where exp(score - lse) overflows
 LSE_ROUNDING = tl.constexpr(2.0**-20)  # a few ulp
@@ -41,12 +42,12 @@ def load_statistic(t, batch, head, first_row, rows, num_rows):
 
 @triton.jit
 def _maximum_of_rows(p, s, query, query_base, key_base, batch, head, rows, start, stop, BLOCK_N: tl.constexpr,
-                     HEAD: tl.constexpr, HEAD_CHUNKS: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
+                     HEAD: tl.constexpr, HEAD_CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
     maximum = tl.full((rows.shape[0],), float("-inf"), tl.float32)
     for key in range(start, stop, BLOCK_N):
         columns = key + tl.arange(0, BLOCK_N)
         product = products(query, query_base, p.query, rows, s.len_q, key_base, p.key, columns, s.len_k, p.head_dim,
-                           HEAD, HEAD_CHUNKS, WIDEN, PRECISION)
+                           HEAD, HEAD_CHUNKS, PRECISION)
         scores, keep, _ = finish_scores(p, s, product, batch, head, rows[:, None], columns[None, :], True)
         maximum = tl.maximum(maximum, tl.max(tl.where(keep, scores, float("-inf")), 1))
     return tl.where(maximum == float("-inf"), 0.0, maximum)
@@ -56,7 +57,7 @@ def _maximum_of_rows(p, s, query, query_base, key_base, batch, head, rows, start
 def _differentiate_keys(p, s, state, tiles, bases, reference, delta, batch, head, rows, out_columns, start, stop,
                         EDGES: tl.constexpr, SLOPES: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr,
                         HEAD_CHUNKS: tl.constexpr, VALUE: tl.constexpr, VALUE_CHUNKS: tl.constexpr,
-                        EXACT: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
+                        EXACT: tl.constexpr, PRECISION: tl.constexpr):
     """The state after blocks of keys [start, stop), not normalised: dQ, sums of weights and of dS, and for dslope those
     of dS * distance and of weights * distance."""
     grad_query, total, grad_total, grad_slope, distances = state
@@ -67,7 +68,7 @@ def _differentiate_keys(p, s, state, tiles, bases, reference, delta, batch, head
     for key in range(start, stop, BLOCK_N):
         columns = key + tl.arange(0, BLOCK_N)
         product = products(query, query_base, p.query, rows, s.len_q, key_base, p.key, columns, s.len_k, p.head_dim,
-                           HEAD, HEAD_CHUNKS, WIDEN, PRECISION)
+                           HEAD, HEAD_CHUNKS, PRECISION)
         scores, keep, cap_slope = finish_scores(p, s, product, batch, head, rows[:, None], columns[None, :], EDGES)
         if GUARDED:
             scores = tl.where(keep, scores, float("-inf"))
@@ -76,7 +77,7 @@ def _differentiate_keys(p, s, state, tiles, bases, reference, delta, batch, head
             weights = tl.where(keep, weights, 0.0)
         total += tl.sum(weights, 1)
         grad_weights = products(grad, grad_base, grad_view, rows, s.len_q, value_base, p.value, columns, s.len_k,
-                                p.value_head_dim, VALUE, VALUE_CHUNKS, WIDEN, PRECISION)
+                                p.value_head_dim, VALUE, VALUE_CHUNKS, PRECISION)
         if p.dropout_seed is not None:
             draws = kept_draws(p, batch, head, rows, key, BLOCK_N)
             grad_weights = tl.where(draws, grad_weights * p.dropout_scale, 0.0)
@@ -93,9 +94,9 @@ def _differentiate_keys(p, s, state, tiles, bases, reference, delta, batch, head
                 grad_scores = tl.where(keep, grad_scores, 0.0)
         keys = load_rows(key_base, p.key, columns, s.len_k, out_columns, p.head_dim)
         if GUARDED:
-            grad_query = multiply_kept(grad_scores, keep, keys, grad_query, TYPE, WIDEN, PRECISION)
+            grad_query = multiply_kept(grad_scores, keep, keys, grad_query, TYPE, PRECISION)
         else:
-            grad_query = multiply(grad_scores.to(TYPE), keys, grad_query, WIDEN, PRECISION)
+            grad_query = multiply(narrowed(grad_scores, TYPE), keys, grad_query, PRECISION)
     return grad_query, total, grad_total, grad_slope, distances
 
 
@@ -104,7 +105,7 @@ def attention_backward_query_kernel(p, grad_output, output, lse, grad_lse, grad_
                                     slope_parts, sink_parts, num_blocks, head_chunks, scale, BLOCK_M: tl.constexpr,
                                     BLOCK_N: tl.constexpr, HEAD: tl.constexpr, HEAD_CHUNKS: tl.constexpr,
                                     VALUE: tl.constexpr, VALUE_CHUNKS: tl.constexpr, EXACT: tl.constexpr,
-                                    WIDEN: tl.constexpr, PRECISION: tl.constexpr):
+                                    PRECISION: tl.constexpr):
     """Program: (sequence, head, chunk of the query's columns, block of queries). Parts are [programs of chunk 0]."""
     task = tl.program_id(0)
     block = num_blocks - 1 - task % num_blocks
@@ -127,9 +128,9 @@ def attention_backward_query_kernel(p, grad_output, output, lse, grad_lse, grad_
         delta = tl.zeros((BLOCK_M,), tl.float32)
         for value_chunk in tl.static_range(VALUE_CHUNKS):
             columns = value_chunk * VALUE + tl.arange(0, VALUE)
-            grads = load_rows(grad_base, grad_output, rows, s.len_q, columns, p.value_head_dim).to(tl.float32)
-            outputs = load_rows(output_base, output, rows, s.len_q, columns, p.value_head_dim).to(tl.float32)
-            delta += tl.sum(grads * outputs, 1)
+            grads = load_rows(grad_base, grad_output, rows, s.len_q, columns, p.value_head_dim)
+            outputs = load_rows(output_base, output, rows, s.len_q, columns, p.value_head_dim)
+            delta += tl.sum(widened(grads) * widened(outputs), 1)
         of_lse = tl.zeros((BLOCK_M,), tl.float32)
         if grad_lse is not None:
             of_lse = load_statistic(grad_lse, batch, head, s.first_q, rows, s.len_q)
@@ -141,7 +142,7 @@ def attention_backward_query_kernel(p, grad_output, output, lse, grad_lse, grad_
         huge = (tl.abs(log_sum) > HUGE_LOGIT) & (tl.abs(log_sum) < float("inf"))
         if tl.max(huge.to(tl.int32), 0) > 0:
             maximum = _maximum_of_rows(p, s, query, query_base, key_base, batch, head, rows, start, stop, BLOCK_N, HEAD,
-                                       HEAD_CHUNKS, WIDEN, PRECISION)
+                                       HEAD_CHUNKS, PRECISION)
             reference = tl.where(huge, maximum, reference)
 
         out_columns = chunk * HEAD + tl.arange(0, HEAD)
@@ -153,13 +154,13 @@ def attention_backward_query_kernel(p, grad_output, output, lse, grad_lse, grad_
         if p.window_left is not None:
             state = _differentiate_keys(p, s, state, tiles, bases, reference, delta, batch, head, rows, out_columns,
                                         start, tl.minimum(full_start, stop), True, SLOPES, BLOCK_N, HEAD, HEAD_CHUNKS,
-                                        VALUE, VALUE_CHUNKS, EXACT, WIDEN, PRECISION)
+                                        VALUE, VALUE_CHUNKS, EXACT, PRECISION)
         state = _differentiate_keys(p, s, state, tiles, bases, reference, delta, batch, head, rows, out_columns,
                                     full_start, full_stop, False, SLOPES, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE,
-                                    VALUE_CHUNKS, EXACT, WIDEN, PRECISION)
+                                    VALUE_CHUNKS, EXACT, PRECISION)
         state = _differentiate_keys(p, s, state, tiles, bases, reference, delta, batch, head, rows, out_columns,
                                     full_stop, stop, True, SLOPES, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS,
-                                    EXACT, WIDEN, PRECISION)
+                                    EXACT, PRECISION)
         result, total, grad_total, grad_slope, distances = state
 
         # lse is that of these very keys, or of more keys when a longer row was computed in parts (ring attention): then
@@ -203,7 +204,7 @@ def attention_backward_query_kernel(p, grad_output, output, lse, grad_lse, grad_
 def _differentiate_rows(p, s, state, tiles, bases, grad_output, statistics, grad_bias, batch, head, columns, key,
                         head_columns, value_columns, start, stop, EDGES: tl.constexpr, BLOCK_M: tl.constexpr,
                         BLOCK_N: tl.constexpr, HEAD: tl.constexpr, HEAD_CHUNKS: tl.constexpr, VALUE: tl.constexpr,
-                        VALUE_CHUNKS: tl.constexpr, EXACT: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
+                        VALUE_CHUNKS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr):
     """The state (dK, dV) after blocks of rows [start, stop) of one head. Tiles are [keys, queries]."""
     grad_key, grad_value = state
     keys, values = tiles
@@ -219,7 +220,7 @@ def _differentiate_rows(p, s, state, tiles, bases, grad_output, statistics, grad
         normaliser = load_statistic(normalisers, batch, head, s.first_q, rows, s.len_q)
         delta = load_statistic(deltas, batch, head, s.first_q, rows, s.len_q)
         product = products(keys, key_base, p.key, columns, s.len_k, query_base, p.query, rows, s.len_q, p.head_dim,
-                           HEAD, HEAD_CHUNKS, WIDEN, PRECISION)
+                           HEAD, HEAD_CHUNKS, PRECISION)
         scores, keep, cap_slope = finish_scores(p, s, product, batch, head, rows[None, :], columns[:, None], EDGES)
         if GUARDED:
             scores = tl.where(keep, scores, float("-inf"))
@@ -227,7 +228,7 @@ def _differentiate_rows(p, s, state, tiles, bases, grad_output, statistics, grad
         if GUARDED:
             weights = tl.where(keep, weights, 0.0)
         grad_weights = products(values, value_base, p.value, columns, s.len_k, grad_base, grad_output, rows, s.len_q,
-                                p.value_head_dim, VALUE, VALUE_CHUNKS, WIDEN, PRECISION)
+                                p.value_head_dim, VALUE, VALUE_CHUNKS, PRECISION)
         kept_weights = weights
         if p.dropout_seed is not None:
             draws = tl.trans(kept_draws(p, batch, head, rows, key, BLOCK_N))
@@ -240,7 +241,7 @@ def _differentiate_rows(p, s, state, tiles, bases, grad_output, statistics, grad
             addresses = base_of(grad_bias, batch, head, 0) + rows.to(tl.int64)[None, :] * grad_bias.row
             addresses += columns.to(tl.int64)[:, None] * grad_bias.col
             inside = (rows < s.len_q)[None, :] & (columns < s.len_k)[:, None]
-            tl.store(addresses, grad_scores.to(grad_bias.data.dtype.element_ty), mask=inside)
+            tl.store(addresses, narrowed(grad_scores, grad_bias.data.dtype.element_ty), mask=inside)
         if p.softcap is not None:
             grad_scores = grad_scores * cap_slope
             if GUARDED:
@@ -248,11 +249,11 @@ def _differentiate_rows(p, s, state, tiles, bases, grad_output, statistics, grad
         grads = load_rows(grad_base, grad_output, rows, s.len_q, value_columns, p.value_head_dim)
         queries = load_rows(query_base, p.query, rows, s.len_q, head_columns, p.head_dim)
         if GUARDED:
-            grad_value = multiply_kept(kept_weights, keep, grads, grad_value, TYPE, WIDEN, PRECISION)
-            grad_key = multiply_kept(grad_scores, keep, queries, grad_key, TYPE, WIDEN, PRECISION)
+            grad_value = multiply_kept(kept_weights, keep, grads, grad_value, TYPE, PRECISION)
+            grad_key = multiply_kept(grad_scores, keep, queries, grad_key, TYPE, PRECISION)
         else:
-            grad_value = multiply(kept_weights.to(TYPE), grads, grad_value, WIDEN, PRECISION)
-            grad_key = multiply(grad_scores.to(TYPE), queries, grad_key, WIDEN, PRECISION)
+            grad_value = multiply(narrowed(kept_weights, TYPE), grads, grad_value, PRECISION)
+            grad_key = multiply(narrowed(grad_scores, TYPE), queries, grad_key, PRECISION)
     return grad_key, grad_value
 
 
@@ -261,7 +262,7 @@ def attention_backward_key_kernel(p, grad_output, grad_key, grad_value, referenc
                                   num_blocks, num_chunks, num_kv_heads, scale, BLOCK_M: tl.constexpr,
                                   BLOCK_N: tl.constexpr, HEAD: tl.constexpr, HEAD_CHUNKS: tl.constexpr,
                                   VALUE: tl.constexpr, VALUE_CHUNKS: tl.constexpr, EXACT: tl.constexpr,
-                                  WIDEN: tl.constexpr, PRECISION: tl.constexpr):
+                                  PRECISION: tl.constexpr):
     """Program: (sequence, key head, chunk of the columns, block of keys)."""
     task = tl.program_id(0)
     key = task % num_blocks * BLOCK_N
@@ -292,15 +293,15 @@ def attention_backward_key_kernel(p, grad_output, grad_key, grad_value, referenc
         for head in range(kv_head * p.group, (kv_head + 1) * p.group):
             state = _differentiate_rows(p, s, state, tiles, bases, grad_output, statistics, grad_bias, batch, head,
                                         columns, key, head_columns, value_columns, start, tl.minimum(full_start, stop),
-                                        True, BLOCK_M, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT, WIDEN,
+                                        True, BLOCK_M, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT,
                                         PRECISION)
             state = _differentiate_rows(p, s, state, tiles, bases, grad_output, statistics, grad_bias, batch, head,
                                         columns, key, head_columns, value_columns, full_start, full_stop, False,
-                                        BLOCK_M, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT, WIDEN,
+                                        BLOCK_M, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT,
                                         PRECISION)
             state = _differentiate_rows(p, s, state, tiles, bases, grad_output, statistics, grad_bias, batch, head,
                                         columns, key, head_columns, value_columns, full_stop, stop, True, BLOCK_M,
-                                        BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT, WIDEN, PRECISION)
+                                        BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT, PRECISION)
         key_result, value_result = state
         store_rows(base_of(grad_key, batch, kv_head, s.first_k), grad_key, columns, length, head_columns, p.head_dim,
                    key_result * scale)
@@ -314,7 +315,7 @@ def attention_backward_bias_kernel(p, grad_output, grad_bias, references, normal
                                    SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr,
                                    BLOCK_N: tl.constexpr, HEAD: tl.constexpr, HEAD_CHUNKS: tl.constexpr,
                                    VALUE: tl.constexpr, VALUE_CHUNKS: tl.constexpr, EXACT: tl.constexpr,
-                                   WIDEN: tl.constexpr, PRECISION: tl.constexpr):
+                                   PRECISION: tl.constexpr):
     """dS summed over what the bias is broadcast in. Program: (batch, head, block of rows, block of columns) of grad_bias.
 
     A program walks batches_each sequences, heads_each heads, rows_each blocks of rows and columns_each of columns, in
@@ -351,13 +352,13 @@ def attention_backward_bias_kernel(p, grad_output, grad_bias, references, normal
                     for n in range(first, last):
                         columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
                         product = products(query, query_base, p.query, rows, s.len_q, key_base, p.key, columns, s.len_k,
-                                           p.head_dim, HEAD, HEAD_CHUNKS, WIDEN, PRECISION)
+                                           p.head_dim, HEAD, HEAD_CHUNKS, PRECISION)
                         scores, keep, _ = finish_scores(p, s, product, batch, head, rows[:, None], columns[None, :],
                                                         True)
                         scores = tl.where(keep, scores, float("-inf"))
                         weights = weigh(p, scores - reference[:, None], EXACT) * normaliser[:, None]
                         grad_weights = products(grad, grad_base, grad_output, rows, s.len_q, value_base, p.value,
-                                                columns, s.len_k, p.value_head_dim, VALUE, VALUE_CHUNKS, WIDEN,
+                                                columns, s.len_k, p.value_head_dim, VALUE, VALUE_CHUNKS,
                                                 PRECISION)
                         if p.dropout_seed is not None:
                             draws = kept_draws(p, batch, head, rows, n * BLOCK_N, BLOCK_N)
@@ -374,7 +375,7 @@ def attention_backward_bias_kernel(p, grad_output, grad_bias, references, normal
         total = tl.sum(total, 1)[:, None] + tl.zeros_like(total)
         inside_columns = columns == 0
     addresses = base + rows.to(tl.int64)[:, None] * grad_bias.row + columns.to(tl.int64)[None, :] * grad_bias.col
-    tl.store(addresses, total.to(grad_bias.data.dtype.element_ty), mask=inside_rows[:, None] & inside_columns[None, :])
+    tl.store(addresses, narrowed(total, grad_bias.data.dtype.element_ty), mask=inside_rows[:, None] & inside_columns[None, :])
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from torch import Tensor
 from .attention_problem import decode_problem, heads_together, tile_options, view
 from .attention_scores import Sequence, clamp, finish_rows, finish_scores, multiply, multiply_kept, weigh
 from .launch import NOT_MEASURED, Launch, launch
+from .versions import narrowed
 
 CHUNK_KEYS = 256  # of one partial result; fixed, so the order of every sum is too
 LARGEST_TILE = 64  # rows of a program
@@ -76,7 +77,7 @@ def first_chunk_of(p, length, CHUNK: tl.constexpr):
 @triton.jit
 def attention_decode_kernel(p, cache, maxima, sums, outputs, num_chunks, num_tiles, value_chunks, num_kv_heads,
                             CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr,
-                            HEAD_CHUNKS: tl.constexpr, VALUE: tl.constexpr, EXACT: tl.constexpr, WIDEN: tl.constexpr,
+                            HEAD_CHUNKS: tl.constexpr, VALUE: tl.constexpr, EXACT: tl.constexpr,
                             PRECISION: tl.constexpr):
     """Program: (batch, key head, tile of rows, chunk of the values' columns, chunk of keys); partial results in order."""
     part = tl.program_id(0).to(tl.int64)
@@ -113,7 +114,7 @@ def attention_decode_kernel(p, cache, maxima, sums, outputs, num_chunks, num_til
                 at = head_chunk * HEAD + tl.arange(0, HEAD)
                 query = load_at(query_base, query_offsets, exists, at, p.query.col, p.head_dim)
                 keys = load_at(key_base, key_offsets, present, at, p.key.col, p.head_dim)
-                product = multiply(query, tl.trans(keys), product, WIDEN, PRECISION)
+                product = multiply(query, tl.trans(keys), product, PRECISION)
             scores, keep, _ = finish_scores(p, s, product, batch, heads[:, None], queries[:, None], columns[None, :], True)
             scores = tl.where(keep, scores, float("-inf"))
             before = maximum
@@ -124,7 +125,7 @@ def attention_decode_kernel(p, cache, maxima, sums, outputs, num_chunks, num_til
             total = total * factor + tl.sum(weights, 1)
             value_offsets, present = place_of(cache, p.value, batch, columns, columns < length)
             values = load_at(value_base, value_offsets, present, value_columns, p.value.col, p.value_head_dim)
-            output = multiply_kept(weights, keep, values, output * factor[:, None], TYPE, WIDEN, PRECISION)
+            output = multiply_kept(weights, keep, values, output * factor[:, None], TYPE, PRECISION)
         tl.store(maxima + part * BLOCK_M + in_tile, maximum)
         tl.store(sums + part * BLOCK_M + in_tile, total)
         tl.store(outputs + (part * BLOCK_M + in_tile)[:, None] * VALUE + tl.arange(0, VALUE)[None, :], output)
@@ -168,7 +169,7 @@ def attention_decode_fold_kernel(p, cache, maxima, sums, outputs, output, lse, n
     value_columns = value_chunk * VALUE + columns
     addresses = output.data + row_offsets[:, None] + value_columns.to(tl.int64)[None, :] * output.col
     inside = exists[:, None] & (value_columns < p.value_head_dim)[None, :]
-    tl.store(addresses, result.to(output.data.dtype.element_ty), mask=inside)
+    tl.store(addresses, narrowed(result, output.data.dtype.element_ty), mask=inside)
     if value_chunk == 0:
         lse_offsets = batch.to(tl.int64) * lse.batch + heads.to(tl.int64) * lse.head + queries.to(tl.int64) * lse.row
         tl.store(lse.data + lse_offsets, log_sum, mask=exists)

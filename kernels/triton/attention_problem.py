@@ -8,7 +8,6 @@ from torch import Tensor
 
 from .attention_scores import LOG2_E, Problem, Strided
 from .launch import NOT_MEASURED, Architecture, Launch, architecture_of
-from .versions import INTERPRETED
 
 _FARTHEST = 2**30  # a window's side beyond every position: what lies further is unbounded
 _PLAIN_SCALES = (2.0**-100, 2.0**100)  # sizes of a scale that may be left for the exponential
@@ -182,7 +181,7 @@ def tile_options(kind: str, query: Tensor, value: Tensor) -> tuple[dict, Launch]
     options = {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "HEAD": head, "HEAD_CHUNKS": triton.cdiv(head_dim, head),
         "VALUE": values, "VALUE_CHUNKS": triton.cdiv(value_head_dim, values), "EXACT": wide,
-        "WIDEN": bool(INTERPRETED) and not wide, "PRECISION": _precision(wide),
+        "PRECISION": _precision(wide),
     }
     return options, tile.row
 

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .versions import INTERPRETED, fma, narrowed, widened
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # As kernels/exp_constants.h has them: ln 2 in two parts, the first of 15 bits; (e^r - 1) / r, relative error 2^-28.
@@ -138,21 +140,21 @@ def load_rows(base, t, rows, num_rows, columns, num_columns):
 def store_rows(base, t, rows, num_rows, columns, num_columns, tile):
     addresses = base + rows.to(tl.int64)[:, None] * t.row + columns.to(tl.int64)[None, :] * t.col
     inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
-    tl.store(addresses, tile.to(t.data.dtype.element_ty), mask=inside)
+    tl.store(addresses, narrowed(tile, t.data.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def multiply(a, b, accumulator, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
-    """accumulator + a @ b in float32. WIDEN is the interpreter's: it multiplies bfloat16 by the bits."""
-    if WIDEN:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
+def multiply(a, b, accumulator, PRECISION: tl.constexpr):
+    """accumulator + a @ b in float32. The interpreter would multiply the bits of bfloat16."""
+    if INTERPRETED:
+        return tl.dot(widened(a), widened(b), accumulator)
     else:
         return tl.dot(a, b, accumulator, input_precision=PRECISION)
 
 
 @triton.jit
 def products(a, a_base, a_view, rows, num_rows, b_base, b_view, columns, num_columns, depth,
-             DEPTH: tl.constexpr, CHUNKS: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
+             DEPTH: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
     """Rows of one tensor times rows of another: a [M, depth] @ b[columns]^T. With one chunk, a is already loaded."""
     result = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     for chunk in tl.static_range(CHUNKS):
@@ -160,7 +162,7 @@ def products(a, a_base, a_view, rows, num_rows, b_base, b_view, columns, num_col
         if CHUNKS > 1:
             a = load_rows(a_base, a_view, rows, num_rows, at, depth)
         b = load_rows(b_base, b_view, columns, num_columns, at, depth)
-        result = multiply(a, tl.trans(b), result, WIDEN, PRECISION)
+        result = multiply(a, tl.trans(b), result, PRECISION)
     return result
 
 
@@ -241,7 +243,7 @@ def finish_scores(p, s, product, batch, head, rows, columns, EDGES: tl.constexpr
             keep = keep & (tl.load(addresses, mask=inside, other=0) != 0)
         if p.bias is not None:
             addresses = base_of(p.bias, batch, head, 0) + row64 * p.bias.row + column64 * p.bias.col
-            bias = tl.load(addresses, mask=inside, other=0.0).to(tl.float32)
+            bias = widened(tl.load(addresses, mask=inside, other=0.0))
             keep = keep & (bias != float("-inf"))
             score = score + bias
     if p.alibi_slopes is not None:
@@ -264,16 +266,16 @@ def tanh_and_slope(x):
     """tanh and its derivative, each without cancellation: with u = 2 / (e^2x + 1), 1 - u and u (2 - u)."""
     square = x * x
     size = tl.abs(x)
-    q = tl.fma(square, -5.70498872745e-3, 2.06390887954e-2)
-    q = tl.fma(q, square, -5.37397155531e-2)
-    q = tl.fma(q, square, 1.33314422036e-1)
-    q = tl.fma(q, square, -3.33332819422e-1)
-    near = tl.fma(x * square, q, x)
+    q = fma(square, -5.70498872745e-3, 2.06390887954e-2)
+    q = fma(q, square, -5.37397155531e-2)
+    q = fma(q, square, 1.33314422036e-1)
+    q = fma(q, square, -3.33332819422e-1)
+    near = fma(x * square, q, x)
     in_range = tl.where(size > TANH_LARGEST, TANH_LARGEST, size)  # in this order a NaN is kept
     u = 2.0 / (exp_scaled(in_range + in_range, 1.0, LOG2_E, -88.0, True) + 1.0)
     far = tl.where(x < 0, u - 1.0, 1.0 - u)
     small = size < TANH_SMALL
-    return tl.where(small, near, far), tl.where(small, tl.fma(-near, near, 1.0), u * (2.0 - u))
+    return tl.where(small, near, far), tl.where(small, fma(-near, near, 1.0), u * (2.0 - u))
 
 
 # ---- from score to weight ----
@@ -284,11 +286,11 @@ def exp_scaled(x, scale, exp2_scale, lowest, EXACT: tl.constexpr):
     """exp(scale * x), a NaN kept. EXACT: <= 1 ULP, 0 below lowest = -88 / scale; else what the GPU's ex2 gives."""
     if EXACT:
         x = tl.where(x < lowest, lowest, x)
-        shifted = tl.fma(x, exp2_scale, EXP_INTEGER)
+        shifted = fma(x, exp2_scale, EXP_INTEGER)
         n = shifted - EXP_INTEGER
-        r = tl.fma(-n, EXP_LN2_LO, tl.fma(x, scale, n * -EXP_LN2_HI))  # n * ln2_hi is exact
-        q = tl.fma(tl.fma(tl.fma(tl.fma(r, EXP_Q5, EXP_Q4), r, EXP_Q3), r, EXP_Q2), r, EXP_Q1)
-        q = tl.fma(r * r, q, r) + 1.0
+        r = fma(-n, EXP_LN2_LO, fma(x, scale, n * -EXP_LN2_HI))  # n * ln2_hi is exact
+        q = fma(fma(fma(fma(r, EXP_Q5, EXP_Q4), r, EXP_Q3), r, EXP_Q2), r, EXP_Q1)
+        q = fma(r * r, q, r) + 1.0
         return q * (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
     else:
         return tl.exp2(x * exp2_scale)
@@ -341,22 +343,22 @@ def finish_rows(p, result, maximum, total, head):
 @triton.jit
 def all_finite(tile):
     """Whether a tile holds neither infinity nor NaN."""
-    return tl.max(tl.max((~(tl.abs(tile.to(tl.float32)) < float("inf"))).to(tl.int32), 1), 0) == 0
+    return tl.max(tl.max((~(tl.abs(widened(tile)) < float("inf"))).to(tl.int32), 1), 0) == 0
 
 
 @triton.jit
-def multiply_kept(weights, keep, values, accumulator, TYPE: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
+def multiply_kept(weights, keep, values, accumulator, TYPE: tl.constexpr, PRECISION: tl.constexpr):
     """accumulator + weights @ values over the kept pairs: what is excluded may hold anything, 0 * NaN does not enter.
 
     weights are 0 where not kept. Where all values are finite this is a product; else the infinities and NaNs of the
     kept pairs are counted apart, and give what IEEE gives for their sum.
     """
     if all_finite(values):
-        result = multiply(weights.to(TYPE), values, accumulator, WIDEN, PRECISION)
+        result = multiply(narrowed(weights, TYPE), values, accumulator, PRECISION)
     else:
-        wide = values.to(tl.float32)
+        wide = widened(values)
         finite = tl.abs(wide) < float("inf")
-        result = multiply(weights.to(TYPE), tl.where(finite, values, 0.0).to(TYPE), accumulator, WIDEN, PRECISION)
+        result = multiply(narrowed(weights, TYPE), narrowed(tl.where(finite, wide, 0.0), TYPE), accumulator, PRECISION)
         up = meet(weights > 0, wide == float("inf"), result) + meet(weights < 0, wide == float("-inf"), result)
         down = meet(weights > 0, wide == float("-inf"), result) + meet(weights < 0, wide == float("inf"), result)
         bad = meet(keep & ~(tl.abs(weights) > 0), ~finite, result) + meet(keep, wide != wide, result)
