@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .attention_problem import dense_problem, heads_together, packed_problem, packed_view, tile_options, view
 from .attention_scores import (
-    base_of, finish_rows, finish_scores, keys_of_rows, kept_draws, load_rows, multiply, multiply_kept, products,
-    sequence_of, store_rows, weigh,
+    all_finite, base_of, finish_rows, finish_scores, keys_of_rows, kept_draws, load_rows, multiply, multiply_kept,
+    products, sequence_of, some_excluded, store_rows, weigh,
 )
 from .launch import launch
 from .versions import narrowed
@@ -23,6 +23,7 @@ from .versions import narrowed
 
 @triton.jit
 def _take_keys(p, s, state, query, bases, batch, head, rows, value_columns, start, stop, EDGES: tl.constexpr,
+               KEPT: tl.constexpr,
                BLOCK_N: tl.constexpr, HEAD: tl.constexpr, HEAD_CHUNKS: tl.constexpr, EXACT: tl.constexpr,
                PRECISION: tl.constexpr):
     """The state (output, maximum, sum) after blocks of keys [start, stop)."""
@@ -49,7 +50,7 @@ def _take_keys(p, s, state, query, bases, batch, head, rows, value_columns, star
         if p.dropout_seed is not None:
             weights = tl.where(kept_draws(p, batch, head, rows, key, BLOCK_N), weights, 0.0)
         values = load_rows(value_base, p.value, columns, s.len_k, value_columns, p.value_head_dim)
-        if GUARDED:
+        if KEPT:
             output = multiply_kept(weights, keep, values, output, TYPE, PRECISION)
         else:
             output = multiply(narrowed(weights, TYPE), values, output, PRECISION)
@@ -78,16 +79,22 @@ def attention_forward_kernel(p, output, lse, num_blocks, value_chunks, BLOCK_M: 
         value_columns = chunk * VALUE + tl.arange(0, VALUE)
         query = load_rows(query_base, p.query, rows, s.len_q, tl.arange(0, HEAD), p.head_dim)
         start, full_start, full_stop, stop = keys_of_rows(p, s, first, tl.minimum(first + BLOCK_M, s.len_q), BLOCK_N)
-        state = (tl.zeros((BLOCK_M, VALUE), tl.float32), tl.full((BLOCK_M,), float("-inf"), tl.float32),
-                 tl.zeros((BLOCK_M,), tl.float32))
+        nothing = (tl.zeros((BLOCK_M, VALUE), tl.float32), tl.full((BLOCK_M,), float("-inf"), tl.float32),
+                   tl.zeros((BLOCK_M,), tl.float32))
+        state = nothing
         if p.window_left is not None:
             state = _take_keys(p, s, state, query, bases, batch, head, rows, value_columns, start,
-                               tl.minimum(full_start, stop), True, BLOCK_N, HEAD, HEAD_CHUNKS, EXACT, PRECISION)
+                               tl.minimum(full_start, stop), True, False, BLOCK_N, HEAD, HEAD_CHUNKS, EXACT, PRECISION)
         state = _take_keys(p, s, state, query, bases, batch, head, rows, value_columns, full_start, full_stop, False,
-                           BLOCK_N, HEAD, HEAD_CHUNKS, EXACT, PRECISION)
+                           False, BLOCK_N, HEAD, HEAD_CHUNKS, EXACT, PRECISION)
         state = _take_keys(p, s, state, query, bases, batch, head, rows, value_columns, full_stop, stop, True,
-                           BLOCK_N, HEAD, HEAD_CHUNKS, EXACT, PRECISION)
+                           False, BLOCK_N, HEAD, HEAD_CHUNKS, EXACT, PRECISION)
         result, maximum, total = state
+        if some_excluded(p):
+            if not all_finite(result):
+                result, maximum, total = _take_keys(p, s, nothing, query, bases, batch, head, rows, value_columns,
+                                                    start, stop, True, True, BLOCK_N, HEAD, HEAD_CHUNKS, EXACT,
+                                                    PRECISION)
 
         result, log_sum = finish_rows(p, result, maximum, total, head)
         store_rows(base_of(output, batch, head, s.first_q), output, rows, s.len_q, value_columns, p.value_head_dim,

@@ -13,7 +13,7 @@ gradient there. The third owns blocks of a broadcast bias. What programs leave a
 Policy: attention_scores.py. lse is rounded at the size of the largest logit, and exp(score - lse) would carry that
 rounding, 5e-4 at logits of 1e4: it only serves as a reference, and the weights are divided by their own sum. Rows of
 logits so large that the rounding could overflow find their maximum again. Likewise delta: that of the rounded output
-serves dQ, and the sum of dS that it leaves corrects it for the other gradients.
+serves dQ (which float32 corrects), and the sum of dS that it leaves corrects it for the other gradients.
 """
 
 import torch
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from .attention_problem import dense_problem, heads_together, packed_problem, packed_view, tile_options, view
 from .attention_scores import (
-    base_of, distance, finish_scores, keys_of_rows, kept_draws, load_rows, multiply, multiply_kept, products,
-    rows_of_keys, sequence_of, store_rows, weigh,
+    all_finite, base_of, distance, finish_scores, keys_of_rows, kept_draws, load_rows, multiply, multiply_kept, products,
+    rows_of_keys, sequence_of, some_excluded, store_rows, weigh,
 )
 from .launch import NOT_MEASURED, Launch, launch
 from .versions import narrowed, widened
@@ -55,12 +55,12 @@ def _maximum_of_rows(p, s, query, query_base, key_base, batch, head, rows, start
 
 @triton.jit
 def _differentiate_keys(p, s, state, tiles, bases, reference, delta, batch, head, rows, out_columns, start, stop,
-                        EDGES: tl.constexpr, SLOPES: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr,
+                        EDGES: tl.constexpr, KEPT: tl.constexpr, SLOPES: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr,
                         HEAD_CHUNKS: tl.constexpr, VALUE: tl.constexpr, VALUE_CHUNKS: tl.constexpr,
                         EXACT: tl.constexpr, PRECISION: tl.constexpr):
-    """The state after blocks of keys [start, stop), not normalised: dQ, sums of weights and of dS, and for dslope those
-    of dS * distance and of weights * distance."""
-    grad_query, total, grad_total, grad_slope, distances = state
+    """The state after blocks of keys [start, stop), not normalised: dQ, sums of weights and of dS, for dslope those of
+    dS * distance and of weights * distance, and where EXACT that of weights * cap_slope * K."""
+    grad_query, total, grad_total, grad_slope, distances, weighted_keys = state
     query, grad = tiles
     query_base, grad_base, grad_view, key_base, value_base = bases
     GUARDED: tl.constexpr = EDGES or (p.mask is not None) or (p.bias is not None)
@@ -90,14 +90,20 @@ def _differentiate_keys(p, s, state, tiles, bases, reference, delta, batch, head
             distances += tl.sum(weights * distance(s, rows[:, None], columns[None, :]), 1)
         if p.softcap is not None:
             grad_scores = grad_scores * cap_slope
+            weights = weights * cap_slope
             if GUARDED:
                 grad_scores = tl.where(keep, grad_scores, 0.0)
+                weights = tl.where(keep, weights, 0.0)
         keys = load_rows(key_base, p.key, columns, s.len_k, out_columns, p.head_dim)
-        if GUARDED:
+        if KEPT:
             grad_query = multiply_kept(grad_scores, keep, keys, grad_query, TYPE, PRECISION)
+            if EXACT:
+                weighted_keys = multiply_kept(weights, keep, keys, weighted_keys, TYPE, PRECISION)
         else:
             grad_query = multiply(narrowed(grad_scores, TYPE), keys, grad_query, PRECISION)
-    return grad_query, total, grad_total, grad_slope, distances
+            if EXACT:
+                weighted_keys = multiply(weights, keys, weighted_keys, PRECISION)
+    return grad_query, total, grad_total, grad_slope, distances, weighted_keys
 
 
 @triton.jit
@@ -150,18 +156,29 @@ def attention_backward_query_kernel(p, grad_output, output, lse, grad_lse, grad_
         bases = (query_base, grad_base, grad_output, key_base, value_base)
         SLOPES: tl.constexpr = slope_parts is not None
         none = tl.zeros((BLOCK_M,), tl.float32)
-        state = (tl.zeros((BLOCK_M, HEAD), tl.float32), none, none, none, none)
+        no_query = tl.zeros((BLOCK_M, HEAD), tl.float32)
+        no_keys = none
+        if EXACT:
+            no_keys = no_query
+        nothing = (no_query, none, none, none, none, no_keys)
+        state = nothing
         if p.window_left is not None:
             state = _differentiate_keys(p, s, state, tiles, bases, reference, delta, batch, head, rows, out_columns,
-                                        start, tl.minimum(full_start, stop), True, SLOPES, BLOCK_N, HEAD, HEAD_CHUNKS,
-                                        VALUE, VALUE_CHUNKS, EXACT, PRECISION)
+                                        start, tl.minimum(full_start, stop), True, False, SLOPES, BLOCK_N, HEAD,
+                                        HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT, PRECISION)
         state = _differentiate_keys(p, s, state, tiles, bases, reference, delta, batch, head, rows, out_columns,
-                                    full_start, full_stop, False, SLOPES, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE,
+                                    full_start, full_stop, False, False, SLOPES, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE,
                                     VALUE_CHUNKS, EXACT, PRECISION)
         state = _differentiate_keys(p, s, state, tiles, bases, reference, delta, batch, head, rows, out_columns,
-                                    full_stop, stop, True, SLOPES, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS,
-                                    EXACT, PRECISION)
-        result, total, grad_total, grad_slope, distances = state
+                                    full_stop, stop, True, False, SLOPES, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE,
+                                    VALUE_CHUNKS, EXACT, PRECISION)
+        result, total, grad_total, grad_slope, distances, weighted_keys = state
+        if some_excluded(p):
+            if not all_finite(result):
+                state = _differentiate_keys(p, s, nothing, tiles, bases, reference, delta, batch, head, rows,
+                                            out_columns, start, stop, True, True, SLOPES, BLOCK_N, HEAD, HEAD_CHUNKS,
+                                            VALUE, VALUE_CHUNKS, EXACT, PRECISION)
+                result, total, grad_total, grad_slope, distances, weighted_keys = state
 
         # lse is that of these very keys, or of more keys when a longer row was computed in parts (ring attention): then
         # it is P's true normaliser. The weight of this part tells the two apart.
@@ -176,11 +193,13 @@ def attention_backward_query_kernel(p, grad_output, output, lse, grad_lse, grad_
         is_part = tl.abs(part_of_row - 1.0) > LSE_ROUNDING * (1.0 + size)
         normaliser = tl.where(is_part & ~(whole_sum == float("inf")), relative, 1.0 / whole_sum)
         normaliser = tl.where(total == 0, 0.0, normaliser)
+        exact_delta = normaliser * grad_total + normaliser * total * delta - of_lse
+        exact_delta = tl.where(is_part, delta, exact_delta)
+        if EXACT:
+            result -= (exact_delta - delta)[:, None] * weighted_keys
         store_rows(base_of(grad_query, batch, head, s.first_q), grad_query, rows, s.len_q, out_columns, p.head_dim,
                    result * (normaliser * scale)[:, None])
         if chunk == 0:
-            exact_delta = normaliser * grad_total + normaliser * total * delta - of_lse
-            exact_delta = tl.where(is_part, delta, exact_delta)
             inside = rows < s.len_q
             row64 = rows.to(tl.int64)
             tl.store(base_of(references, batch, head, s.first_q) + row64 * references.row, reference, mask=inside)
@@ -202,7 +221,7 @@ def attention_backward_query_kernel(p, grad_output, output, lse, grad_lse, grad_
 
 @triton.jit
 def _differentiate_rows(p, s, state, tiles, bases, grad_output, statistics, grad_bias, batch, head, columns, key,
-                        head_columns, value_columns, start, stop, EDGES: tl.constexpr, BLOCK_M: tl.constexpr,
+                        head_columns, value_columns, start, stop, EDGES: tl.constexpr, KEPT: tl.constexpr, BLOCK_M: tl.constexpr,
                         BLOCK_N: tl.constexpr, HEAD: tl.constexpr, HEAD_CHUNKS: tl.constexpr, VALUE: tl.constexpr,
                         VALUE_CHUNKS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr):
     """The state (dK, dV) after blocks of rows [start, stop) of one head. Tiles are [keys, queries]."""
@@ -248,7 +267,7 @@ def _differentiate_rows(p, s, state, tiles, bases, grad_output, statistics, grad
                 grad_scores = tl.where(keep, grad_scores, 0.0)
         grads = load_rows(grad_base, grad_output, rows, s.len_q, value_columns, p.value_head_dim)
         queries = load_rows(query_base, p.query, rows, s.len_q, head_columns, p.head_dim)
-        if GUARDED:
+        if KEPT:
             grad_value = multiply_kept(kept_weights, keep, grads, grad_value, TYPE, PRECISION)
             grad_key = multiply_kept(grad_scores, keep, queries, grad_key, TYPE, PRECISION)
         else:
@@ -284,25 +303,35 @@ def attention_backward_key_kernel(p, grad_output, grad_key, grad_value, referenc
         key_stop = tl.minimum(key + BLOCK_N, s.len_k)
         start, full_start, full_stop, stop = rows_of_keys(p, s, key, key_stop, BLOCK_M)
         if key + BLOCK_N > s.len_k:  # some key does not exist: no row takes them all
-            full_start = tl.maximum(stop + BLOCK_M - 1, 0) // BLOCK_M * BLOCK_M
-            full_stop = full_start
+            full_start = start
+            full_stop = start
         if key >= s.len_k:
             stop = start
         tiles, bases, statistics = (keys, values), (key_base, value_base), (references, normalisers, deltas)
-        state = (tl.zeros((BLOCK_N, HEAD), tl.float32), tl.zeros((BLOCK_N, VALUE), tl.float32))
+        nothing = (tl.zeros((BLOCK_N, HEAD), tl.float32), tl.zeros((BLOCK_N, VALUE), tl.float32))
+        state = nothing
         for head in range(kv_head * p.group, (kv_head + 1) * p.group):
+            if p.window_right is not None:
+                state = _differentiate_rows(p, s, state, tiles, bases, grad_output, statistics, grad_bias, batch, head,
+                                            columns, key, head_columns, value_columns, start,
+                                            tl.minimum(full_start, stop), True, False, BLOCK_M, BLOCK_N, HEAD,
+                                            HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT, PRECISION)
             state = _differentiate_rows(p, s, state, tiles, bases, grad_output, statistics, grad_bias, batch, head,
-                                        columns, key, head_columns, value_columns, start, tl.minimum(full_start, stop),
-                                        True, BLOCK_M, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT,
-                                        PRECISION)
+                                        columns, key, head_columns, value_columns, full_start, full_stop, False, False,
+                                        BLOCK_M, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT, PRECISION)
             state = _differentiate_rows(p, s, state, tiles, bases, grad_output, statistics, grad_bias, batch, head,
-                                        columns, key, head_columns, value_columns, full_start, full_stop, False,
-                                        BLOCK_M, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT,
-                                        PRECISION)
-            state = _differentiate_rows(p, s, state, tiles, bases, grad_output, statistics, grad_bias, batch, head,
-                                        columns, key, head_columns, value_columns, full_stop, stop, True, BLOCK_M,
-                                        BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT, PRECISION)
+                                        columns, key, head_columns, value_columns, full_stop, stop, True, False,
+                                        BLOCK_M, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT, PRECISION)
         key_result, value_result = state
+        if some_excluded(p):
+            if not (all_finite(key_result) & all_finite(value_result)):
+                state = nothing
+                for head in range(kv_head * p.group, (kv_head + 1) * p.group):
+                    state = _differentiate_rows(p, s, state, tiles, bases, grad_output, statistics, grad_bias, batch,
+                                                head, columns, key, head_columns, value_columns, start, stop, True,
+                                                True, BLOCK_M, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT,
+                                                PRECISION)
+                key_result, value_result = state
         store_rows(base_of(grad_key, batch, kv_head, s.first_k), grad_key, columns, length, head_columns, p.head_dim,
                    key_result * scale)
         store_rows(base_of(grad_value, batch, kv_head, s.first_k), grad_value, columns, length, value_columns,

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_problem import decode_problem, heads_together, tile_options, view
-from .attention_scores import Sequence, clamp, finish_rows, finish_scores, multiply, multiply_kept, weigh
+from .attention_scores import Sequence, all_finite, clamp, finish_rows, finish_scores, multiply, multiply_kept, weigh
 from .launch import NOT_MEASURED, Launch, launch
 from .versions import narrowed
 
@@ -75,6 +75,43 @@ def first_chunk_of(p, length, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _take_chunk(p, s, cache, tile_rows, key_base, value_base, batch, chunk, value_columns, KEPT: tl.constexpr,
+                CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr,
+                HEAD_CHUNKS: tl.constexpr, VALUE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """The partial result (output, maximum, sum) of a tile over one chunk of keys."""
+    query_base, query_offsets, exists, heads, queries = tile_rows
+    TYPE: tl.constexpr = p.value.data.dtype.element_ty
+    output = tl.zeros((BLOCK_M, VALUE), tl.float32)
+    maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for key in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, s.len_k), BLOCK_N):
+        columns = key + tl.arange(0, BLOCK_N)
+        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        key_offsets, present = place_of(cache, p.key, batch, columns, columns < s.len_k)
+        for head_chunk in tl.static_range(HEAD_CHUNKS):
+            at = head_chunk * HEAD + tl.arange(0, HEAD)
+            query = load_at(query_base, query_offsets, exists, at, p.query.col, p.head_dim)
+            keys = load_at(key_base, key_offsets, present, at, p.key.col, p.head_dim)
+            product = multiply(query, tl.trans(keys), product, PRECISION)
+        scores, keep, _ = finish_scores(p, s, product, batch, heads[:, None], queries[:, None], columns[None, :], True)
+        scores = tl.where(keep, scores, float("-inf"))
+        before = maximum
+        maximum = tl.maximum(before, tl.max(scores, 1))
+        reference = tl.where(maximum == float("-inf"), 0.0, maximum)
+        weights = tl.where(keep, weigh(p, scores - reference[:, None], EXACT), 0.0)
+        factor = weigh(p, before - reference, EXACT)
+        total = total * factor + tl.sum(weights, 1)
+        value_offsets, present = place_of(cache, p.value, batch, columns, columns < s.len_k)
+        values = load_at(value_base, value_offsets, present, value_columns, p.value.col, p.value_head_dim)
+        output = output * factor[:, None]
+        if KEPT:
+            output = multiply_kept(weights, keep, values, output, TYPE, PRECISION)
+        else:
+            output = multiply(narrowed(weights, TYPE), values, output, PRECISION)
+    return output, maximum, total
+
+
+@triton.jit
 def attention_decode_kernel(p, cache, maxima, sums, outputs, num_chunks, num_tiles, value_chunks, num_kv_heads,
                             CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr,
                             HEAD_CHUNKS: tl.constexpr, VALUE: tl.constexpr, EXACT: tl.constexpr,
@@ -102,30 +139,14 @@ def attention_decode_kernel(p, cache, maxima, sums, outputs, num_chunks, num_til
         key_base = p.key.data + kv_head.to(tl.int64) * p.key.head
         value_base = p.value.data + kv_head.to(tl.int64) * p.value.head
         value_columns = value_chunk * VALUE + tl.arange(0, VALUE)
-        TYPE: tl.constexpr = p.value.data.dtype.element_ty
-        output = tl.zeros((BLOCK_M, VALUE), tl.float32)
-        maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        for key in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, length), BLOCK_N):
-            columns = key + tl.arange(0, BLOCK_N)
-            product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            key_offsets, present = place_of(cache, p.key, batch, columns, columns < length)
-            for head_chunk in tl.static_range(HEAD_CHUNKS):
-                at = head_chunk * HEAD + tl.arange(0, HEAD)
-                query = load_at(query_base, query_offsets, exists, at, p.query.col, p.head_dim)
-                keys = load_at(key_base, key_offsets, present, at, p.key.col, p.head_dim)
-                product = multiply(query, tl.trans(keys), product, PRECISION)
-            scores, keep, _ = finish_scores(p, s, product, batch, heads[:, None], queries[:, None], columns[None, :], True)
-            scores = tl.where(keep, scores, float("-inf"))
-            before = maximum
-            maximum = tl.maximum(before, tl.max(scores, 1))
-            reference = tl.where(maximum == float("-inf"), 0.0, maximum)
-            weights = tl.where(keep, weigh(p, scores - reference[:, None], EXACT), 0.0)
-            factor = weigh(p, before - reference, EXACT)
-            total = total * factor + tl.sum(weights, 1)
-            value_offsets, present = place_of(cache, p.value, batch, columns, columns < length)
-            values = load_at(value_base, value_offsets, present, value_columns, p.value.col, p.value_head_dim)
-            output = multiply_kept(weights, keep, values, output * factor[:, None], TYPE, PRECISION)
+        tile_rows = (query_base, query_offsets, exists, heads, queries)
+        state = _take_chunk(p, s, cache, tile_rows, key_base, value_base, batch, chunk, value_columns, False, CHUNK,
+                            BLOCK_M, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, EXACT, PRECISION)
+        output, maximum, total = state
+        if not all_finite(output):
+            state = _take_chunk(p, s, cache, tile_rows, key_base, value_base, batch, chunk, value_columns, True, CHUNK,
+                                BLOCK_M, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, EXACT, PRECISION)
+            output, maximum, total = state
         tl.store(maxima + part * BLOCK_M + in_tile, maximum)
         tl.store(sums + part * BLOCK_M + in_tile, total)
         tl.store(outputs + (part * BLOCK_M + in_tile)[:, None] * VALUE + tl.arange(0, VALUE)[None, :], output)

@@ -5,6 +5,9 @@
 A problem is a list of sequences: a dense batch is one per batch entry; a packed one is one per offset, whose tensors
 have batch stride 0 and a first row. Optional parts are None, so that a kernel is compiled for what it is given.
 
+Products take what is excluded times 0, which is NaN where that is not finite. A program whose sums are all finite has
+met nothing of the kind; any other walks its blocks once more, with products over kept pairs alone (multiply_kept).
+
 Policy: exclusion is a predicate, applied by select before the maximum and after the exponential. A score that nothing
 is added to is kept without its scale: the difference from the row's reference is taken first, exactly where it matters,
 and multiplied then, so that equal scores of any size weigh exactly 1. Tiles are [queries, keys] or its transpose: `rows`
@@ -341,34 +344,41 @@ def finish_rows(p, result, maximum, total, head):
 
 
 @triton.jit
+def some_excluded(p):
+    """Whether pairs of tokens that exist may be excluded: by a window, causality, a mask or a bias."""
+    EXCLUDED: tl.constexpr = (
+        (p.window_left is not None) or (p.window_right is not None) or (p.mask is not None) or (p.bias is not None)
+    )
+    return EXCLUDED
+
+
+@triton.jit
 def all_finite(tile):
     """Whether a tile holds neither infinity nor NaN."""
-    return tl.max(tl.max((~(tl.abs(widened(tile)) < float("inf"))).to(tl.int32), 1), 0) == 0
+    return tl.max(tl.max((~(tl.abs(tile) < float("inf"))).to(tl.int32), 1), 0) == 0
 
 
 @triton.jit
 def multiply_kept(weights, keep, values, accumulator, TYPE: tl.constexpr, PRECISION: tl.constexpr):
     """accumulator + weights @ values over the kept pairs: what is excluded may hold anything, 0 * NaN does not enter.
 
-    weights are 0 where not kept. Where all values are finite this is a product; else the infinities and NaNs of the
-    kept pairs are counted apart, and give what IEEE gives for their sum.
+    weights are 0 where not kept. The infinities and NaNs that a row has kept pairs with are counted apart, three counts
+    of up to 255 in one number, and give what IEEE gives for their sum.
     """
-    if all_finite(values):
-        result = multiply(narrowed(weights, TYPE), values, accumulator, PRECISION)
-    else:
-        wide = widened(values)
-        finite = tl.abs(wide) < float("inf")
-        result = multiply(narrowed(weights, TYPE), narrowed(tl.where(finite, wide, 0.0), TYPE), accumulator, PRECISION)
-        up = meet(weights > 0, wide == float("inf"), result) + meet(weights < 0, wide == float("-inf"), result)
-        down = meet(weights > 0, wide == float("-inf"), result) + meet(weights < 0, wide == float("inf"), result)
-        bad = meet(keep & ~(tl.abs(weights) > 0), ~finite, result) + meet(keep, wide != wide, result)
-        special = tl.where(up > 0, float("inf"), tl.where(down > 0, float("-inf"), 0.0))
-        special = tl.where((bad > 0) | ((up > 0) & (down > 0)), float("nan"), special)
-        result += special
-    return result
+    wide = widened(values)
+    finite = tl.abs(wide) < float("inf")
+    result = multiply(narrowed(weights, TYPE), narrowed(tl.where(finite, wide, 0.0), TYPE), accumulator, PRECISION)
+    codes = tl.where(wide == float("inf"), 1.0, tl.where(wide == float("-inf"), 256.0, 65536.0))
+    codes = tl.where(finite, 0.0, codes).to(tl.bfloat16)
+    positive = _count(weights > 0, codes, result)
+    negative = _count(weights < 0, codes, result)
+    other = _count(keep & ~(tl.abs(weights) > 0), codes, result)
+    up = (positive % 256) + (negative // 256) % 256 > 0
+    down = (negative % 256) + (positive // 256) % 256 > 0
+    undefined = (positive // 65536 + negative // 65536 + other > 0) | (up & down)
+    return result + tl.where(undefined, float("nan"), tl.where(up, float("inf"), tl.where(down, float("-inf"), 0.0)))
 
 
 @triton.jit
-def meet(pairs, values, like):
-    """How many of the marked values each row has a marked pair with."""
-    return tl.dot(pairs.to(tl.float16), values.to(tl.float16), tl.zeros_like(like))
+def _count(pairs, codes, like):
+    return multiply(tl.where(pairs, 1.0, 0.0).to(tl.bfloat16), codes, tl.zeros_like(like), "ieee").to(tl.int32)
