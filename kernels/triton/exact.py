@@ -4,10 +4,20 @@ A pair is two float32 tensors, hi + lo, hi the rounded value: 48 bits, where dou
 GPUs. Kernels are compiled with enable_fp_fusion=False: an FMA is written.
 """
 
+import struct
+
 import triton
 import triton.language as tl
 
 from .versions import fma, narrowed
+
+
+
+def split(x: float) -> tuple[float, float]:
+    """A Python float as two float32 numbers; for hosts."""
+    hi = struct.unpack("f", struct.pack("f", x))[0]
+    return hi, struct.unpack("f", struct.pack("f", x - hi))[0]
+
 
 SHORT_SUM = tl.constexpr(8)  # floats that are summed in float before their sum goes to double
 

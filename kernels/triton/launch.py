@@ -4,8 +4,9 @@ A launch row is frozen data with provenance; an op chooses one by a pure functio
 choice can be tested, and every row compiled, on a machine with no GPU. Nothing is tuned at run time.
 """
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -112,6 +113,9 @@ def recording(architecture: Architecture) -> Iterator[Recording]:
         _recording = before
 
 
+_interpreter = threading.RLock()  # it keeps its state in module globals
+
+
 def launch(kernel, grid: tuple[int, ...], row: Launch, device: torch.device, **arguments) -> None:
     """Runs a kernel on the device of its operands.
 
@@ -124,5 +128,5 @@ def launch(kernel, grid: tuple[int, ...], row: Launch, device: torch.device, **a
     if _recording is not None:
         _recording.calls.append(Call(kernel, grid, arguments, options))
         return
-    with nullcontext() if INTERPRETED or device.index is None else torch.cuda.device(device):
+    with _interpreter if INTERPRETED else torch.cuda.device(device):
         kernel[grid](**arguments, **options)

@@ -29,6 +29,7 @@ from .exact import (
     is_finite,
     multiply_pairs,
     row_sum,
+    split,
     to_pair,
     two_sum,
 )
@@ -388,12 +389,6 @@ LONGEST_HELD_GRADIENT = 8192  # columns: x, grad_output and two sums over rows s
 _COLUMNS_AT_ONCE, _ROWS_AT_ONCE = 256, 8  # of the second pass over long rows
 
 
-def _split(x: float) -> tuple[float, float]:
-    """A double as two floats."""
-    hi = torch.tensor(x, dtype=torch.float64).float().item()
-    return hi, torch.tensor(x - hi, dtype=torch.float64).float().item()
-
-
 def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
@@ -415,13 +410,13 @@ def norm_forward(input, residual, weight, bias, ndim, eps, centered):
         return output, total
     input, input_stride = as_rows(input, ndim, cols)
     residual, residual_stride = as_rows(residual, ndim, cols)
-    eps_hi, eps_lo = _split(eps)
+    eps_hi, eps_lo = split(eps)
     operands = dict(
         input=input, input_stride=input_stride, residual=residual, residual_stride=residual_stride,
         weight=_contiguous(weight), bias=_contiguous(bias), total=total, output=output, cols=cols, eps_hi=eps_hi,
         eps_lo=eps_lo, CENTERED=centered,
     )  # fmt: skip
-    tile = row_tile(cols, architecture_of(input.device))
+    tile = row_tile(cols, rows, architecture_of(input.device))
     if tile is None:
         launch(norm_streamed_forward_kernel, (rows,), STREAMED.launch, input.device, COLS=STREAMED.cols, **operands)
     else:
@@ -443,8 +438,8 @@ def norm_backward(grad_output, grad_sum, input, weight, bias, ndim, eps, need_in
     input, input_stride = as_rows(input, ndim, cols)
     grad_output, grad_output_stride = as_rows(grad_output, ndim, cols)
     grad_sum, grad_sum_stride = as_rows(grad_sum, ndim, cols)
-    eps_hi, eps_lo = _split(eps)
-    tile = row_tile(cols, architecture_of(input.device), LONGEST_HELD_GRADIENT)
+    eps_hi, eps_lo = split(eps)
+    tile = row_tile(cols, rows, architecture_of(input.device), LONGEST_HELD_GRADIENT)
     rows_at_once = _ROWS_AT_ONCE if tile is None else tile.rows
     chunks = min(_MOST_CHUNKS, triton.cdiv(rows, _LEAST_TILES * rows_at_once))
     weight_lines, bias_lines = (

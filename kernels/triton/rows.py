@@ -5,7 +5,7 @@ rows are read again in every pass. Which of these, and with it the tree of every
 length alone: its bits depend neither on the batch nor on its position in it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -41,16 +41,22 @@ TILES = (
 # Longer rows go through a program in steps of so many elements.
 STREAMED = RowTile(4096, 1, Launch(8))
 
-# The interpreter takes as long for a row as for many.
 _INTERPRETED_ELEMENTS = 1 << 16
 
 
-def row_tile(cols: int, architecture: Architecture, longest: int = TILES[-1].cols) -> RowTile | None:
+def rows_at_once(rows_of_tile: int, cols: int, rows: int, architecture: Architecture) -> int:
+    """Rows of a tile: the interpreter takes as long for one as for many, so there as many as there are."""
+    if architecture.backend != "interpreter":
+        return rows_of_tile
+    return max(1, min(triton.next_power_of_2(rows), _INTERPRETED_ELEMENTS // cols))
+
+
+def row_tile(cols: int, rows: int, architecture: Architecture, longest: int = TILES[-1].cols) -> RowTile | None:
     """The launch row for rows of `cols` elements; None for rows longer than `longest`, which are streamed."""
     found = next((tile for tile in TILES if cols <= tile.cols <= longest), None)
-    if found is not None and architecture.backend == "interpreter":
-        return RowTile(found.cols, max(found.rows, _INTERPRETED_ELEMENTS // found.cols), found.launch)
-    return found
+    if found is None:
+        return None
+    return replace(found, rows=rows_at_once(found.rows, found.cols, rows, architecture))
 
 
 def as_rows(tensor: torch.Tensor | None, ndim: int, cols: int) -> tuple[torch.Tensor | None, int]:
@@ -109,7 +115,7 @@ def _add_lines_kernel(lines, total, num_lines, cols, AT_ONCE: tl.constexpr, COLS
 def add_lines(lines: torch.Tensor, total: torch.Tensor) -> None:
     """total [cols], of any float dtype, becomes the sum of lines [num_lines, cols], float32; 0 of no lines."""
     num_lines, cols = lines.shape
-    width = LINE_COLS if not INTERPRETED else _INTERPRETED_ELEMENTS
+    width = LINE_COLS if not INTERPRETED else _INTERPRETED_ELEMENTS // LINES_AT_ONCE
     launch(
         _add_lines_kernel, (triton.cdiv(cols, width),), _ADD_LINES, total.device,
         lines=lines, total=total, num_lines=num_lines, cols=cols, AT_ONCE=LINES_AT_ONCE, COLS=width,

