@@ -362,23 +362,18 @@ def all_finite(tile):
 def multiply_kept(weights, keep, values, accumulator, TYPE: tl.constexpr, PRECISION: tl.constexpr):
     """accumulator + weights @ values over the kept pairs: what is excluded may hold anything, 0 * NaN does not enter.
 
-    weights are 0 where not kept. The infinities and NaNs that a row has kept pairs with are counted apart, three counts
-    of up to 255 in one number, and give what IEEE gives for their sum.
+    weights are 0 where not kept. The infinities and NaNs that a row has kept pairs with are counted apart, and give what
+    IEEE gives for their sum: weights of either sign with infinities count 1, or 1 and -1 for the infinity that comes of
+    them; a NaN, or a kept weight of 0 with an infinity, counts 256 or more.
     """
     wide = widened(values)
     finite = tl.abs(wide) < float("inf")
     result = multiply(narrowed(weights, TYPE), narrowed(tl.where(finite, wide, 0.0), TYPE), accumulator, PRECISION)
-    codes = tl.where(wide == float("inf"), 1.0, tl.where(wide == float("-inf"), 256.0, 65536.0))
-    codes = tl.where(finite, 0.0, codes).to(tl.bfloat16)
-    positive = _count(weights > 0, codes, result)
-    negative = _count(weights < 0, codes, result)
-    other = _count(keep & ~(tl.abs(weights) > 0), codes, result)
-    up = (positive % 256) + (negative // 256) % 256 > 0
-    down = (negative % 256) + (positive // 256) % 256 > 0
-    undefined = (positive // 65536 + negative // 65536 + other > 0) | (up & down)
-    return result + tl.where(undefined, float("nan"), tl.where(up, float("inf"), tl.where(down, float("-inf"), 0.0)))
-
-
-@triton.jit
-def _count(pairs, codes, like):
-    return multiply(tl.where(pairs, 1.0, 0.0).to(tl.bfloat16), codes, tl.zeros_like(like), "ieee").to(tl.int32)
+    signs = tl.where(weights > 0, 1.0, tl.where(weights < 0, -1.0, 0.0)).to(tl.bfloat16)
+    ups = tl.where(wide == float("inf"), 1.0, tl.where(wide == float("-inf"), -1.0, 0.0)).to(tl.bfloat16)
+    balance = multiply(signs, ups, tl.zeros_like(result), "ieee")
+    pairs = tl.where(keep, tl.where(tl.abs(weights) > 0, 1.0, 256.0), 0.0).to(tl.bfloat16)
+    kinds = tl.where(finite, 0.0, tl.where(wide != wide, 256.0, 1.0)).to(tl.bfloat16)
+    count = multiply(pairs, kinds, tl.zeros_like(result), "ieee")
+    special = tl.where(tl.abs(balance) == count, balance * float("inf"), float("nan"))
+    return tl.where(count == 0, result, result + special)
