@@ -368,9 +368,9 @@ def attention_backward_bias_kernel(p, grad_output, grad_bias, references, normal
             value_base = base_of(p.value, batch, kv_head, s.first_k)
             for m in range(row_block * rows_each, (row_block + 1) * rows_each):
                 row = m * BLOCK_M
-                start, _, _, stop = keys_of_rows(p, s, row, tl.minimum(row + BLOCK_M, s.len_q), BLOCK_N)
-                first = tl.maximum(start // BLOCK_N, column_block * columns_each)
-                last = tl.minimum((stop + BLOCK_N - 1) // BLOCK_N, (column_block + 1) * columns_each)
+                blocks = keys_of_rows(p, s, row, tl.minimum(row + BLOCK_M, s.len_q), BLOCK_N)
+                first = tl.maximum(blocks[0] // BLOCK_N, column_block * columns_each)
+                last = tl.minimum((blocks[3] + BLOCK_N - 1) // BLOCK_N, (column_block + 1) * columns_each)
                 if row < s.len_q:
                     rows = row + tl.arange(0, BLOCK_M)
                     reference = load_statistic(references, batch, head, s.first_q, rows, s.len_q)

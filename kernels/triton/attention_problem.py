@@ -7,7 +7,8 @@ import triton
 from torch import Tensor
 
 from .attention_scores import LOG2_E, Problem, Strided
-from .launch import NOT_MEASURED, Architecture, Launch, architecture_of
+from .launch import NOT_MEASURED, Launch
+from .versions import INTERPRETED
 
 _FARTHEST = 2**30  # a window's side beyond every position: what lies further is unbounded
 _PLAIN_SCALES = (2.0**-100, 2.0**100)  # sizes of a scale that may be left for the exponential
@@ -108,56 +109,67 @@ class Tile:
     """How one kind of attention kernel is launched for heads of up to `columns` columns.
 
     Args:
-        kind: "forward", "query" (its gradient), "key" (gradients of key and value), "bias",
-            "decode".
-        wide: of float32 tensors.
+        kind: "forward", "query" (its gradient), "key" (gradients of key and value), "bias", "decode".
+        wide: of float32 tensors; None: of any.
         block_m, block_n: queries and keys of a tile.
         row: warps and stages, with their provenance.
+        spilled_bytes: at most so many bytes of a thread's registers spill on sm_90, causal. They spill in the walk that
+            only sums with infinities or NaN take; without it, where nothing is excluded, 16-bit forwards have none.
     """
 
     kind: str
-    wide: bool
+    wide: bool | None
     columns: int
     block_m: int
     block_n: int
     row: Launch
+    spilled_bytes: int
 
 
-def _tile(kind, wide, columns, block_m, block_n, num_warps, num_stages, measured=NOT_MEASURED) -> Tile:
-    return Tile(kind, wide, columns, block_m, block_n, Launch(num_warps, num_stages, measured))
+def _tile(kind, wide, columns, block_m, block_n, num_warps, num_stages, spilled_bytes=0, measured=NOT_MEASURED) -> Tile:
+    return Tile(kind, wide, columns, block_m, block_n, Launch(num_warps, num_stages, measured), spilled_bytes)
 
 
-# By kind and dtype, ascending columns; the first that is wide enough. Results do not depend on how many rows share a
-# tile, so that a row may be chosen by head size and architecture alone.
+# By kind and dtype, ascending columns; the first that is wide enough. Chosen by head size, dtype and architecture, never
+# by lengths or batch: no bit may depend on them. Of the tiles that compile, those whose walk spills little.
 TILES = (
-    _tile("forward", False, 64, 128, 64, 4, 3),
-    _tile("forward", False, 128, 128, 64, 8, 3),
-    _tile("forward", False, 256, 128, 64, 8, 2),
-    _tile("forward", True, 64, 64, 64, 8, 2),
-    _tile("forward", True, 128, 64, 32, 8, 2),
-    _tile("forward", True, 256, 32, 32, 8, 1),
-    _tile("query", False, 64, 128, 64, 8, 2),
-    _tile("query", False, 128, 64, 64, 8, 2),
-    _tile("query", False, 256, 64, 32, 8, 1),
-    _tile("query", True, 64, 64, 32, 8, 1),
-    _tile("query", True, 128, 32, 32, 8, 1),
-    _tile("query", True, 256, 16, 32, 8, 1),
-    _tile("key", False, 64, 64, 128, 8, 2),
-    _tile("key", False, 128, 64, 64, 8, 2),
-    _tile("key", False, 256, 32, 64, 8, 1),
-    _tile("key", True, 64, 32, 64, 8, 1),
-    _tile("key", True, 128, 32, 32, 8, 1),
-    _tile("key", True, 256, 32, 16, 8, 1),
+    _tile("forward", False, 64, 128, 64, 8, 3),
+    _tile("forward", False, 128, 128, 64, 8, 3, 400),
+    _tile("forward", False, 256, 64, 64, 8, 2, 400),
+    _tile("forward", True, 64, 64, 32, 8, 1, 24),
+    _tile("forward", True, 128, 32, 32, 8, 1, 200),
+    _tile("forward", True, 256, 16, 32, 8, 1, 120),
+    _tile("query", False, 64, 128, 64, 8, 2, 128),
+    _tile("query", False, 128, 64, 32, 8, 2, 48),
+    _tile("query", False, 256, 32, 32, 8, 1),
+    _tile("query", True, 64, 16, 32, 8, 1, 16),
+    _tile("query", True, 128, 16, 32, 8, 1, 336),
+    _tile("query", True, 256, 16, 16, 8, 1, 528),
+    _tile("key", False, 64, 32, 128, 8, 2, 48),
+    _tile("key", False, 128, 32, 64, 8, 2, 160),
+    _tile("key", False, 256, 32, 32, 8, 1, 96),
+    _tile("key", True, 64, 16, 32, 8, 1, 16),
+    _tile("key", True, 128, 16, 16, 8, 1, 16),
+    _tile("key", True, 256, 16, 16, 8, 1, 928),
     _tile("bias", False, 64, 64, 64, 8, 2),
     _tile("bias", False, 128, 64, 64, 8, 2),
-    _tile("bias", False, 256, 32, 32, 8, 1),
-    _tile("bias", True, 64, 32, 32, 4, 1),
-    _tile("bias", True, 128, 32, 32, 8, 1),
-    _tile("bias", True, 256, 16, 32, 8, 1),
-    _tile("decode", False, 128, 16, 64, 4, 2),
+    _tile("bias", False, 256, 32, 32, 8, 1, 96),
+    _tile("bias", True, 64, 32, 32, 8, 1),
+    _tile("bias", True, 128, 16, 32, 8, 1, 336),
+    _tile("bias", True, 256, 16, 16, 8, 1, 528),
+    _tile("decode", False, 64, 16, 64, 4, 2),
+    _tile("decode", False, 128, 16, 64, 4, 2, 32),
     _tile("decode", False, 256, 16, 32, 4, 2),
-    _tile("decode", True, 64, 16, 64, 4, 1),
-    _tile("decode", True, 256, 16, 32, 4, 1),
+    _tile("decode", True, 64, 16, 32, 4, 1, 64),
+    _tile("decode", True, 256, 16, 32, 8, 1, 512),
+)
+# An interpreted program takes as long for a large tile as for a small one.
+INTERPRETED_TILES = (
+    _tile("forward", None, WIDEST, 64, 64, 1, 1),
+    _tile("query", None, WIDEST, 64, 64, 1, 1),
+    _tile("key", None, WIDEST, 32, 64, 1, 1),
+    _tile("bias", None, WIDEST, 64, 32, 1, 1),
+    _tile("decode", None, WIDEST, 16, 64, 1, 1),
 )
 
 
@@ -166,17 +178,17 @@ def chunk_width(columns: int) -> int:
     return max(16, triton.next_power_of_2(columns)) if columns <= WIDEST else WIDEST // 2
 
 
-def choose_tile(kind: str, wide: bool, columns: int, architecture: Architecture) -> Tile:
-    """By head size, dtype and architecture; never by lengths or batch, since no bit may depend on them."""
-    width = min(columns, WIDEST)
-    return next(t for t in TILES if t.kind == kind and t.wide == wide and t.columns >= width)
+def choose_tile(kind: str, wide: bool, columns: int) -> Tile:
+    """The tile of heads with so many columns; above WIDEST they are split."""
+    tiles = INTERPRETED_TILES if INTERPRETED else TILES
+    return next(t for t in tiles if t.kind == kind and t.wide in (wide, None) and t.columns >= min(columns, WIDEST))
 
 
 def tile_options(kind: str, query: Tensor, value: Tensor) -> tuple[dict, Launch]:
     """The compile-time arguments of a kernel, and its launch row."""
     head_dim, value_head_dim = query.shape[-1], value.shape[-1]
     wide = query.dtype == torch.float32
-    tile = choose_tile(kind, wide, max(head_dim, value_head_dim), architecture_of(query.device))
+    tile = choose_tile(kind, wide, max(head_dim, value_head_dim))
     head, values = chunk_width(head_dim), chunk_width(value_head_dim)
     options = {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "HEAD": head, "HEAD_CHUNKS": triton.cdiv(head_dim, head),
