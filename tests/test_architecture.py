@@ -29,7 +29,7 @@ ROOMS = (
 # Rooms that later issues build. The list only shrinks: a room that exists must not stand here.
 NOT_YET_BUILT = {
     *(f"kernels/cuda/attention.{kind}" for kind in ("cu", "cuh")),
-    *(f"kernels/triton/{op}.py" for op in OPS),
+    "kernels/triton/attention.py",
 }
 
 # Lower floors first. A module imports from lower floors only.

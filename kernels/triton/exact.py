@@ -12,7 +12,6 @@ import triton.language as tl
 from .versions import fma, narrowed
 
 
-
 def split(x: float) -> tuple[float, float]:
     """A Python float as two float32 numbers; for hosts."""
     hi = struct.unpack("f", struct.pack("f", x))[0]
@@ -92,7 +91,7 @@ def to_pair(x):
 def row_sum(x):
     """Sums of the rows of [R, C] floats, in double: float over SHORT_SUM neighbours, double over those sums.
 
-    One double per eight floats costs nothing even where double is 64 times slower. The tree depends on C alone.
+    One double per eight floats costs little even where double is 64 times slower. The tree depends on C alone.
     """
     short = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // SHORT_SUM, SHORT_SUM]), axis=2)
     return tl.sum(short.to(tl.float64), axis=1)

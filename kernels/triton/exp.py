@@ -6,7 +6,6 @@ tl.exp is ex2.approx on a GPU, 2 ULP, and another function in the interpreter.
 |------------------------------|--------------|---------|------------------------------------------------|
 | exp_nonpositive(x, residual) | (-inf, 70]   | 1 ULP   | exp(-inf) = 0; |residual| <= 1e-4 and finite   |
 | exp_parts(x, residual)       | [-170, 170]  | 2^-28   | a power of two apart; |residual| <= 1e-4       |
-| exp_wide(double x)           | [-690, 690]  | 2^-40   | for results rounded to 16 bits later           |
 """
 
 import triton
@@ -30,19 +29,6 @@ Q5 = tl.constexpr(float.fromhex("0x1.6a243ap-10"))
 # rounded once.
 _EXPONENT = tl.constexpr(float.fromhex("0x1.8p23") + 127.0 + 25.0)
 _LAST = tl.constexpr(2.0**-25)
-
-_WIDE_INTEGER = tl.constexpr(float.fromhex("0x1.8p52"))
-_WIDE_LOG2E = tl.constexpr(float.fromhex("0x1.71547652b82fep+0"))
-_WIDE_LN2 = tl.constexpr(float.fromhex("0x1.62e42fefa39efp-1"))
-_W0 = tl.constexpr(float.fromhex("0x1.ffffffffff7a2p-1"))
-_W1 = tl.constexpr(float.fromhex("0x1.ffffffffd5628p-1"))
-_W2 = tl.constexpr(float.fromhex("0x1.0000000087fb5p-1"))
-_W3 = tl.constexpr(float.fromhex("0x1.555555a082e91p-3"))
-_W4 = tl.constexpr(float.fromhex("0x1.5555540506dfbp-5"))
-_W5 = tl.constexpr(float.fromhex("0x1.111082adb52aap-7"))
-_W6 = tl.constexpr(float.fromhex("0x1.6c18b3414f00ap-10"))
-_W7 = tl.constexpr(float.fromhex("0x1.a1a81e1776288p-13"))
-_W8 = tl.constexpr(float.fromhex("0x1.9eda9448300fep-16"))
 
 
 @triton.jit
@@ -87,20 +73,3 @@ def scale_by_power(a, n):
     first = ((half + 127) << 23).to(tl.float32, bitcast=True)
     second = ((n - half + 127) << 23).to(tl.float32, bitcast=True)
     return a * first * second
-
-
-@triton.jit
-def exp_wide(x):
-    """e^x of a double."""
-    n = (x * _WIDE_LOG2E + _WIDE_INTEGER) - _WIDE_INTEGER
-    r = x - n * _WIDE_LN2  # a product with fewer bits than it has would cost 2^-43 at most, which 2^-40 allows
-    p = r * _W8 + _W7
-    p = p * r + _W6
-    p = p * r + _W5
-    p = p * r + _W4
-    p = p * r + _W3
-    p = p * r + _W2
-    p = p * r + _W1
-    p = p * r + _W0
-    # p lies near 1 and |n| below 1000: the power of two goes into the exponent field.
-    return (p.to(tl.int64, bitcast=True) + (n.to(tl.int64) << 52)).to(tl.float64, bitcast=True)

@@ -164,8 +164,8 @@ def gelu_backward_kernel(
 
 # ---- host ----
 
-_LAUNCH = Launch(4)
-_ELEMENTS = 2048  # of a tile
+_LAUNCH = Launch(8)
+_ELEMENTS = 1024  # of a tile
 _MOST_COLS = 1024
 _COLUMNS = 2048  # of a tensor without bias, which has no columns of its own
 _MOST_CHUNKS, _LEAST_TILES = 1024, 4

@@ -51,11 +51,13 @@ class Launch:
 
     Args:
         num_warps, num_stages: as Triton has them.
+        spill_bytes: of stack for each thread, on sm_90, that the row is known to take: the next row down is no better.
         measured: "<device>, <dtype>, <date>: <figure>; <rejected neighbour>", or NOT_MEASURED.
     """
 
     num_warps: int
     num_stages: int = 1
+    spill_bytes: int = 0
     measured: str = NOT_MEASURED
 
 
@@ -83,10 +85,11 @@ def architecture_of(device: torch.device) -> Architecture:
 
 @dataclass(frozen=True)
 class Call:
-    """One launch as it was asked for: a kernel, its grid, its arguments by name, the compiler's options."""
+    """One launch as it was asked for: a kernel, its grid, its launch row, its arguments by name, the compiler's options."""
 
     kernel: object
     grid: tuple[int, ...]
+    row: Launch
     arguments: dict[str, object]
     options: dict[str, object]
 
@@ -126,7 +129,7 @@ def launch(kernel, grid: tuple[int, ...], row: Launch, device: torch.device, **a
         return
     options = {"num_warps": row.num_warps, "num_stages": row.num_stages, "enable_fp_fusion": False}
     if _recording is not None:
-        _recording.calls.append(Call(kernel, grid, arguments, options))
+        _recording.calls.append(Call(kernel, grid, row, arguments, options))
         return
     with _interpreter if INTERPRETED else torch.cuda.device(device):
         kernel[grid](**arguments, **options)

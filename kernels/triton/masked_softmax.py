@@ -31,7 +31,6 @@ from .rows import STREAMED, add_lines, row_tile
 from .versions import fma, narrowed, widened
 
 _INFINITY = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 _REST_COUNTS = tl.constexpr(2.0**20)  # below, the largest score's residual is no more than another's
 _MOST_RESIDUAL = tl.constexpr(2.0**-12)  # only a weight of 0 has one beyond, or one that is not finite
 
@@ -109,7 +108,7 @@ def _quotients(weights, valid, inverse_hi, inverse_lo, some, largest):
     """Weights become results; [R] of the row beside [R, C]."""
     no_number = some & (is_finite(largest) == 0)
     quotient = fma(weights, inverse_hi[:, None] + tl.zeros_like(weights), weights * inverse_lo[:, None])
-    quotient = tl.where(valid & no_number[:, None], _NAN, quotient)
+    quotient = tl.where(valid & no_number[:, None], float("nan"), quotient)
     return tl.where(some[:, None] & (valid | (no_number == 0)[:, None]), quotient, 0.0)
 
 
@@ -159,7 +158,7 @@ def masked_softmax_streamed_forward_kernel(
         hi, lo, valid = _scores(source + key, mask, key, key < keys, visible, mask_key_stride, scale, scale_rest, KEEP)
         block = row_max_or_nan(tl.where(valid, hi, -_INFINITY))
         either_nan = (block != block) | (largest != largest)
-        largest = tl.where(either_nan, _NAN, tl.maximum(largest, block))
+        largest = tl.where(either_nan, float("nan"), tl.maximum(largest, block))
         found = tl.maximum(found, tl.max(tl.where(valid, 1, 0), axis=1))
     some = found > 0
     rest = tl.zeros([1], tl.float32)

@@ -33,8 +33,8 @@ from .exact import (
     to_pair,
     two_sum,
 )
-from .launch import architecture_of, launch
-from .rows import STREAMED, add_lines, as_rows, row_tile
+from .launch import Launch, architecture_of, launch
+from .rows import STREAMED, TILES, RowTile, add_lines, as_rows, row_tile
 from .versions import fma, narrowed, widened
 
 # ---- statistics ----
@@ -181,8 +181,10 @@ def _normalize(x, scale, mean, mean_tail, rest, rest_tail, CENTERED: tl.constexp
 def _load_row(parameter, col, cols, otherwise: tl.constexpr):
     """[1, C] of a weight or a bias; where there is none, `otherwise`."""
     if parameter is None:
-        return tl.full([1, col.shape[0]], otherwise, tl.float32)
-    return widened(tl.load(parameter + col, mask=col < cols, other=otherwise))[None, :]
+        row = tl.full([1, col.shape[0]], otherwise, tl.float32)
+    else:
+        row = widened(tl.load(parameter + col, mask=col < cols, other=otherwise))[None, :]
+    return row
 
 
 @triton.jit
@@ -385,7 +387,8 @@ def norm_streamed_lines_kernel(
 
 _MOST_CHUNKS = 512  # keep every GPU of today busy, and cost large batches a few percent of traffic
 _LEAST_TILES = 4  # of rows to a chunk: each chunk writes lines of partial sums
-LONGEST_HELD_GRADIENT = 8192  # columns: x, grad_output and two sums over rows stay in registers
+# Of the gradients: x, grad_output and two sums over rows stay in registers.
+GRADIENT_TILES = (*TILES[:-1], RowTile(8192, 1, Launch(16, spill_bytes=64)))
 _COLUMNS_AT_ONCE, _ROWS_AT_ONCE = 256, 8  # of the second pass over long rows
 
 
@@ -439,7 +442,7 @@ def norm_backward(grad_output, grad_sum, input, weight, bias, ndim, eps, need_in
     grad_output, grad_output_stride = as_rows(grad_output, ndim, cols)
     grad_sum, grad_sum_stride = as_rows(grad_sum, ndim, cols)
     eps_hi, eps_lo = split(eps)
-    tile = row_tile(cols, rows, architecture_of(input.device), LONGEST_HELD_GRADIENT)
+    tile = row_tile(cols, rows, architecture_of(input.device), GRADIENT_TILES)
     rows_at_once = _ROWS_AT_ONCE if tile is None else tile.rows
     chunks = min(_MOST_CHUNKS, triton.cdiv(rows, _LEAST_TILES * rows_at_once))
     weight_lines, bias_lines = (

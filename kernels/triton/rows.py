@@ -24,19 +24,18 @@ class RowTile:
     launch: Launch
 
 
-# 16 elements to a thread, 32 for the longest rows: more would spill beside a second operand.
+# Up to 16 elements to a thread: more would spill beside a second operand.
 TILES = (
     RowTile(16, 64, Launch(4)),
     RowTile(32, 32, Launch(4)),
     RowTile(64, 32, Launch(4)),
     RowTile(128, 16, Launch(4)),
     RowTile(256, 8, Launch(4)),
-    RowTile(512, 4, Launch(4)),
+    RowTile(512, 2, Launch(4)),
     RowTile(1024, 2, Launch(4)),
     RowTile(2048, 1, Launch(4)),
     RowTile(4096, 1, Launch(8)),
     RowTile(8192, 1, Launch(16)),
-    RowTile(16384, 1, Launch(16)),
 )
 # Longer rows go through a program in steps of so many elements.
 STREAMED = RowTile(4096, 1, Launch(8))
@@ -51,9 +50,9 @@ def rows_at_once(rows_of_tile: int, cols: int, rows: int, architecture: Architec
     return max(1, min(triton.next_power_of_2(rows), _INTERPRETED_ELEMENTS // cols))
 
 
-def row_tile(cols: int, rows: int, architecture: Architecture, longest: int = TILES[-1].cols) -> RowTile | None:
-    """The launch row for rows of `cols` elements; None for rows longer than `longest`, which are streamed."""
-    found = next((tile for tile in TILES if cols <= tile.cols <= longest), None)
+def row_tile(cols: int, rows: int, architecture: Architecture, tiles: tuple[RowTile, ...] = TILES) -> RowTile | None:
+    """The launch row for rows of `cols` elements; None for rows longer than any, which are streamed."""
+    found = next((tile for tile in tiles if cols <= tile.cols), None)
     if found is None:
         return None
     return replace(found, rows=rows_at_once(found.rows, found.cols, rows, architecture))

@@ -5,6 +5,8 @@ Sizes follow what the field quotes: 16384 tokens and 2048 channels in every atte
 which the forward does two). Backward is timed alone, on a graph that is kept.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -275,23 +277,31 @@ OWN_ROW_OPS = {
     "bias_gelu": lambda x, b: transfuse.gelu(x, bias=b),
     "gelu_tanh": lambda x: transfuse.gelu(x, approximate="tanh"),
 }
-OWN = "transfuse cuda"
+OWN_BACKENDS = {"transfuse cuda": "cuda", "transfuse triton": "triton"}
 
 
 def row_kernels(run):
-    """Ours, torch's own kernels, then torch.compile's (seconds of compiling each, so a deadline cuts those)."""
-    state = True if run.dry else transfuse.backends()["cuda"]
-    if state is not True:
-        run.add(op="all", peer=OWN, status="skipped", reason=state)
-    for peer in (*((OWN,) if state is True else ()), "torch eager", "torch.compile"):
+    """Ours and torch's own kernels, then those that compile first, ours and torch.compile's: a deadline cuts these."""
+    for peer in ("transfuse cuda", "torch eager", "transfuse triton", "torch.compile"):
+        backend = OWN_BACKENDS.get(peer)
+        state = transfuse.backends()[backend] if backend and not run.dry else True
+        if state is not True:
+            run.add(op="all", peer=peer, status="skipped", reason=state)
+            continue
         for columns in COLUMNS:
             for op in ROW_OPS:
                 _row_rows(run, op, peer, *((8, columns // 64) if run.dry else (ROWS, columns)))
 
 
+def _on_backend(backend, function, *tensors):
+    with transfuse.use_backend(backend):
+        return function(*tensors)
+
+
 def _row_rows(run, op, peer, rows, columns):
     function, row_inputs, weights, *moves = ROW_OPS[op]
-    function = OWN_ROW_OPS[op] if peer == OWN else function
+    if peer in OWN_BACKENDS:
+        function = partial(_on_backend, "auto" if run.dry else OWN_BACKENDS[peer], OWN_ROW_OPS[op])
     tensors = [_random(run, rows, columns) for _ in range(row_inputs)] + [_random(run, columns) for _ in range(weights)]
     if peer == "torch.compile":
         torch._dynamo.reset()
