@@ -6,11 +6,14 @@ import sys
 import pytest
 import torch
 
+import transfuse.ops.attention
+import transfuse.ops.decode_attention
 import transfuse.ops.gelu
 import transfuse.ops.layer_norm
 import transfuse.ops.masked_softmax
 import transfuse.ops.rms_norm
-import transfuse.ops.rotary  # noqa: F401
+import transfuse.ops.rotary
+import transfuse.ops.varlen_attention  # noqa: F401
 from transfuse.raw_ops import RAW_OPS
 
 

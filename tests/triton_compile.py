@@ -42,28 +42,35 @@ def compiled(call, architecture):
     """Compiles a recorded launch.Call as the launch would: integers of 1 are constants, multiples of 16 are known."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(call.kernel.params):
-        name = parameter.name
-        value = call.arguments.get(name, parameter.default)
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[name] = "constexpr"
+        value = call.arguments.get(parameter.name, parameter.default)
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
             constants[(index,)] = value.value if isinstance(value, tl.constexpr) else value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = _POINTERS[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", _ALIGNED]]
-        elif isinstance(value, bool):
-            signature[name] = "i1"
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % _ALIGNED == 0:
-                attributes[(index,)] = [["tt.divisibility", _ALIGNED]]
         else:
-            signature[name] = "fp32"
+            signature[parameter.name] = _type_of(value, (index,), constants, attributes)
     target = GPUTarget(architecture.backend, architecture.name, architecture.warp_size)
     source = ASTSource(call.kernel, signature, constants, attributes)
     binary = triton.compile(source, target=target, options=dict(call.options))
     text, metadata = binary.asm, binary.metadata
     spills, registers = _resources(binary, architecture)
     return Compiled(call.kernel.fn.__name__, text.get("ptx", ""), text.get("amdgcn", ""), spills, registers, metadata.shared)
+
+
+def _type_of(value, path, constants, attributes):
+    """The type of an argument, or of a tuple's parts, as the launch would see it; what is known of it by its path."""
+    if isinstance(value, tuple):
+        parts = [_type_of(part, (*path, index), constants, attributes) for index, part in enumerate(value)]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if value is None or (type(value) is int and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, torch.Tensor) or (type(value) is int and value % _ALIGNED == 0):
+        attributes[path] = [["tt.divisibility", _ALIGNED]]
+    if isinstance(value, torch.Tensor):
+        return _POINTERS[value.dtype]
+    if isinstance(value, int):
+        return "i1" if isinstance(value, bool) else "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
 
 
 def _resources(binary, architecture):
