@@ -23,24 +23,24 @@ def _empty(*shape, dtype):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def _norms(cols, dtype):
-    x, weight = _empty(64, cols, dtype=dtype), _empty(cols, dtype=dtype)
+def _norms(cols, dtype, rows=64):
+    x, weight = _empty(rows, cols, dtype=dtype), _empty(cols, dtype=dtype)
     layer_norm.add_layer_norm_forward(x, x, weight, weight, 1, 1e-5)
     layer_norm.layer_norm_backward(x, x, x, weight, weight, 1, 1e-5, True, True, True)
     rms_norm.rms_norm_forward(x, weight, 1, 1e-5)
     rms_norm.rms_norm_backward(x, None, x, weight, 1, 1e-5, True, True)
 
 
-def _softmax(cols, dtype):
-    x = _empty(2, 64, cols, dtype=dtype)
-    masked_softmax.masked_softmax_forward(x, _empty(64, cols, dtype=dtype).expand(2, 64, cols), 0.1, True, False)
-    masked_softmax.masked_softmax_forward(x, _empty(2, 1, cols, dtype=torch.bool).expand(2, 64, cols), 0.1, False, False)
+def _softmax(cols, dtype, rows=64):
+    x = _empty(2, rows, cols, dtype=dtype)
+    masked_softmax.masked_softmax_forward(x, _empty(rows, cols, dtype=dtype).expand(2, rows, cols), 0.1, True, False)
+    masked_softmax.masked_softmax_forward(x, _empty(2, 1, cols, dtype=torch.bool).expand(2, rows, cols), 0.1, False, False)
     masked_softmax.masked_softmax_backward(x, x, 0.1)
-    masked_softmax.masked_softmax_mask_backward(x, x, _empty(1, 64, 1, dtype=dtype))
+    masked_softmax.masked_softmax_mask_backward(x, x, _empty(1, rows, 1, dtype=dtype))
 
 
-def _gelu(cols, dtype):
-    x, bias = _empty(64, cols, dtype=dtype), _empty(cols, dtype=dtype)
+def _gelu(cols, dtype, rows=64):
+    x, bias = _empty(rows, cols, dtype=dtype), _empty(cols, dtype=dtype)
     for tanh in (False, True):
         gelu.gelu_forward(x, bias, tanh)
         gelu.gelu_backward(x, x, bias, tanh, True)
@@ -111,6 +111,73 @@ def test_every_kernel_compiles_for(architecture, work, monkeypatch):
         for cols in (64,) if work is _rotary else (USUAL_COLS, COLS[-1]):
             for call in _calls(work, cols, dtype, architecture, monkeypatch):
                 _gate(call, architecture)
+
+
+@pytest.mark.parametrize("rows,cols", [(1, 1), (1, 48), (5, 1), (1, COLS[-1])])
+def test_sizes_of_one_compile(rows, cols, monkeypatch):
+    """The compiler takes an integer of 1 for a constant, which has no type; the interpreter does not."""
+    monkeypatch.setattr(gelu, "_table", lambda tanh, backward, device: _empty(192, dtype=torch.float32))
+    with launch.recording(launch.SM90) as recorded:
+        for work in WORK.values():
+            work(cols, torch.bfloat16, rows)
+        _rotary(2 * cols + 8, torch.bfloat16)
+    for call in {call.kernel: call for call in recorded.calls}.values():
+        assert triton_compile.compiled(call, launch.SM90).ptx
+
+
+def _views(rows, cols, dtype):
+    """The same rows where they may lie: dense, an element past a boundary, among longer rows on boundaries and off."""
+    longer = 64 + cols // 64 * 64
+    yield torch.zeros(rows, cols, dtype=dtype)
+    yield torch.zeros(rows * cols + 1, dtype=dtype)[1:].view(rows, cols)
+    for stride, first in ((longer, 0), (longer, 1), (longer + 3, 0), (longer + 3, 2)):
+        yield torch.zeros(rows, stride, dtype=dtype)[:, first : first + cols]
+
+
+def _layouts(call):
+    """What lays a kernel's tiles out: what is known of its addresses and strides."""
+    _, constants, alignments = triton_compile.specialization(call)
+    names = [parameter.name for parameter in call.kernel.params]
+    sizes = {path for path in alignments if names[path[0]] in ("rows", "chunks")}  # say nothing of addresses
+    return call.kernel.fn.__name__, repr(constants), sorted(set(alignments) - sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cols", [1, 20, 32, 100, 768])
+def test_layouts_follow_from_the_length_alone(cols, dtype):
+    """On a GPU the layout of a tile is the order of its sums: a row's bits must not depend on where the row lies."""
+    found = {}
+    for x in _views(6, cols, dtype):
+        for weight in (row[0] for row in _views(1, cols, dtype)):
+            with launch.recording(launch.SM90) as recorded:
+                layer_norm.add_layer_norm_forward(x, x, weight, weight, 1, 1e-5)
+                rms_norm.rms_norm_backward(x, x, x, weight, 1, 1e-5, True, True)
+                masked_softmax.masked_softmax_forward(x, None, 0.1, False, False)
+                masked_softmax.masked_softmax_backward(x, x, 0.1)
+            for call in recorded.calls:
+                name, *layout = _layouts(call)
+                assert found.setdefault(name, layout) == layout, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("keys", [20, 32, 100])
+def test_layouts_of_masks_follow_from_the_length_alone(keys, dtype):
+    """Every sequence its own mask, one for all, the mask of one sequence alone: the same sums."""
+    found = {}
+    for batch in (1, 6):
+        x = torch.zeros(batch, 2, 5, keys, dtype=torch.bfloat16)
+        for rows in (batch, 1):
+            for mask in _views(rows, keys, dtype):
+                with launch.recording(launch.SM90) as recorded:
+                    masked_softmax.masked_softmax_forward(x, mask[:, None, None].expand(x.shape), 0.1, False, False)
+                (call,) = recorded.calls
+                name, constants, alignments = _layouts(call)
+                arguments = call.arguments
+                layout = (arguments["WHOLE_MASK"], alignments)
+                assert found.setdefault(name, layout) == layout
+                if arguments["WHOLE_MASK"]:  # what the kernel then tells the compiler is true
+                    strides = [arguments[f"s{dim}"] for dim in range(arguments["DIMS"])]
+                    assert arguments["mask"].data_ptr() % 16 == 0 and not any(stride % 16 for stride in strides)
 
 
 def test_the_gate_sees_an_approximate_exponential():

@@ -38,8 +38,9 @@ class Compiled:
     shared_bytes: int
 
 
-def compiled(call, architecture):
-    """Compiles a recorded launch.Call as the launch would: integers of 1 are constants, multiples of 16 are known."""
+def specialization(call):
+    """(types, constants, alignments) of a recorded launch.Call as the launch would find them: an integer of 1 is a
+    constant, a multiple of 16 and an address on a 16-byte boundary are known, but where the kernel asks for neither."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(call.kernel.params):
         value = call.arguments.get(parameter.name, parameter.default)
@@ -47,7 +48,15 @@ def compiled(call, architecture):
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value.value if isinstance(value, tl.constexpr) else value
         else:
-            signature[parameter.name] = _type_of(value, (index,), constants, attributes)
+            plain = parameter.do_not_specialize
+            unaligned = plain or parameter.do_not_specialize_on_alignment
+            signature[parameter.name] = _type_of(value, (index,), constants, attributes, plain, unaligned)
+    return signature, constants, attributes
+
+
+def compiled(call, architecture):
+    """Compiles a recorded launch.Call as the launch would."""
+    signature, constants, attributes = specialization(call)
     target = GPUTarget(architecture.backend, architecture.name, architecture.warp_size)
     source = ASTSource(call.kernel, signature, constants, attributes)
     binary = triton.compile(source, target=target, options=dict(call.options))
@@ -56,15 +65,16 @@ def compiled(call, architecture):
     return Compiled(call.kernel.fn.__name__, text.get("ptx", ""), text.get("amdgcn", ""), spills, registers, metadata.shared)
 
 
-def _type_of(value, path, constants, attributes):
+def _type_of(value, path, constants, attributes, plain, unaligned):
     """The type of an argument, or of a tuple's parts, as the launch would see it; what is known of it by its path."""
     if isinstance(value, tuple):
-        parts = [_type_of(part, (*path, index), constants, attributes) for index, part in enumerate(value)]
+        parts = [_type_of(part, (*path, index), constants, attributes, plain, unaligned) for index, part in enumerate(value)]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    if value is None or (type(value) is int and value == 1):
+    if value is None or (type(value) is int and value == 1 and not plain):
         constants[path] = value
         return "constexpr"
-    if isinstance(value, torch.Tensor) or (type(value) is int and value % _ALIGNED == 0):
+    address = value.data_ptr() if isinstance(value, torch.Tensor) else value
+    if type(address) is int and address % _ALIGNED == 0 and not unaligned:
         attributes[path] = [["tt.divisibility", _ALIGNED]]
     if isinstance(value, torch.Tensor):
         return _POINTERS[value.dtype]

@@ -20,7 +20,7 @@ import triton.language as tl
 from .gelu_far import CUT_ERF, CUT_TANH, erf_slope, erf_tail, tanh_slope, tanh_tail
 from .gelu_tables import NUM_COEFFICIENTS, NUM_SEGMENTS, SEGMENTS
 from .launch import Launch, architecture_of, launch
-from .rows import add_lines, rows_at_once, with_alignment
+from .rows import add_lines, on_boundary, rows_at_once
 from .versions import fma, narrowed, widened
 
 _SEGMENTS_END = tl.constexpr(63.0 / 16)
@@ -201,11 +201,11 @@ def gelu_forward(input, bias, tanh):
 
 
 def gelu_backward(grad_output, input, bias, tanh, need_bias_grad):
-    columns = _COLUMNS if bias is None else bias.numel()
-    input, grad_output = (with_alignment(tensor.contiguous(), columns) for tensor in (input, grad_output))
+    input, grad_output = (on_boundary(tensor.contiguous()) for tensor in (input, grad_output))
     grad_input = input.new_empty(input.shape)
     like = input if bias is None else bias
     grad_bias = like.new_empty(bias.shape if need_bias_grad else (0,))
+    columns = _COLUMNS if bias is None else bias.numel()
     if columns == 0:
         return grad_input, grad_bias
     rows = triton.cdiv(input.numel(), columns)

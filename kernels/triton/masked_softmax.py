@@ -27,7 +27,7 @@ from .exact import (
 )
 from .exp import exp_nonpositive
 from .launch import Launch, architecture_of, launch
-from .rows import ALIGNED_ELEMENTS, STREAMED, add_lines, is_aligned, row_tile, with_alignment
+from .rows import ALIGNED_ELEMENTS, STREAMED, add_lines, is_aligned, on_boundary, row_tile
 from .versions import fma, narrowed, widened
 
 _INFINITY = tl.constexpr(float("inf"))
@@ -335,7 +335,7 @@ def _lead(mask):
 
 
 def masked_softmax_forward(input, mask, scale, causal, bottom_right):
-    input = with_alignment(input.contiguous(), input.shape[-1])
+    input = on_boundary(input.contiguous())
     output = input.new_empty(input.shape)
     if input.numel() == 0:
         return output
@@ -389,7 +389,7 @@ def _differentiate(grad_output, output, grad_input, means, scale):
 
 
 def masked_softmax_backward(grad_output, output, scale):
-    grad_output, output = (with_alignment(tensor.contiguous(), output.shape[-1]) for tensor in (grad_output, output))
+    grad_output, output = (on_boundary(tensor.contiguous()) for tensor in (grad_output, output))
     grad_input = output.new_empty(output.shape)
     if output.numel() > 0:
         _differentiate(grad_output, output, grad_input, None, scale)
@@ -421,7 +421,7 @@ def masked_softmax_mask_backward(grad_output, output, mask):
         moved = mask.permute(order)
         found = masked_softmax_mask_backward(grad_output.permute(order).contiguous(), output.permute(order).contiguous(), moved)
         return found.permute([order.index(d) for d in range(len(order))]).contiguous()
-    grad_output, output = (with_alignment(tensor.contiguous(), output.shape[-1]) for tensor in (grad_output, output))
+    grad_output, output = (on_boundary(tensor.contiguous()) for tensor in (grad_output, output))
     keys = output.shape[-1]
     means = output.new_empty((output.numel() // keys, 2), dtype=torch.float32)
     _differentiate(grad_output, output, None, means, 1.0)

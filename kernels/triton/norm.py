@@ -34,7 +34,7 @@ from .exact import (
     two_sum,
 )
 from .launch import Launch, architecture_of, launch
-from .rows import STREAMED, TILES, RowTile, add_lines, as_rows, row_tile, with_alignment
+from .rows import STREAMED, TILES, RowTile, add_lines, as_rows, on_boundary, row_tile
 from .versions import fma, narrowed, widened
 
 # ---- statistics ----
@@ -392,8 +392,8 @@ GRADIENT_TILES = (*TILES[:-1], RowTile(8192, 1, Launch(16, spill_bytes=64)))
 _COLUMNS_AT_ONCE, _ROWS_AT_ONCE = 256, 8  # of the second pass over long rows
 
 
-def _contiguous(tensor: torch.Tensor | None, cols: int) -> torch.Tensor | None:
-    return None if tensor is None else with_alignment(tensor.contiguous(), cols)
+def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else on_boundary(tensor.contiguous())
 
 
 def _shape(input: torch.Tensor, ndim: int) -> tuple[int, int]:
@@ -416,7 +416,7 @@ def norm_forward(input, residual, weight, bias, ndim, eps, centered):
     eps_hi, eps_lo = split(eps)
     operands = dict(
         input=input, input_stride=input_stride, residual=residual, residual_stride=residual_stride,
-        weight=_contiguous(weight, cols), bias=_contiguous(bias, cols), total=total, output=output, cols=cols, eps_hi=eps_hi,
+        weight=_contiguous(weight), bias=_contiguous(bias), total=total, output=output, cols=cols, eps_hi=eps_hi,
         eps_lo=eps_lo, CENTERED=centered,
     )  # fmt: skip
     tile = row_tile(cols, rows, architecture_of(input.device))
@@ -454,7 +454,7 @@ def norm_backward(grad_output, grad_sum, input, weight, bias, ndim, eps, need_in
         CENTERED=centered,
     )  # fmt: skip
     gradient = dict(
-        grad_sum=grad_sum, grad_sum_stride=grad_sum_stride, weight=_contiguous(weight, cols),
+        grad_sum=grad_sum, grad_sum_stride=grad_sum_stride, weight=_contiguous(weight),
         grad_input=grad_input if need_input else None, eps_hi=eps_hi, eps_lo=eps_lo,
     )  # fmt: skip
     lines = dict(weight_lines=weight_lines, bias_lines=bias_lines, rows=rows, chunks=chunks)

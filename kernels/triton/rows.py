@@ -3,7 +3,7 @@
 Policy: a row that fits stays in registers from its one read to its one write, several short rows to a program; longer
 rows are read again in every pass. Which of these, and with it the tree of every sum over a row, depends on the row's
 length alone: its bits depend neither on the batch nor on its position in it. The compiler lays a tile out, and adds,
-by what it knows of addresses; so rows of one length all lie on 16-byte boundaries or are none taken to (with_alignment).
+by what it knows of addresses; so what it is told of rows of one length is always the same (on_boundary, as_rows).
 """
 
 from dataclasses import dataclass, replace
@@ -67,12 +67,9 @@ def is_aligned(tensor: torch.Tensor) -> bool:
     return tensor.data_ptr() % _ALIGNED_BYTES == 0
 
 
-def with_alignment(tensor: torch.Tensor | None, cols: int) -> torch.Tensor | None:
-    """A dense tensor of rows as the compiler sees all of that length: whether its first row lies on a boundary says
-    nothing where not every row does, and where every row can, one that does not is copied."""
-    if tensor is None or cols % ALIGNED_ELEMENTS or is_aligned(tensor):
-        return tensor
-    return tensor.clone()
+def on_boundary(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor, or a copy where it begins between boundaries, as parts of other tensors may."""
+    return tensor if tensor is None or is_aligned(tensor) else tensor.clone()
 
 
 def as_rows(tensor: torch.Tensor | None, ndim: int, cols: int) -> tuple[torch.Tensor | None, int]:
@@ -86,7 +83,9 @@ def as_rows(tensor: torch.Tensor | None, ndim: int, cols: int) -> tuple[torch.Te
     # One row of 20 elements in every 32 would be laid out otherwise than 20 in every 20.
     if stride is None or (stride % ALIGNED_ELEMENTS == 0) != (cols % ALIGNED_ELEMENTS == 0) or (stride == 1) != (cols == 1):
         tensor, stride = tensor.contiguous(), cols
-    return with_alignment(tensor, cols), stride
+    if not is_aligned(tensor):
+        tensor, stride = tensor.clone(memory_format=torch.contiguous_format), cols
+    return tensor, stride
 
 
 def _row_stride(tensor: torch.Tensor, ndim: int, cols: int) -> int | None:
