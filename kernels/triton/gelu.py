@@ -7,8 +7,8 @@ operations are those of the CPU's floats, and so are the bits. 16-bit types, whi
 from these floats: none of bfloat16's lies so near the middle of two results that the float's error chooses the wrong
 one, and of float16's the few that do are listed (_on_right_side).
 
-Policy: a program owns some columns and goes down the rows of its chunk, so that the bias is loaded once and its gradient
-stays in registers. The gradient of the bias is a sum by chunks, then over chunks (rows.py).
+Policy: a program owns some columns and goes down the rows of its chunk, so that the bias is loaded once and its
+gradient stays in registers. The gradient of the bias is a sum by chunks, then over chunks (rows.py).
 """
 
 from functools import lru_cache
@@ -221,8 +221,8 @@ def gelu_backward(grad_output, input, bias, tanh, need_bias_grad):
     launch(
         gelu_backward_kernel, (chunks, triton.cdiv(columns, cols)), _LAUNCH, input.device, grad_output=grad_output,
         input=input, bias=None if bias is None else bias.contiguous(), grad_input=grad_input, bias_lines=bias_lines,
-        table=_table(tanh, True, input.device), size=input.numel(), columns=columns, rows=rows, chunks=chunks, TANH=tanh,
-        ROWS=tile_rows, COLS=cols,
+        table=_table(tanh, True, input.device), size=input.numel(), columns=columns, rows=rows, chunks=chunks,
+        TANH=tanh, ROWS=tile_rows, COLS=cols,
     )  # fmt: skip
     if need_bias_grad:
         add_lines(bias_lines, grad_bias)

@@ -12,7 +12,6 @@ if VERSION < OLDEST:
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
-
 def _let_one_element_be_an_index() -> None:
     """Interpreters before 3.9 take int() of arrays of one element, which NumPy 2.4 refuses."""
     from triton.runtime import interpreter
