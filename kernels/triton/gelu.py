@@ -7,8 +7,8 @@ operations are those of the CPU's floats, and so are the bits. 16-bit types, whi
 from these floats: none of bfloat16's lies so near the middle of two results that the float's error chooses the wrong
 one, and of float16's the few that do are listed (_on_right_side).
 
-Policy: a program owns some columns and goes down the rows of its chunk, so that the bias is loaded once and its gradient
-stays in registers. The gradient of the bias is a sum by chunks, then over chunks (rows.py).
+Policy: a program owns some columns and goes down the rows of its chunk, so that the bias is loaded once and its
+gradient stays in registers. The gradient of the bias is a sum by chunks, then over chunks (rows.py).
 """
 
 from functools import lru_cache
@@ -79,9 +79,12 @@ def _any(condition):
 
 @triton.jit
 def _forward(table, x, TANH: tl.constexpr, dtype: tl.constexpr):
-    """gelu of floats that hold numbers of `dtype`. A zero keeps its sign, a NaN stays."""
+    """gelu of floats that hold numbers of `dtype`. A zero keeps its sign, a NaN stays.
+
+    A sign is changed by -1.0 *: Triton 3.6 takes -x for 0 - x, and so -0 for 0.
+    """
     t = tl.abs(x)
-    y = fma(-t, _evaluate(table, t), tl.where(x < 0, -0.0, x))
+    y = fma(-1.0 * t, _evaluate(table, t), tl.where(x < 0, -0.0, x))
     if dtype == tl.float32:
         far = t >= _SEGMENTS_END
     else:
@@ -93,7 +96,7 @@ def _forward(table, x, TANH: tl.constexpr, dtype: tl.constexpr):
             tail = tanh_tail(tl.minimum(tl.maximum(t, _SEGMENTS_END), CUT_TANH))
         else:
             tail = erf_tail(tl.minimum(tl.maximum(t, _SEGMENTS_END), CUT_ERF))
-        y = tl.where(far, tl.where(x < 0, -tail, x - tail), y)
+        y = tl.where(far, tl.where(x < 0, -1.0 * tail, x - tail), y)
     return _on_right_side(x, y, TANH) if dtype == tl.float16 else y
 
 
@@ -123,11 +126,20 @@ def _with_bias(x, bias, col, columns, dtype: tl.constexpr):
 
 
 @triton.jit
+def _tile_of_program(columns, COLS: tl.constexpr):
+    """(tile or chunk of rows, tile of columns): both unbounded, so both along the grid's first axis."""
+    program = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(columns, COLS)
+    return program // tiles, program % tiles
+
+
+@triton.jit
 def gelu_forward_kernel(
     input, bias, output, table, size, columns, TANH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    row_tile, col_tile = _tile_of_program(columns, COLS)
+    row = row_tile * ROWS + tl.arange(0, ROWS)
+    col = col_tile * COLS + tl.arange(0, COLS)
     at = row[:, None] * columns + col[None, :]
     inside = (col[None, :] < columns) & (at < size)
     x = widened(tl.load(input + at, mask=inside, other=0.0))
@@ -142,8 +154,8 @@ def gelu_backward_kernel(
     grad_output, input, bias, grad_input, bias_lines, table, size, columns, rows, chunks, TANH: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    chunk = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    chunk, col_tile = _tile_of_program(columns, COLS)
+    col = col_tile * COLS + tl.arange(0, COLS)
     part = tl.zeros([ROWS, COLS], tl.float32)
     end = rows * (chunk + 1) // chunks
     for first in range(rows * chunk // chunks, end, ROWS):
@@ -164,7 +176,7 @@ def gelu_backward_kernel(
 
 # ---- host ----
 
-_LAUNCH = Launch(8)
+_LAUNCH = Launch(8, spill_bytes=8)
 _ELEMENTS = 1024  # of a tile
 _MOST_COLS = 1024
 _COLUMNS = 2048  # of a tensor without bias, which has no columns of its own
@@ -191,7 +203,7 @@ def gelu_forward(input, bias, tanh):
     columns = _COLUMNS if bias is None else bias.numel()
     rows = triton.cdiv(input.numel(), columns)
     tile_rows, cols = _tile(columns, rows, input.device)
-    grid = (triton.cdiv(rows, tile_rows), triton.cdiv(columns, cols))
+    grid = (triton.cdiv(rows, tile_rows) * triton.cdiv(columns, cols),)
     launch(
         gelu_forward_kernel, grid, _LAUNCH, input.device, input=input, bias=None if bias is None else bias.contiguous(),
         output=output, table=_table(tanh, False, input.device), size=input.numel(), columns=columns, TANH=tanh,
@@ -216,10 +228,10 @@ def gelu_backward(grad_output, input, bias, tanh, need_bias_grad):
         chunks = min(_MOST_CHUNKS, triton.cdiv(rows, _LEAST_TILES * tile_rows))
         bias_lines = input.new_empty((chunks, columns), dtype=torch.float32)
     launch(
-        gelu_backward_kernel, (chunks, triton.cdiv(columns, cols)), _LAUNCH, input.device, grad_output=grad_output,
+        gelu_backward_kernel, (chunks * triton.cdiv(columns, cols),), _LAUNCH, input.device, grad_output=grad_output,
         input=input, bias=None if bias is None else bias.contiguous(), grad_input=grad_input, bias_lines=bias_lines,
-        table=_table(tanh, True, input.device), size=input.numel(), columns=columns, rows=rows, chunks=chunks, TANH=tanh,
-        ROWS=tile_rows, COLS=cols,
+        table=_table(tanh, True, input.device), size=input.numel(), columns=columns, rows=rows, chunks=chunks,
+        TANH=tanh, ROWS=tile_rows, COLS=cols,
     )  # fmt: skip
     if need_bias_grad:
         add_lines(bias_lines, grad_bias)

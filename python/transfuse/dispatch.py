@@ -123,7 +123,7 @@ def backends() -> dict[str, bool | str]:
     gpu = "" if torch.cuda.is_available() else "torch sees no GPU"
     return {
         "cuda": extension.cuda_unavailable or gpu or unserved_gpu() or True,
-        "triton": extension.triton_missing() or (not env.triton_is_interpreted() and (gpu or _too_old_gpu())) or True,
+        "triton": extension.triton_missing() or (not env.triton_is_interpreted() and _unfit_gpu()) or True,
         "cpu": extension.cpu_unavailable or True,
         "torch": True,
         "reference": True,
@@ -180,13 +180,15 @@ def triton_reasons(problem: Problem, dtypes: Sequence[torch.dtype] = TRITON_DTYP
         reasons.append(f"dtype is {dtype_name(problem.dtype)}, the kernel takes {', '.join(map(dtype_name, dtypes))}")
     if not reasons and extension.triton_unavailable():
         reasons.append(extension.triton_unavailable())
-    if not reasons and device == "cuda" and (reason := _too_old_gpu(problem.device)):
+    if not reasons and device == "cuda" and (reason := _unfit_gpu(problem.device)):
         reasons.append(reason)
     return tuple(reasons)
 
 
-def _too_old_gpu(device: str) -> str:
+def _unfit_gpu(device: str) -> str:
     """Why the Triton kernels do not take a GPU, or nothing; AMD's capability counts otherwise."""
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) >= OLDEST_GPU:
         return ""
     major, minor = torch.cuda.get_device_capability(device)
