@@ -14,8 +14,20 @@ from torch import Tensor
 
 from .attention_problem import dense_problem, heads_together, packed_problem, packed_view, tile_options, view
 from .attention_scores import (
-    all_finite, base_of, finish_rows, finish_scores, keys_of_rows, kept_draws, load_rows, multiply, multiply_kept,
-    products, sequence_of, some_excluded, store_rows, weigh,
+    all_finite,
+    base_of,
+    finish_rows,
+    finish_scores,
+    kept_draws,
+    keys_of_rows,
+    load_rows,
+    multiply,
+    multiply_kept,
+    products,
+    sequence_of,
+    some_excluded,
+    store_rows,
+    weigh,
 )
 from .launch import launch
 from .versions import narrowed

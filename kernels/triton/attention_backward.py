@@ -23,8 +23,21 @@ from torch import Tensor
 
 from .attention_problem import dense_problem, heads_together, packed_problem, packed_view, tile_options, view
 from .attention_scores import (
-    all_finite, base_of, distance, finish_scores, keys_of_rows, kept_draws, load_rows, multiply, multiply_kept, products,
-    rows_of_keys, sequence_of, some_excluded, store_rows, weigh,
+    all_finite,
+    base_of,
+    distance,
+    finish_scores,
+    kept_draws,
+    keys_of_rows,
+    load_rows,
+    multiply,
+    multiply_kept,
+    products,
+    rows_of_keys,
+    sequence_of,
+    some_excluded,
+    store_rows,
+    weigh,
 )
 from .launch import NOT_MEASURED, Launch, launch
 from .versions import narrowed, widened

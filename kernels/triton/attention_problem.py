@@ -6,7 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .attention_scores import LOG2_E, Problem, Strided
+from .attention_scores import Problem, Strided
+from .exp import LOG2E
 from .launch import NOT_MEASURED, Launch
 from .versions import INTERPRETED
 
@@ -87,7 +88,7 @@ def _problem(query, key, value, bias, mask, alibi_slopes, sinks, dropout_seed, s
         window_left=_side(window_left), window_right=0 if causal else _side(window_right),
         bottom_right=1 if bottom_right else None, transforms=1 if transforms else None,
         negates=1 if scale < 0 and not transforms else None, softcap=softcap if softcap > 0 else None,
-        scale=product_scale, logit_scale=logit_scale, exp2_scale=logit_scale * LOG2_E.value,
+        scale=product_scale, logit_scale=logit_scale, exp2_scale=logit_scale * LOG2E.value,
         lowest=_ZERO_FROM / logit_scale,
     )
 
