@@ -39,7 +39,7 @@ from .attention_scores import (
     store_rows,
     weigh,
 )
-from .launch import NOT_MEASURED, Launch, launch
+from .launch import Launch, launch
 from .versions import narrowed, widened
 
 HUGE_LOGIT = tl.constexpr(32768.0)  # the rounding of lse then is 2^-10: far from where exp(score - lse) overflows
@@ -556,7 +556,7 @@ def _add_in_order(parts: Tensor) -> Tensor:
     outer, count, size = parts.shape
     sums = parts.new_zeros(outer, size)
     if count and size:
-        row = Launch(num_warps=4, measured=NOT_MEASURED)
+        row = Launch(4)
         launch(add_in_order_kernel, (outer * triton.cdiv(size, SUM_BLOCK),), row, parts.device, parts=parts, sums=sums,
                count=count, stride=size, outer_stride=count * size, size=size, BLOCK=SUM_BLOCK)
     return sums

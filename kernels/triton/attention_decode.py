@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .attention_problem import decode_problem, heads_together, tile_options, view
 from .attention_scores import Sequence, all_finite, clamp, finish_rows, finish_scores, multiply, multiply_kept, weigh
-from .launch import NOT_MEASURED, Launch, launch
+from .launch import Launch, launch
 from .versions import narrowed
 
 CHUNK_KEYS = 256  # of one partial result; fixed, so the order of every sum is too
@@ -240,7 +240,7 @@ def decode_attention_append(key_cache: Tensor, value_cache: Tensor, cache_seqlen
     cache = _cache_of(key_cache, cache_seqlens, block_table, length)
     for target, new in ((key_cache, new_key), (value_cache, new_value)):
         row_blocks, column_blocks = triton.cdiv(length, COPY_ROWS), triton.cdiv(new.shape[3], COPY_COLUMNS)
-        launch(attention_append_kernel, (batch * kv_heads * row_blocks * column_blocks,), Launch(4, 1, NOT_MEASURED),
+        launch(attention_append_kernel, (batch * kv_heads * row_blocks * column_blocks,), Launch(4),
                target.device, cache=cache, t=view(_by_head(target, block_table)), new=view(new), length=length,
                num_columns=new.shape[3], num_kv_heads=kv_heads, row_blocks=row_blocks, column_blocks=column_blocks,
                BLOCK_M=COPY_ROWS, BLOCK_N=COPY_COLUMNS)
@@ -276,6 +276,6 @@ def decode_attention_forward(query: Tensor, key_cache: Tensor, value_cache: Tens
     }
     launch(attention_decode_kernel, (tasks * chunks,), row, query.device, **shared, **options)
     names = ("BLOCK_M", "VALUE", "EXACT")
-    launch(attention_decode_fold_kernel, (tasks,), Launch(4, 1, NOT_MEASURED), query.device, **shared,
+    launch(attention_decode_fold_kernel, (tasks,), Launch(4), query.device, **shared,
            output=view(output), lse=view(lse), **{name: options[name] for name in names})
     return output, lse
