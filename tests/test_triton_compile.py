@@ -34,7 +34,9 @@ def _norms(cols, dtype):
 def _softmax(cols, dtype):
     x = _empty(2, 64, cols, dtype=dtype)
     masked_softmax.masked_softmax_forward(x, _empty(64, cols, dtype=dtype).expand(2, 64, cols), 0.1, True, False)
-    masked_softmax.masked_softmax_forward(x, _empty(2, 1, cols, dtype=torch.bool).expand(2, 64, cols), 0.1, False, False)
+    masked_softmax.masked_softmax_forward(
+        x, _empty(2, 1, cols, dtype=torch.bool).expand(2, 64, cols), 0.1, False, False
+    )
     masked_softmax.masked_softmax_backward(x, x, 0.1)
     masked_softmax.masked_softmax_mask_backward(x, x, _empty(1, 64, 1, dtype=dtype))
 
@@ -60,7 +62,9 @@ def _calls(work, cols, dtype, architecture, monkeypatch):
         work(cols, dtype)
     found = {}
     for call in recorded.calls:
-        shapes = {name: value if isinstance(value, (bool, int)) else value is None for name, value in call.arguments.items()}
+        shapes = {
+            name: value if isinstance(value, (bool, int)) else value is None for name, value in call.arguments.items()
+        }
         found[call.kernel.fn.__name__, tuple(shapes.items())] = call
     return list(found.values())
 
@@ -124,6 +128,8 @@ def test_the_gate_sees_an_approximate_exponential():
         tl.store(at, tl.exp(tl.load(at)))
 
     with launch.recording(launch.SM90) as recorded:
-        launch.launch(kernel, (1,), launch.Launch(4), torch.device("meta"), x=_empty(128, dtype=torch.float32), BLOCK=128)
+        launch.launch(
+            kernel, (1,), launch.Launch(4), torch.device("meta"), x=_empty(128, dtype=torch.float32), BLOCK=128
+        )
     with pytest.raises(AssertionError, match="approx"):
         _gate(recorded.calls[0], launch.SM90)

@@ -53,7 +53,9 @@ def compiled(call, architecture):
     binary = triton.compile(source, target=target, options=dict(call.options))
     text, metadata = binary.asm, binary.metadata
     spills, registers = _resources(binary, architecture)
-    return Compiled(call.kernel.fn.__name__, text.get("ptx", ""), text.get("amdgcn", ""), spills, registers, metadata.shared)
+    return Compiled(
+        call.kernel.fn.__name__, text.get("ptx", ""), text.get("amdgcn", ""), spills, registers, metadata.shared
+    )
 
 
 def _type_of(value, path, constants, attributes):

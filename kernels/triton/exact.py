@@ -1,7 +1,7 @@
 """Sums and products of floats with what rounding took from them, and sums of rows: kernels/cuda/exact.cuh in Triton.
 
-A pair is two float32 tensors, hi + lo, hi the rounded value: 48 bits, where double is 64 times slower than float on most
-GPUs. Kernels are compiled with enable_fp_fusion=False: an FMA is written.
+A pair is two float32 tensors, hi + lo, hi the rounded value: 48 bits, where double is 64 times slower than float on
+most GPUs. Kernels are compiled with enable_fp_fusion=False: an FMA is written.
 """
 
 import struct

@@ -7,8 +7,8 @@ operations are those of the CPU's floats, and so are the bits. 16-bit types, whi
 from these floats: none of bfloat16's lies so near the middle of two results that the float's error chooses the wrong
 one, and of float16's the few that do are listed (_on_right_side).
 
-Policy: a program owns some columns and goes down the rows of its chunk, so that the bias is loaded once and its gradient
-stays in registers. The gradient of the bias is a sum by chunks, then over chunks (rows.py).
+Policy: a program owns some columns and goes down the rows of its chunk, so that the bias is loaded once and its
+gradient stays in registers. The gradient of the bias is a sum by chunks, then over chunks (rows.py).
 """
 
 from functools import lru_cache
@@ -79,9 +79,12 @@ def _any(condition):
 
 @triton.jit
 def _forward(table, x, TANH: tl.constexpr, dtype: tl.constexpr):
-    """gelu of floats that hold numbers of `dtype`. A zero keeps its sign, a NaN stays."""
+    """gelu of floats that hold numbers of `dtype`. A zero keeps its sign, a NaN stays.
+
+    A sign is changed by -1.0 *: Triton 3.6 takes -x for 0 - x, and so -0 for 0.
+    """
     t = tl.abs(x)
-    y = fma(-t, _evaluate(table, t), tl.where(x < 0, -0.0, x))
+    y = fma(-1.0 * t, _evaluate(table, t), tl.where(x < 0, -0.0, x))
     if dtype == tl.float32:
         far = t >= _SEGMENTS_END
     else:
@@ -93,7 +96,7 @@ def _forward(table, x, TANH: tl.constexpr, dtype: tl.constexpr):
             tail = tanh_tail(tl.minimum(tl.maximum(t, _SEGMENTS_END), CUT_TANH))
         else:
             tail = erf_tail(tl.minimum(tl.maximum(t, _SEGMENTS_END), CUT_ERF))
-        y = tl.where(far, tl.where(x < 0, -tail, x - tail), y)
+        y = tl.where(far, tl.where(x < 0, -1.0 * tail, x - tail), y)
     return _on_right_side(x, y, TANH) if dtype == tl.float16 else y
 
 
@@ -164,7 +167,7 @@ def gelu_backward_kernel(
 
 # ---- host ----
 
-_LAUNCH = Launch(8)
+_LAUNCH = Launch(8, spill_bytes=8)
 _ELEMENTS = 1024  # of a tile
 _MOST_COLS = 1024
 _COLUMNS = 2048  # of a tensor without bias, which has no columns of its own
@@ -218,8 +221,8 @@ def gelu_backward(grad_output, input, bias, tanh, need_bias_grad):
     launch(
         gelu_backward_kernel, (chunks, triton.cdiv(columns, cols)), _LAUNCH, input.device, grad_output=grad_output,
         input=input, bias=None if bias is None else bias.contiguous(), grad_input=grad_input, bias_lines=bias_lines,
-        table=_table(tanh, True, input.device), size=input.numel(), columns=columns, rows=rows, chunks=chunks, TANH=tanh,
-        ROWS=tile_rows, COLS=cols,
+        table=_table(tanh, True, input.device), size=input.numel(), columns=columns, rows=rows, chunks=chunks,
+        TANH=tanh, ROWS=tile_rows, COLS=cols,
     )  # fmt: skip
     if need_bias_grad:
         add_lines(bias_lines, grad_bias)

@@ -85,7 +85,7 @@ def architecture_of(device: torch.device) -> Architecture:
 
 @dataclass(frozen=True)
 class Call:
-    """One launch as it was asked for: a kernel, its grid, its launch row, its arguments by name, the compiler's options."""
+    """One launch as it was asked for: kernel, grid, launch row, arguments by name, the compiler's options."""
 
     kernel: object
     grid: tuple[int, ...]

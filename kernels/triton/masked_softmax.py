@@ -1,11 +1,11 @@
 """Masked softmax of rows in Triton: y_j = exp(s_j - m) / sum, s = scale * x + mask over the valid keys, 0 elsewhere.
 
-A score is carried as two floats, so that neither scale * x, nor the mask's addition, nor s - m loses a bit that exp would
-magnify: at logits around 100 a rounded score alone costs 60 ULP of its weight. Weights are summed in float over a few
-neighbours and in double over those sums; the quotient is one rounding.
+A score is carried as two floats, so that neither scale * x, nor the mask's addition, nor s - m loses a bit that exp
+would magnify: at logits around 100 a rounded score alone costs 60 ULP of its weight. Weights are summed in float over a
+few neighbours and in double over those sums; the quotient is one rounding.
 
-Rows by their largest score m:  no valid key: 0.  m NaN or infinite: NaN at the valid keys.  |m| > 2^20: the second float
-of the largest score decides too.
+Rows by their largest score m:  no valid key: 0.  m NaN or infinite: NaN at the valid keys.  |m| > 2^20: the second
+float of the largest score decides too.
 
 Policy: as rows.py says; rows longer than a program holds are read three times.
 """
@@ -143,8 +143,8 @@ def masked_softmax_forward_kernel(
 
 @triton.jit
 def masked_softmax_streamed_forward_kernel(
-    input, mask, output, keys, queries, causal_offset, scale, scale_rest, mask_key_stride, d0, s0, d1, s1, d2, s2, d3, s3,
-    DIMS: tl.constexpr, CAUSAL: tl.constexpr, KEEP: tl.constexpr, COLS: tl.constexpr,
+    input, mask, output, keys, queries, causal_offset, scale, scale_rest, mask_key_stride, d0, s0, d1, s1, d2, s2, d3,
+    s3, DIMS: tl.constexpr, CAUSAL: tl.constexpr, KEEP: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
     source = input + row[:, None] * keys
@@ -166,7 +166,9 @@ def masked_softmax_streamed_forward_kernel(
         rest = tl.full([1], -_INFINITY, tl.float32)
         for first in range(0, keys, COLS):
             key = (first + tl.arange(0, COLS))[None, :]
-            hi, lo, valid = _scores(source + key, mask, key, key < keys, visible, mask_key_stride, scale, scale_rest, KEEP)
+            hi, lo, valid = _scores(
+                source + key, mask, key, key < keys, visible, mask_key_stride, scale, scale_rest, KEEP
+            )
             rest = tl.maximum(rest, tl.max(tl.where(valid & (hi == largest[:, None]), lo, -_INFINITY), axis=1))
     total = tl.zeros([1], tl.float64)
     for first in range(0, keys, COLS):
@@ -187,7 +189,7 @@ def masked_softmax_streamed_forward_kernel(
 
 @triton.jit
 def _product_sum(weight, grad):
-    """A weight of 0 takes and gives no gradient, whatever its dy: an excluded key's is 0 even where dy is not finite."""
+    """A weight of 0 takes and gives no gradient: an excluded key's is 0 even where its dy is not finite."""
     return row_sum(tl.where(weight == 0, 0.0, weight * grad))
 
 
@@ -330,7 +332,14 @@ def masked_softmax_forward(input, mask, scale, causal, bottom_right):
     )  # fmt: skip
     tile = row_tile(keys, rows, architecture_of(input.device))
     if tile is None:
-        launch(masked_softmax_streamed_forward_kernel, (rows,), STREAMED.launch, input.device, COLS=STREAMED.cols, **operands)
+        launch(
+            masked_softmax_streamed_forward_kernel,
+            (rows,),
+            STREAMED.launch,
+            input.device,
+            COLS=STREAMED.cols,
+            **operands,
+        )
     else:
         grid = (triton.cdiv(rows, tile.rows),)
         launch(
@@ -349,7 +358,14 @@ def _differentiate(grad_output, output, grad_input, means, scale):
     )
     tile = row_tile(keys, rows, architecture_of(output.device))
     if tile is None:
-        launch(masked_softmax_streamed_backward_kernel, (rows,), STREAMED.launch, output.device, COLS=STREAMED.cols, **operands)
+        launch(
+            masked_softmax_streamed_backward_kernel,
+            (rows,),
+            STREAMED.launch,
+            output.device,
+            COLS=STREAMED.cols,
+            **operands,
+        )
     else:
         grid = (triton.cdiv(rows, tile.rows),)
         launch(
@@ -389,7 +405,9 @@ def masked_softmax_mask_backward(grad_output, output, mask):
         # The mask's dimensions in front, those in which it is broadcast behind: one of each.
         order = sorted(range(len(lead)), key=lambda d: lead[d][0] == 1) + [len(lead)]
         moved = mask.permute(order)
-        found = masked_softmax_mask_backward(grad_output.permute(order).contiguous(), output.permute(order).contiguous(), moved)
+        found = masked_softmax_mask_backward(
+            grad_output.permute(order).contiguous(), output.permute(order).contiguous(), moved
+        )
         return found.permute([order.index(d) for d in range(len(order))]).contiguous()
     grad_output, output = grad_output.contiguous(), output.contiguous()
     keys = output.shape[-1]
@@ -400,9 +418,9 @@ def masked_softmax_mask_backward(grad_output, output, mask):
     chunks = _chunks_of(repeats)
     lines = output.new_empty((chunks, mask_rows * keys), dtype=torch.float32)
     launch(
-        masked_softmax_mask_lines_kernel, (mask_rows * chunks, triton.cdiv(keys, _MASK_COLS)), _MASK_LAUNCH, output.device,
-        grad_output=grad_output, output=output, means=means, lines=lines, mask_rows=mask_rows, keys=keys, repeats=repeats,
-        chunks=chunks, BASE_DIMS=len(base), DIMS=len(shift), ROWS=_MASK_ROWS, COLS=_MASK_COLS,
+        masked_softmax_mask_lines_kernel, (mask_rows * chunks, triton.cdiv(keys, _MASK_COLS)), _MASK_LAUNCH,
+        output.device, grad_output=grad_output, output=output, means=means, lines=lines, mask_rows=mask_rows, keys=keys,
+        repeats=repeats, chunks=chunks, BASE_DIMS=len(base), DIMS=len(shift), ROWS=_MASK_ROWS, COLS=_MASK_COLS,
         **_digit_arguments(base, "bt"), **_digit_arguments(shift, "ds"),
     )  # fmt: skip
     sums = grad_mask if mask.shape[-1] == keys else output.new_empty((mask_rows, keys), dtype=torch.float32)

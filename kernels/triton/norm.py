@@ -83,7 +83,9 @@ def _wide_statistics(mean, squares, cols, eps_hi, eps_lo, CENTERED: tl.constexpr
     power = tl.minimum(_power_of_two_below(rstd), _LARGEST_SCALE)
     if CENTERED:
         too_large = tl.abs(mean) * power > _LARGEST_SCALE
-        power = tl.where(too_large, _power_of_two_below(tl.full(mean.shape, _LARGEST_SCALE, tl.float64) / tl.abs(mean)), power)
+        power = tl.where(
+            too_large, _power_of_two_below(tl.full(mean.shape, _LARGEST_SCALE, tl.float64) / tl.abs(mean)), power
+        )
     power = tl.maximum(power, _SMALLEST_SCALE)
     all_of_mean, all_of_rest = mean * power, rstd / power
     mean_hi, rest = all_of_mean.to(tl.float32), all_of_rest.to(tl.float32)
@@ -147,7 +149,9 @@ def _streamed_statistics(row, cols, eps_hi, eps_lo, CENTERED: tl.constexpr, COLS
         if CENTERED:
             for first in range(0, cols, COLS):
                 col = first + tl.arange(0, COLS)
-                wide_total += tl.sum(widened(tl.load(row + col, mask=col < cols, other=0.0)).to(tl.float64)[None, :], axis=1)
+                wide_total += tl.sum(
+                    widened(tl.load(row + col, mask=col < cols, other=0.0)).to(tl.float64)[None, :], axis=1
+                )
         wide_mean = wide_total / cols.to(tl.float64)
         wide_squares = tl.zeros([1], tl.float64)
         for first in range(0, cols, COLS):
@@ -155,7 +159,9 @@ def _streamed_statistics(row, cols, eps_hi, eps_lo, CENTERED: tl.constexpr, COLS
             x = widened(tl.load(row + col, mask=col < cols, other=0.0)).to(tl.float64)[None, :]
             wide = tl.where((col < cols)[None, :], x - wide_mean[:, None], 0.0)
             wide_squares += tl.sum(wide * wide, axis=1)
-        scale, mean, mean_tail, rest, rest_tail = _wide_statistics(wide_mean, wide_squares, cols, eps_hi, eps_lo, CENTERED)
+        scale, mean, mean_tail, rest, rest_tail = _wide_statistics(
+            wide_mean, wide_squares, cols, eps_hi, eps_lo, CENTERED
+        )
     return scale, mean, mean_tail, rest, rest_tail
 
 
@@ -297,9 +303,13 @@ def norm_backward_kernel(
             mean_g_xhat = _mean_in_float(row_sum(g * xhat), cols)
             past = g
             if grad_sum is not None:
-                past = widened(tl.load(grad_sum + row[:, None] * grad_sum_stride + col[None, :], mask=inside, other=0.0))
+                past = widened(
+                    tl.load(grad_sum + row[:, None] * grad_sum_stride + col[None, :], mask=inside, other=0.0)
+                )
             dx = _projected(g, xhat, mean_g, mean_g_xhat, rest, scale, past, grad_sum is not None, CENTERED)
-            tl.store(grad_input + row[:, None] * cols + col[None, :], narrowed(dx, grad_input.dtype.element_ty), mask=inside)
+            tl.store(
+                grad_input + row[:, None] * cols + col[None, :], narrowed(dx, grad_input.dtype.element_ty), mask=inside
+            )
     if weight_lines is not None:
         tl.store(weight_lines + chunk * cols + col, tl.sum(weight_part, axis=0), mask=col < cols)
     if bias_lines is not None:
@@ -311,8 +321,8 @@ ROW_VALUES = tl.constexpr(4)  # of a streamed row, for the sums over rows: scale
 
 @triton.jit
 def norm_streamed_backward_kernel(
-    grad_output, grad_output_stride, grad_sum, grad_sum_stride, input, input_stride, weight, grad_input, row_values, cols,
-    eps_hi, eps_lo, CENTERED: tl.constexpr, COLS: tl.constexpr,
+    grad_output, grad_output_stride, grad_sum, grad_sum_stride, input, input_stride, weight, grad_input, row_values,
+    cols, eps_hi, eps_lo, CENTERED: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """First pass over rows that no program holds: their gradients, and how they are normalised."""
     row = tl.program_id(0).to(tl.int64)
@@ -348,7 +358,11 @@ def norm_streamed_backward_kernel(
             if grad_sum is not None:
                 past = widened(tl.load(grad_sum + row * grad_sum_stride + col, mask=col < cols, other=0.0))[None, :]
             dx = _projected(g, xhat, mean_g, mean_g_xhat, rest, scale, past, grad_sum is not None, CENTERED)
-            tl.store(grad_input + row * cols + col[None, :], narrowed(dx, grad_input.dtype.element_ty), mask=(col < cols)[None, :])
+            tl.store(
+                grad_input + row * cols + col[None, :],
+                narrowed(dx, grad_input.dtype.element_ty),
+                mask=(col < cols)[None, :],
+            )
 
 
 @triton.jit
@@ -424,7 +438,9 @@ def norm_forward(input, residual, weight, bias, ndim, eps, centered):
         launch(norm_streamed_forward_kernel, (rows,), STREAMED.launch, input.device, COLS=STREAMED.cols, **operands)
     else:
         grid = (triton.cdiv(rows, tile.rows),)
-        launch(norm_forward_kernel, grid, tile.launch, input.device, rows=rows, ROWS=tile.rows, COLS=tile.cols, **operands)
+        launch(
+            norm_forward_kernel, grid, tile.launch, input.device, rows=rows, ROWS=tile.rows, COLS=tile.cols, **operands
+        )
     return output, total
 
 
@@ -434,7 +450,9 @@ def norm_backward(grad_output, grad_sum, input, weight, bias, ndim, eps, need_in
     dtype = torch.float32 if parameter is None else parameter.dtype
     shape = input.shape[input.dim() - ndim :]
     grad_input = input.new_empty(input.shape if need_input else (0,))
-    grad_weight, grad_bias = (input.new_empty(shape if need else (0,), dtype=dtype) for need in (need_weight, need_bias))
+    grad_weight, grad_bias = (
+        input.new_empty(shape if need else (0,), dtype=dtype) for need in (need_weight, need_bias)
+    )
     rows, cols = _shape(input, ndim)
     if cols == 0:
         return grad_input, grad_weight, grad_bias
@@ -450,8 +468,8 @@ def norm_backward(grad_output, grad_sum, input, weight, bias, ndim, eps, need_in
     )
     device = input.device
     operands = dict(
-        grad_output=grad_output, grad_output_stride=grad_output_stride, input=input, input_stride=input_stride, cols=cols,
-        CENTERED=centered,
+        grad_output=grad_output, grad_output_stride=grad_output_stride, input=input, input_stride=input_stride,
+        cols=cols, CENTERED=centered,
     )  # fmt: skip
     gradient = dict(
         grad_sum=grad_sum, grad_sum_stride=grad_sum_stride, weight=_contiguous(weight),

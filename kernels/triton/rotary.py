@@ -21,9 +21,10 @@ def _load_double(pointers, inside):
 
 @triton.jit
 def rotary_forward_kernel(
-    input, input_batch, input_head, input_token, input_col, cos, cos_batch, cos_token, cos_col, sin, sin_batch, sin_token,
-    sin_col, output, output_batch, output_head, output_token, rows, inner, outer, head_dim, pairs,
-    HEADS_INNER: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    input, input_batch, input_head, input_token, input_col, cos, cos_batch, cos_token, cos_col, sin, sin_batch,
+    sin_token, sin_col, output, output_batch, output_head, output_token, rows, inner, outer, head_dim, pairs,
+    HEADS_INNER: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     minor = row % inner

@@ -12,16 +12,31 @@ if VERSION < OLDEST:
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
+def _let_one_element_be_an_index() -> None:
+    """Interpreters before 3.9 take int() of arrays of one element, which NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_index_too(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_index_too
+
+
+if INTERPRETED.value and VERSION < (3, 9):
+    _let_one_element_be_an_index()
+
 # Interpreters before 3.9 round a * b before they add c.
 _FMA_ROUNDS_TWICE = tl.constexpr(INTERPRETED.value and VERSION < (3, 9))
 
 
 @triton.jit
 def fma(a, b, c):
-    """a * b + c of floats or doubles, rounded once (where the interpreter of floats needs doubles for it: once and a bit)."""
+    """a * b + c of floats, rounded once; in an interpreter that rounds twice by way of double, nearly always once."""
     if _FMA_ROUNDS_TWICE:
-        wide = tl.cast(a, tl.float64) * tl.cast(b, tl.float64) + tl.cast(c, tl.float64)
-        return wide if c.dtype == tl.float64 else wide.to(tl.float32)
+        return (tl.cast(a, tl.float64) * tl.cast(b, tl.float64) + tl.cast(c, tl.float64)).to(tl.float32)
     return tl.fma(a, b, c)
 
 

@@ -1,4 +1,4 @@
-"""The interpreter, ten times faster: it patches triton.language for every launch and every call between kernel functions."""
+"""The interpreter, ten times faster: it patches triton.language at every launch and call between kernel functions."""
 
 import pytest
 import triton.language as tl

@@ -29,47 +29,46 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = (
-    Mutant("mean left in", "norm.py", "deviation = tl.where(inside, x - shift[:, None], 0.0)",
-           "deviation = tl.where(inside, x, 0.0)", "2.layer_norm.float32.agrees-forward"),
-    Mutant("tail columns counted", "norm.py", "deviation = tl.where(inside, x - shift[:, None], 0.0)",
-           "deviation = x - shift[:, None]", "2.layer_norm.float32.agrees-forward"),
-    Mutant("mean not corrected", "norm.py", "return quick, offset_hi + offset_lo, rest, rest_tail",
-           "return quick, offset_hi * 0.0, rest, rest_tail", partial(check_hard_rows, "layer_norm", 700)),
-    Mutant("eps half of it", "norm.py", "add_pairs(variance_hi, variance_lo, eps_hi, eps_lo)",
-           "add_pairs(variance_hi, variance_lo, eps_hi * 0.5, eps_lo)", "2.rms_norm.bfloat16.agrees-forward"),
-    Mutant("no wide statistics", "norm.py", "if any_true(quick == 0):\n        wide_mean", "if False:\n        wide_mean",
-           partial(check_hard_rows, "rms_norm", 700)),
-    Mutant("sum not rounded before the norm", "norm.py", "x = widened(rounded)\n    scale", "x = x + y\n    scale",
+    Mutant("mean left in", "norm.py", "tl.where(inside, x - shift[:, None], 0.0)", "tl.where(inside, x, 0.0)",
+           "2.layer_norm.float32.agrees-forward"),
+    Mutant("tail columns counted", "norm.py", "tl.where(inside, x - shift[:, None], 0.0)", "x - shift[:, None]",
+           "2.layer_norm.float32.agrees-forward"),
+    Mutant("mean not corrected", "norm.py", "return quick, offset_hi + offset_lo,", "return quick, offset_hi * 0.0,",
+           partial(check_hard_rows, "layer_norm", 700)),
+    Mutant("eps half of it", "norm.py", "variance_lo, eps_hi, eps_lo)", "variance_lo, eps_hi * 0.5, eps_lo)",
+           "2.rms_norm.bfloat16.agrees-forward"),
+    Mutant("no wide statistics", "norm.py", "if any_true(quick == 0):\n        wide_mean",
+           "if False:\n        wide_mean", partial(check_hard_rows, "rms_norm", 700)),
+    Mutant("sum not rounded before the norm", "norm.py", "x = widened(rounded)", "x = x + y",
            partial(check_add_norm, "layer_norm", torch.bfloat16)),
     Mutant("gradient past the norm lost", "norm.py", "return fma(projected, scale[:, None], past)",
            "return projected * scale[:, None]", partial(check_add_norm, "rms_norm", torch.float32)),
-    Mutant("last row of a chunk lost", "norm.py", "end = rows * (chunk + 1) // chunks\n    for first in range(rows * chunk // chunks, end, ROWS):\n        row = first + tl.arange(0, ROWS).to(tl.int64)\n        inside = (row[:, None] < end) & (col[None, :] < cols)\n        x = widened(tl.load(input + row[:, None] * input_stride + col[None, :], mask=inside, other=0.0))\n        dy = widened(tl.load(grad_output + row[:, None] * grad_output_stride + col[None, :], mask=inside, other=0.0))\n        scale, mean",
-           "end = rows * (chunk + 1) // chunks - 1\n    for first in range(rows * chunk // chunks, end, ROWS):\n        row = first + tl.arange(0, ROWS).to(tl.int64)\n        inside = (row[:, None] < end) & (col[None, :] < cols)\n        x = widened(tl.load(input + row[:, None] * input_stride + col[None, :], mask=inside, other=0.0))\n        dy = widened(tl.load(grad_output + row[:, None] * grad_output_stride + col[None, :], mask=inside, other=0.0))\n        scale, mean",
+    Mutant("last row of a chunk lost", "norm.py", "* (chunk + 1) // chunks", "* (chunk + 1) // chunks - 1",
            "2.rms_norm.float32.agrees-backward"),
-    Mutant("a line of partial sums lost", "rows.py", "for first in range(0, num_lines, AT_ONCE):",
-           "for first in range(1, num_lines, AT_ONCE):", "2.layer_norm.float16.agrees-backward"),
-    Mutant("score rounded", "masked_softmax.py", "lo = fma(x, tl.zeros_like(x) + scale_rest, error)", "lo = error * 0.0",
-           check_sharp_softmax),
-    Mutant("mask dropped", "masked_softmax.py", "valid = valid & (tl.load(mask, mask=inside, other=0) != 0)",
-           "valid = valid", "1.masked_softmax.float32.rule-1"),
-    Mutant("causal one further", "masked_softmax.py", "row % queries + causal_offset + 1", "row % queries + causal_offset + 2",
+    Mutant("a line of partial sums lost", "rows.py", "range(0, num_lines, AT_ONCE)", "range(1, num_lines, AT_ONCE)",
+           "2.layer_norm.float16.agrees-backward"),
+    Mutant("score rounded", "masked_softmax.py", "lo = fma(x, tl.zeros_like(x) + scale_rest, error)",
+           "lo = error * 0.0", check_sharp_softmax),
+    Mutant("mask dropped", "masked_softmax.py", "(tl.load(mask, mask=inside, other=0) != 0)", "valid",
+           "1.masked_softmax.float32.rule-1"),
+    Mutant("causal one further", "masked_softmax.py", "causal_offset + 1", "causal_offset + 2",
            "2.masked_softmax.bfloat16.agrees-forward"),
-    Mutant("NaN hidden", "exact.py", "return tl.where(tl.max(tl.where(x != x, 1, 0), axis=1) > 0, float(\"nan\"), largest)",
-           "return largest", "1.masked_softmax.float32.rule-4"),
-    Mutant("excluded keys take gradients", "masked_softmax.py", "return tl.where(weight == 0, 0.0, weight * ((grad - mean_hi) - mean_lo))",
-           "return (weight + 1e-3) * ((grad - mean_hi) - mean_lo)", "2.masked_softmax.float32.agrees-backward"),
+    Mutant("NaN hidden", "exact.py", "tl.where(x != x, 1, 0)", "tl.where(x != x, 0, 0)",
+           "1.masked_softmax.float32.rule-4"),
+    Mutant("excluded keys take gradients", "masked_softmax.py", "tl.where(weight == 0, 0.0, weight * ((grad",
+           "tl.where(weight != weight, 0.0, (weight + 1e-3) * ((grad", "2.masked_softmax.float32.agrees-backward"),
     Mutant("exp with another ln 2", "exp.py", "0x1.7f7d1cp-20", "0x1.7f7d1cp-19", check_sharp_softmax),
-    Mutant("tail of the other form", "gelu.py", "tail = erf_tail(", "tail = tanh_tail(", "2.gelu.float32.forward-ulp.none"),
+    Mutant("tail of the other form", "gelu.py", "tail = erf_tail(", "tail = tanh_tail(",
+           "2.gelu.float32.forward-ulp.none"),
     Mutant("wrong side of the middle", "gelu.py", "y = tl.where(x == _X1, _Y1, y)", "y = y",
            "2.gelu.float16.forward-misrounded.none"),
-    Mutant("exponential rounded early", "gelu_far.py", "return scale_by_power(fma(a, excess, a) * factor, power)\n\n\n@triton.jit\ndef _decay",
-           "return scale_by_power(fma(a, excess, a), power) * factor * 1.00001\n\n\n@triton.jit\ndef _decay",
+    Mutant("slope rounded early", "gelu_far.py", "fma(a, excess, a) * factor", "(1.0 + excess) * 1.000001 * a * factor",
            check_gelu_slope),
-    Mutant("bias not rounded", "gelu.py", "return widened(narrowed(x + widened(tl.load(bias + col, mask=col < columns, other=0.0))[None, :], dtype))",
-           "return x + widened(tl.load(bias + col, mask=col < columns, other=0.0))[None, :] * 1.02", "2.gelu.bfloat16.agrees-forward"),
-    Mutant("sine's sign", "rotary.py", "a * cosine - b * sine", "a * cosine + b * sine", "2.rotary.float32.agrees-forward"),
-    Mutant("rounded twice", "exact.py", "narrowed(round_to_odd(x), pointers.dtype.element_ty)",
-           "narrowed(x.to(tl.float32) * 1.001, pointers.dtype.element_ty)", "2.rotary.float16.forward-ulp"),
+    Mutant("bias not added", "gelu.py", "x = _with_bias(", "x * _with_bias(", "2.gelu.bfloat16.agrees-forward"),
+    Mutant("sine's sign", "rotary.py", "a * cosine - b * sine", "a * cosine + b * sine",
+           "2.rotary.float32.agrees-forward"),
+    Mutant("rounded to even, then again", "exact.py", "narrowed(round_to_odd(x)", "narrowed(1.001 * x.to(tl.float32)",
+           "2.rotary.float16.forward-ulp"),
 )  # fmt: skip
 
 
@@ -108,8 +107,8 @@ def copy(tmp_path, monkeypatch):
         shutil.copytree(KERNELS, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
         if file:
             text = (tmp_path / name / file).read_text()
-            assert text.count(old) == 1, f"{file} has it {text.count(old)} times"
-            (tmp_path / name / file).write_text(text.replace(old, new))
+            assert old in text, f"{file} has changed"
+            (tmp_path / name / file).write_text(text.replace(old, new, 1))
         importlib.invalidate_caches()
         names.append(name)
         return name
@@ -134,4 +133,6 @@ def test_mutant_is_killed(number, copy):
                 mutant.killed_by()
         return
     outcome = _outcome(mutant.killed_by, copy(f"mutant_{number}", mutant.file, mutant.old, mutant.new))
-    assert outcome.status == "failed" and not outcome.reason, f"survived {mutant.killed_by}: {outcome.figure} {outcome.reason}"
+    assert outcome.status == "failed" and not outcome.reason, (
+        f"survived {mutant.killed_by}: {outcome.figure} {outcome.reason}"
+    )

@@ -30,7 +30,12 @@ def _is_slow(promise):
 def _promises():
     for promise in promises.every():
         named = SECTIONS.get(promise.section, ())
-        if promise.op not in OPS or promise.dtype not in DTYPES or named is not None and promise.id.rpartition(".")[2] not in named:
+        if (
+            promise.op not in OPS
+            or promise.dtype not in DTYPES
+            or named is not None
+            and promise.id.rpartition(".")[2] not in named
+        ):
             continue
         if "ulp-all" in promise.id or promise.id.endswith(".compiled") or promise.id.endswith("far-apart-full"):
             continue  # sweeps of the CPU's kernels; torch.compile has a test of its own; gigabytes

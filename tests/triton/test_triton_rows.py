@@ -63,7 +63,9 @@ def test_add_norm_is_the_two_steps(op, dtype):
 @pytest.mark.parametrize(
     "promise",
     [f"2.{op}.{dtype}.agrees-{direction}" for dtype, ops in (
-        ("float32", ("layer_norm", "masked_softmax")), ("bfloat16", ("add_rms_norm", "gelu")), ("float16", ("rms_norm", "rotary")),
+        ("float32", ("layer_norm", "masked_softmax")),
+        ("bfloat16", ("add_rms_norm", "gelu")),
+        ("float16", ("rms_norm", "rotary")),
     ) for op in ops for direction in ("forward", "backward")],
 )  # fmt: skip
 def test_tiles_as_on_a_gpu(promise, monkeypatch):
@@ -112,7 +114,9 @@ def check_sharp_softmax():
     x = draw(20, 65, seed=1, scale=300.0)
     with transfuse.use_backend("reference"):
         exact = transfuse.masked_softmax(x.double(), scale=0.112)
-    assert float(ulp_distance(transfuse.masked_softmax(x, scale=0.112), exact).max()) <= MAX_ULP["masked_softmax_forward"]
+    assert (
+        float(ulp_distance(transfuse.masked_softmax(x, scale=0.112), exact).max()) <= MAX_ULP["masked_softmax_forward"]
+    )
 
 
 def check_gelu_slope():
@@ -193,7 +197,9 @@ def test_gelu_has_the_bits_of_the_cpu(tanh):
     x = torch.cat([everywhere, torch.linspace(-20, 20, 10001)])
     grad_output = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     for name, arguments in (("gelu_forward", (x, None, tanh)), ("gelu_backward", (grad_output, x, None, tanh, False))):
-        ours, theirs = (getattr(getattr(torch.ops, space), name)(*arguments) for space in ("transfuse_triton", "transfuse"))
+        ours, theirs = (
+            getattr(getattr(torch.ops, space), name)(*arguments) for space in ("transfuse_triton", "transfuse")
+        )
         ours, theirs = (t[0] if isinstance(t, tuple) else t for t in (ours, theirs))
         differ = ours.view(torch.int32).ne(theirs.view(torch.int32)) & ~(ours.isnan() & theirs.isnan())
         assert not differ.any(), f"{name} at {x[differ][:4]}: {ours[differ][:4]}, on the CPU {theirs[differ][:4]}"

@@ -1,5 +1,5 @@
-"""gelu: the public function, what runs it, and its gradient. The arithmetic is kernels/cpu/gelu.cpp and
-kernels/cuda/gelu.cu.
+"""gelu: the public function, what runs it, and its gradient. The arithmetic is kernels/cpu/gelu.cpp,
+kernels/cuda/gelu.cu and kernels/triton/gelu.py.
 """
 
 from __future__ import annotations

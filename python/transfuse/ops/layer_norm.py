@@ -2,8 +2,8 @@
 
 The page of an op has five parts, and this is the shortest one to learn them from: the functions with their contract;
 the checks (here in norm_checks.py, shared with rms_norm); the Problem and IMPLEMENTATIONS, most wanted first; autograd,
-outside the raw op; and the fake kernels that let torch.compile and torch.export see through it. The arithmetic is
-kernels/cpu/layer_norm.cpp and kernels/cuda/layer_norm.cu.
+outside the raw op; and the raw ops, with the fake kernels that let torch.compile and torch.export see through it. The arithmetic is
+kernels/cpu/layer_norm.cpp, kernels/cuda/layer_norm.cu and kernels/triton/layer_norm.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """masked_softmax: the public function, what runs it, and its gradient.
 
-The arithmetic is kernels/cpu/masked_softmax.cpp and kernels/cuda/masked_softmax.cu.
+The arithmetic is kernels/cpu/masked_softmax.cpp, kernels/cuda/masked_softmax.cu and kernels/triton/masked_softmax.py.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def masked_softmax(
     Returns:
         Tensor of input's shape and dtype. Differentiable once (the reference backend: any number of times).
     Numerics:
-        float32: within 3 ULP per element at any logit size, a row sums to 1 within 1e-6; a row of one valid key is exactly 1
+        float32: within 3 ULP per element at any logit size (Triton: 4), a row sums to 1 within 1e-6; a row of one valid key is exactly 1
         there; a row of none is 0, forward and backward. A NaN or +inf in a valid score, or -inf in all of them, gives NaN at
         the row's valid keys. bfloat16 and float16: one rounding of the float32 result. float64: within 4 ULP, a row sums to
         1 within 1e-14. Every row is computed alone, so its bits depend neither on the batch nor on threads; excluded keys at
-        its end change none. The gradient of a mask is summed in float64 in a fixed order. On a GPU autocast runs it in
+        its end change none. The gradient of a mask is summed in float64, on a GPU in float32, in a fixed order. On a GPU autocast runs it in
         float32, on the CPU in input's dtype, as torch does.
     Raises:
         TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape, dim, scale or alignment. RuntimeError:

@@ -1,7 +1,7 @@
 """rms_norm and add_rms_norm: the public functions, what runs them, and their gradient.
 
-The sister of ops/layer_norm.py, with neither mean nor bias. The arithmetic is kernels/cpu/rms_norm.cpp and
-kernels/cuda/rms_norm.cu.
+The sister of ops/layer_norm.py, with neither mean nor bias. The arithmetic is kernels/cpu/rms_norm.cpp,
+kernels/cuda/rms_norm.cu and kernels/triton/rms_norm.py.
 """
 
 from __future__ import annotations

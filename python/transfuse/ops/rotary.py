@@ -1,5 +1,5 @@
-"""rotary: position embedding by rotation of pairs of columns. The arithmetic is kernels/cpu/rotary.cpp and
-kernels/cuda/rotary.cu.
+"""rotary: position embedding by rotation of pairs of columns. The arithmetic is kernels/cpu/rotary.cpp,
+kernels/cuda/rotary.cu and kernels/triton/rotary.py.
 """
 
 from __future__ import annotations
