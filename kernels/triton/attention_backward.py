@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_problem import dense_problem, heads_together, packed_problem, packed_view, tile_options, view
+from .attention_problem import allocate, dense_problem, heads_together, packed_problem, packed_view, tile_options, view
 from .attention_scores import (
     all_finite,
     base_of,
@@ -441,7 +441,7 @@ def attention_backward(grad_output, grad_lse, query, key, value, output, lse, bi
     """Gradients of query, key, value, bias, alibi_slopes, sinks; of the last three empty ones where not wanted."""
     *numbers, bias_shape, need_bias, need_alibi, need_sinks = rest
     problem = dense_problem(query, key, value, bias, mask, seqlens_k, alibi_slopes, sinks, dropout_seed, scale, *numbers)
-    grads = [heads_together(t, t.shape[1], t.shape[2], t.shape[3]) for t in (query, key, value)]
+    grads = [heads_together("attention", t, t.shape[1], t.shape[2], t.shape[3]) for t in (query, key, value)]
     statistics = [torch.empty_like(lse, memory_format=torch.contiguous_format) for _ in range(3)]
     extras = _Extras(query, bias, alibi_slopes, sinks, bias_shape, need_bias, need_alibi, need_sinks)
     _launch_backward(problem, query.shape[0], scale, query, value, view(grad_output), view(output), view(lse),
@@ -454,7 +454,7 @@ def varlen_attention_backward(grad_output, grad_lse, query, key, value, output, 
     *numbers, bias_shape, need_bias, need_alibi, need_sinks = rest
     problem = packed_problem(query, key, value, cu_q, cu_k, bias, alibi_slopes, sinks, dropout_seed, max_q, max_k, scale,
                              *numbers)
-    grads = [t.new_empty(t.shape) for t in (query, key, value)]
+    grads = [allocate("varlen_attention", t, *t.shape) for t in (query, key, value)]
     statistics = [torch.empty_like(lse, memory_format=torch.contiguous_format) for _ in range(3)]
     extras = _Extras(query, bias, alibi_slopes, sinks, bias_shape, need_bias, need_alibi, need_sinks)
     _launch_backward(problem, cu_q.shape[0] - 1, scale, query, value, packed_view(grad_output), packed_view(output),

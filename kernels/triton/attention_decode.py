@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_problem import decode_problem, heads_together, tile_options, view
+from .attention_problem import allocate, decode_problem, heads_together, tile_options, view
 from .attention_scores import Sequence, all_finite, clamp, finish_rows, finish_scores, multiply, multiply_kept, weigh
 from .launch import Launch, launch
 from .versions import narrowed
@@ -256,8 +256,8 @@ def decode_attention_forward(query: Tensor, key_cache: Tensor, value_cache: Tens
     kv_heads = keys.shape[1]
     cache = _cache_of(key_cache, cache_seqlens, block_table, num_new)
     problem = decode_problem(query, keys, values, bias, alibi_slopes, sinks, cache.capacity, scale, window_left, softcap)
-    output = heads_together(query, heads, length, value_cache.shape[3])
-    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+    output = heads_together("decode_attention", query, heads, length, value_cache.shape[3])
+    lse = allocate("decode_attention", query, batch, heads, length, dtype=torch.float32)
     if lse.numel() == 0:
         return output, lse
 
@@ -268,8 +268,8 @@ def decode_attention_forward(query: Tensor, key_cache: Tensor, value_cache: Tens
     tiles, chunks = triton.cdiv(rows, options["BLOCK_M"]), triton.cdiv(cache.capacity, CHUNK_KEYS)
     tasks = batch * kv_heads * tiles * value_chunks
     parts = (tasks * chunks, options["BLOCK_M"])
-    maxima, sums = (query.new_empty(parts, dtype=torch.float32) for _ in range(2))
-    outputs = query.new_empty(*parts, options["VALUE"], dtype=torch.float32)
+    maxima, sums = (allocate("decode_attention", query, *parts, dtype=torch.float32) for _ in range(2))
+    outputs = allocate("decode_attention", query, *parts, options["VALUE"], dtype=torch.float32)
     shared = {
         "p": problem, "cache": cache, "maxima": maxima, "sums": sums, "outputs": outputs, "num_chunks": chunks,
         "num_tiles": tiles, "value_chunks": value_chunks, "num_kv_heads": kv_heads, "CHUNK": CHUNK_KEYS,

@@ -1,5 +1,6 @@
 """From the raw ops' arguments to what the attention kernels take: the problem, views, tiles and launch rows."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,10 +30,18 @@ def packed_view(t: Tensor) -> Strided:
     return Strided(t, 0, head, row, col)
 
 
-def heads_together(like: Tensor, heads: int, length: int, dim: int, zero: bool = False) -> Tensor:
-    """A [B, H, L, D] view of [B, L, H, D] memory: heads of one token lie together, as the next projection wants them."""
-    make = like.new_zeros if zero else like.new_empty
-    return make(like.shape[0], length, heads, dim).transpose(1, 2)
+def allocate(op: str, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for results; where there is none left, the words name the op and the bytes."""
+    try:
+        return like.new_empty(shape, dtype=dtype)
+    except RuntimeError as error:
+        size = math.prod(shape) * (dtype or like.dtype).itemsize
+        raise type(error)(f"{op}: could not allocate {size} bytes: {error}") from error
+
+
+def heads_together(op: str, like: Tensor, heads: int, length: int, dim: int) -> Tensor:
+    """A [B, H, L, D] view of [B, L, H, D] memory: heads of a token lie together, as the next projection wants them."""
+    return allocate(op, like, like.shape[0], length, heads, dim).transpose(1, 2)
 
 
 def dense_problem(query, key, value, bias, mask, seqlens_k, alibi_slopes, sinks, dropout_seed, scale, causal,
@@ -46,7 +55,9 @@ def dense_problem(query, key, value, bias, mask, seqlens_k, alibi_slopes, sinks,
     )
 
 
-def packed_problem(query, key, value, cu_q, cu_k, bias, alibi_slopes, sinks, dropout_seed, max_q, max_k, *numbers) -> Problem:
+def packed_problem(
+    query, key, value, cu_q, cu_k, bias, alibi_slopes, sinks, dropout_seed, max_q, max_k, *numbers
+) -> Problem:
     return _problem(
         packed_view(query), packed_view(key), packed_view(value), view(bias), None, alibi_slopes, sinks, dropout_seed,
         *numbers, seqlens_k=None, offsets_q=cu_q.contiguous(), offsets_k=cu_k.contiguous(),
