@@ -116,7 +116,7 @@ def attention_decode_kernel(p, cache, maxima, sums, outputs, num_chunks, num_til
                             CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr,
                             HEAD_CHUNKS: tl.constexpr, VALUE: tl.constexpr, EXACT: tl.constexpr,
                             PRECISION: tl.constexpr):
-    """Program: (batch, key head, tile of rows, chunk of the values' columns, chunk of keys); partial results in order."""
+    """Program: (batch, key head, tile of rows, chunk of the values' columns, chunk of keys): one partial result."""
     part = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(0) % num_chunks
     task = tl.program_id(0) // num_chunks
@@ -186,7 +186,8 @@ def attention_decode_fold_kernel(p, cache, maxima, sums, outputs, output, lse, n
     exists = in_group < p.group * p.max_q
     heads, queries = kv_head * p.group + tl.where(exists, in_group // p.max_q, 0), in_group % p.max_q
     result, log_sum = finish_rows(p, result, maximum, total, heads)
-    row_offsets = batch.to(tl.int64) * output.batch + heads.to(tl.int64) * output.head + queries.to(tl.int64) * output.row
+    row_offsets = batch.to(tl.int64) * output.batch + heads.to(tl.int64) * output.head
+    row_offsets += queries.to(tl.int64) * output.row
     value_columns = value_chunk * VALUE + columns
     addresses = output.data + row_offsets[:, None] + value_columns.to(tl.int64)[None, :] * output.col
     inside = exists[:, None] & (value_columns < p.value_head_dim)[None, :]
@@ -255,7 +256,9 @@ def decode_attention_forward(query: Tensor, key_cache: Tensor, value_cache: Tens
     keys, values = _by_head(key_cache, block_table), _by_head(value_cache, block_table)
     kv_heads = keys.shape[1]
     cache = _cache_of(key_cache, cache_seqlens, block_table, num_new)
-    problem = decode_problem(query, keys, values, bias, alibi_slopes, sinks, cache.capacity, scale, window_left, softcap)
+    problem = decode_problem(
+        query, keys, values, bias, alibi_slopes, sinks, cache.capacity, scale, window_left, softcap
+    )
     output = heads_together("decode_attention", query, heads, length, value_cache.shape[3])
     lse = allocate("decode_attention", query, batch, heads, length, dtype=torch.float32)
     if lse.numel() == 0:

@@ -10,8 +10,8 @@ met nothing of the kind; any other walks its blocks once more, with products ove
 
 Policy: exclusion is a predicate, applied by select before the maximum and after the exponential. A score that nothing
 is added to is kept without its scale: the difference from the row's reference is taken first, exactly where it matters,
-and multiplied then, so that equal scores of any size weigh exactly 1. Tiles are [queries, keys] or its transpose: `rows`
-and `columns` come as tensors that broadcast to the tile.
+and multiplied then, so that equal scores of any size weigh exactly 1. Tiles are [queries, keys] or its transpose:
+`rows` and `columns` come as tensors that broadcast to the tile.
 """
 
 from typing import Any, NamedTuple
@@ -353,8 +353,8 @@ def all_finite(tile):
 def multiply_kept(weights, keep, values, accumulator, TYPE: tl.constexpr, PRECISION: tl.constexpr):
     """accumulator + weights @ values over the kept pairs: what is excluded may hold anything, 0 * NaN does not enter.
 
-    weights are 0 where not kept. The infinities and NaNs that a row has kept pairs with are counted apart, and give what
-    IEEE gives for their sum: weights of either sign with infinities count 1, or 1 and -1 for the infinity that comes of
+    weights are 0 where not kept. The infinities and NaNs that a row has kept pairs with are counted apart, and give
+    what IEEE gives for their sum: weights of either sign with infinities count 1, or 1 and -1 for the infinity that comes of
     them; a NaN, or a kept weight of 0 with an infinity, counts 256 or more.
     """
     wide = widened(values)
