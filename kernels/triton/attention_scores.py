@@ -354,8 +354,8 @@ def multiply_kept(weights, keep, values, accumulator, TYPE: tl.constexpr, PRECIS
     """accumulator + weights @ values over the kept pairs: what is excluded may hold anything, 0 * NaN does not enter.
 
     weights are 0 where not kept. The infinities and NaNs that a row has kept pairs with are counted apart, and give
-    what IEEE gives for their sum: weights of either sign with infinities count 1, or 1 and -1 for the infinity that comes of
-    them; a NaN, or a kept weight of 0 with an infinity, counts 256 or more.
+    what IEEE gives for their sum: weights of either sign with infinities count 1, or 1 and -1 for the infinity that
+    comes of them; a NaN, or a kept weight of 0 with an infinity, counts 256 or more.
     """
     wide = widened(values)
     finite = tl.abs(wide) < float("inf")
