@@ -126,11 +126,20 @@ def _with_bias(x, bias, col, columns, dtype: tl.constexpr):
 
 
 @triton.jit
+def _tile_of_program(columns, COLS: tl.constexpr):
+    """(tile or chunk of rows, tile of columns): both unbounded, so both along the grid's first axis."""
+    program = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(columns, COLS)
+    return program // tiles, program % tiles
+
+
+@triton.jit
 def gelu_forward_kernel(
     input, bias, output, table, size, columns, TANH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    row_tile, col_tile = _tile_of_program(columns, COLS)
+    row = row_tile * ROWS + tl.arange(0, ROWS)
+    col = col_tile * COLS + tl.arange(0, COLS)
     at = row[:, None] * columns + col[None, :]
     inside = (col[None, :] < columns) & (at < size)
     x = widened(tl.load(input + at, mask=inside, other=0.0))
@@ -145,8 +154,8 @@ def gelu_backward_kernel(
     grad_output, input, bias, grad_input, bias_lines, table, size, columns, rows, chunks, TANH: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    chunk = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    chunk, col_tile = _tile_of_program(columns, COLS)
+    col = col_tile * COLS + tl.arange(0, COLS)
     part = tl.zeros([ROWS, COLS], tl.float32)
     end = rows * (chunk + 1) // chunks
     for first in range(rows * chunk // chunks, end, ROWS):
@@ -194,7 +203,7 @@ def gelu_forward(input, bias, tanh):
     columns = _COLUMNS if bias is None else bias.numel()
     rows = triton.cdiv(input.numel(), columns)
     tile_rows, cols = _tile(columns, rows, input.device)
-    grid = (triton.cdiv(rows, tile_rows), triton.cdiv(columns, cols))
+    grid = (triton.cdiv(rows, tile_rows) * triton.cdiv(columns, cols),)
     launch(
         gelu_forward_kernel, grid, _LAUNCH, input.device, input=input, bias=None if bias is None else bias.contiguous(),
         output=output, table=_table(tanh, False, input.device), size=input.numel(), columns=columns, TANH=tanh,
@@ -219,7 +228,7 @@ def gelu_backward(grad_output, input, bias, tanh, need_bias_grad):
         chunks = min(_MOST_CHUNKS, triton.cdiv(rows, _LEAST_TILES * tile_rows))
         bias_lines = input.new_empty((chunks, columns), dtype=torch.float32)
     launch(
-        gelu_backward_kernel, (chunks, triton.cdiv(columns, cols)), _LAUNCH, input.device, grad_output=grad_output,
+        gelu_backward_kernel, (chunks * triton.cdiv(columns, cols),), _LAUNCH, input.device, grad_output=grad_output,
         input=input, bias=None if bias is None else bias.contiguous(), grad_input=grad_input, bias_lines=bias_lines,
         table=_table(tanh, True, input.device), size=input.numel(), columns=columns, rows=rows, chunks=chunks,
         TANH=tanh, ROWS=tile_rows, COLS=cols,

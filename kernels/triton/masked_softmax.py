@@ -250,9 +250,11 @@ def masked_softmax_mask_lines_kernel(
     d2, s2, d3, s3, BASE_DIMS: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Some keys of a row of the mask, over a chunk of its repeats; rows are base(mask row) + shift(repeat)."""
-    mask_row = tl.program_id(0).to(tl.int64) // chunks
-    chunk = tl.program_id(0).to(tl.int64) % chunks
-    key = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]
+    program = tl.program_id(0).to(tl.int64)
+    key_tiles = tl.cdiv(keys, COLS)
+    key = (program % key_tiles * COLS + tl.arange(0, COLS))[None, :]
+    chunk = program // key_tiles % chunks
+    mask_row = program // key_tiles // chunks
     base = _digits(mask_row + tl.zeros([1], tl.int64), b0, t0, b1, t1, b2, t2, b3, t3, BASE_DIMS)
     part = tl.zeros([ROWS, COLS], tl.float32)
     end = repeats * (chunk + 1) // chunks
@@ -418,7 +420,7 @@ def masked_softmax_mask_backward(grad_output, output, mask):
     chunks = _chunks_of(repeats)
     lines = output.new_empty((chunks, mask_rows * keys), dtype=torch.float32)
     launch(
-        masked_softmax_mask_lines_kernel, (mask_rows * chunks, triton.cdiv(keys, _MASK_COLS)), _MASK_LAUNCH,
+        masked_softmax_mask_lines_kernel, (mask_rows * chunks * triton.cdiv(keys, _MASK_COLS),), _MASK_LAUNCH,
         output.device, grad_output=grad_output, output=output, means=means, lines=lines, mask_rows=mask_rows, keys=keys,
         repeats=repeats, chunks=chunks, BASE_DIMS=len(base), DIMS=len(shift), ROWS=_MASK_ROWS, COLS=_MASK_COLS,
         **_digit_arguments(base, "bt"), **_digit_arguments(shift, "ds"),

@@ -371,8 +371,8 @@ def norm_streamed_lines_kernel(
     CENTERED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Second pass: COLS columns of the rows of one chunk."""
-    chunk = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    chunk = tl.program_id(1).to(tl.int64)
+    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
     weight_part = tl.zeros([ROWS, COLS], tl.float32)
     bias_part = tl.zeros([ROWS, COLS], tl.float32)
     end = rows * (chunk + 1) // chunks
@@ -488,7 +488,7 @@ def norm_backward(grad_output, grad_sum, input, weight, bias, ndim, eps, need_in
             **operands, **gradient,
         )  # fmt: skip
         if need_weight or need_bias:
-            grid = (chunks, triton.cdiv(cols, _COLUMNS_AT_ONCE))
+            grid = (triton.cdiv(cols, _COLUMNS_AT_ONCE), chunks)
             launch(
                 norm_streamed_lines_kernel, grid, STREAMED.launch, device, row_values=row_values, ROWS=_ROWS_AT_ONCE,
                 COLS=_COLUMNS_AT_ONCE, **operands, **lines,

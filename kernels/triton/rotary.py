@@ -34,7 +34,7 @@ def rotary_forward_kernel(
     source = input + (batch * input_batch + head * input_head + token * input_token)[:, None]
     target = output + (batch * output_batch + head * output_head + token * output_token)[:, None]
 
-    pair = (tl.program_id(1) * PAIRS + tl.arange(0, PAIRS))[None, :]
+    pair = (tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)).to(tl.int64)[None, :]  # times a stride
     inside = (row < rows)[:, None] & (pair < pairs)
     first = 2 * pair if INTERLEAVED else pair
     second = first + (1 if INTERLEAVED else pairs)
@@ -49,7 +49,7 @@ def rotary_forward_kernel(
 
     if tl.program_id(1) == 0:
         for begin in range(2 * pairs, head_dim, PAIRS):
-            col = (begin + tl.arange(0, PAIRS))[None, :]
+            col = (begin + tl.arange(0, PAIRS)).to(tl.int64)[None, :]
             inside = (row < rows)[:, None] & (col < head_dim)
             tl.store(target + col, tl.load(source + col * input_col, mask=inside, other=0.0), mask=inside)
 
@@ -63,7 +63,7 @@ def rotary_backward_kernel(
     """The gradients of one row of the tables: a sum over heads, and over the batch where it shares the tables."""
     table_row = tl.program_id(0).to(tl.int64)
     token = table_row % length
-    pair = (tl.program_id(1) * PAIRS + tl.arange(0, PAIRS))[None, :]
+    pair = (tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)).to(tl.int64)[None, :]  # times a stride
     first = 2 * pair if INTERLEAVED else pair
     second = first + (1 if INTERLEAVED else pairs)
     by_cos = tl.zeros([ROWS, PAIRS], tl.float64)

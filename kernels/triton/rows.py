@@ -100,7 +100,7 @@ _ADD_LINES = Launch(4)
 
 @triton.jit
 def _add_lines_kernel(lines, total, num_lines, cols, AT_ONCE: tl.constexpr, COLS: tl.constexpr):
-    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    col = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
     line = tl.arange(0, AT_ONCE)
     part = tl.zeros([AT_ONCE, COLS], tl.float32)
     for first in range(0, num_lines, AT_ONCE):

@@ -123,7 +123,7 @@ def backends() -> dict[str, bool | str]:
     gpu = "" if torch.cuda.is_available() else "torch sees no GPU"
     return {
         "cuda": extension.cuda_unavailable or gpu or unserved_gpu() or True,
-        "triton": extension.triton_missing() or (not env.triton_is_interpreted() and (gpu or _too_old_gpu())) or True,
+        "triton": extension.triton_missing() or (not env.triton_is_interpreted() and _unfit_gpu()) or True,
         "cpu": extension.cpu_unavailable or True,
         "torch": True,
         "reference": True,
@@ -180,13 +180,15 @@ def triton_reasons(problem: Problem, dtypes: Sequence[torch.dtype] = TRITON_DTYP
         reasons.append(f"dtype is {dtype_name(problem.dtype)}, the kernel takes {', '.join(map(dtype_name, dtypes))}")
     if not reasons and extension.triton_unavailable():
         reasons.append(extension.triton_unavailable())
-    if not reasons and device == "cuda" and _too_old_gpu():
-        reasons.append(_too_old_gpu())
+    if not reasons and device == "cuda" and _unfit_gpu():
+        reasons.append(_unfit_gpu())
     return tuple(reasons)
 
 
-def _too_old_gpu() -> str:
+def _unfit_gpu() -> str:
     """Why the Triton kernels do not take the current GPU, or nothing; AMD's capability counts otherwise."""
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
     if torch.version.hip is not None or torch.cuda.get_device_capability() >= OLDEST_GPU:
         return ""
     major, minor = torch.cuda.get_device_capability()
