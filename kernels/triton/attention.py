@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_problem import dense_problem, heads_together, packed_problem, packed_view, tile_options, view
+from .attention_problem import allocate, dense_problem, heads_together, packed_problem, packed_view, tile_options, view
 from .attention_scores import (
     all_finite,
     base_of,
@@ -121,8 +121,8 @@ def attention_forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | 
     """output [B, Hq, Lq, Dv], lse [B, Hq, Lq]; the schema is csrc/attention.cpp's. bias and mask are expanded."""
     batch, heads, len_q, _ = query.shape
     problem = dense_problem(query, key, value, bias, mask, seqlens_k, *options)
-    output = heads_together(query, heads, len_q, value.shape[3])
-    lse = query.new_empty(batch, heads, len_q, dtype=torch.float32)
+    output = heads_together("attention", query, heads, len_q, value.shape[3])
+    lse = allocate("attention", query, batch, heads, len_q, dtype=torch.float32)
     _launch_forward(problem, batch, view(output), view(lse), query, value)
     return output, lse
 
@@ -131,9 +131,11 @@ def varlen_attention_forward(query: Tensor, key: Tensor, value: Tensor, cu_q: Te
                              bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
                              dropout_seed: Tensor | None, max_q: int, max_k: int, *numbers) -> tuple[Tensor, Tensor]:
     """output [tokens_q, Hq, Dv], lse [Hq, tokens_q]."""
-    problem = packed_problem(query, key, value, cu_q, cu_k, bias, alibi_slopes, sinks, dropout_seed, max_q, max_k, *numbers)
-    output = query.new_empty(*query.shape[:2], value.shape[2])
-    lse = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
+    problem = packed_problem(
+        query, key, value, cu_q, cu_k, bias, alibi_slopes, sinks, dropout_seed, max_q, max_k, *numbers
+    )
+    output = allocate("varlen_attention", query, *query.shape[:2], value.shape[2])
+    lse = allocate("varlen_attention", query, query.shape[1], query.shape[0], dtype=torch.float32)
     _launch_forward(problem, cu_q.shape[0] - 1, packed_view(output), packed_view(lse.mT), query, value)
     return output, lse
 

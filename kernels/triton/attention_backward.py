@@ -6,8 +6,8 @@
     dbias = dS                dslope = -dS * distance        dsink = -P_sink * delta
     dR = dS * cap_slope       dQ = scale * dR K              dK = scale * dR^T Q
 
-Three kernels in order. The first owns blocks of queries: dQ, and the parts of dslope and dsink. It also leaves, per row,
-what the others need: delta, a reference that scores are taken relative to, and the normaliser of their exponentials.
+Three kernels in order. The first owns blocks of queries: dQ, and the parts of dslope and dsink. It also leaves what the
+others need of each row: delta, a reference that scores are taken relative to, the normaliser of their exponentials.
 The second owns blocks of keys: dK and dV, heads of a group and queries in order; a bias as large as the scores gets its
 gradient there. The third owns blocks of a broadcast bias. What programs leave as parts is added in order by a fourth.
 Policy: attention_scores.py. lse is rounded at the size of the largest logit, and exp(score - lse) would carry that
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_problem import dense_problem, heads_together, packed_problem, packed_view, tile_options, view
+from .attention_problem import allocate, dense_problem, heads_together, packed_problem, packed_view, tile_options, view
 from .attention_scores import (
     all_finite,
     base_of,
@@ -39,7 +39,7 @@ from .attention_scores import (
     store_rows,
     weigh,
 )
-from .launch import NOT_MEASURED, Launch, launch
+from .launch import Launch, launch
 from .versions import narrowed, widened
 
 HUGE_LOGIT = tl.constexpr(32768.0)  # the rounding of lse then is 2^-10: far from where exp(score - lse) overflows
@@ -68,8 +68,8 @@ def _maximum_of_rows(p, s, query, query_base, key_base, batch, head, rows, start
 
 @triton.jit
 def _differentiate_keys(p, s, state, tiles, bases, reference, delta, batch, head, rows, out_columns, start, stop,
-                        EDGES: tl.constexpr, KEPT: tl.constexpr, SLOPES: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr,
-                        HEAD_CHUNKS: tl.constexpr, VALUE: tl.constexpr, VALUE_CHUNKS: tl.constexpr,
+                        EDGES: tl.constexpr, KEPT: tl.constexpr, SLOPES: tl.constexpr, BLOCK_N: tl.constexpr,
+                        HEAD: tl.constexpr, HEAD_CHUNKS: tl.constexpr, VALUE: tl.constexpr, VALUE_CHUNKS: tl.constexpr,
                         EXACT: tl.constexpr, PRECISION: tl.constexpr):
     """The state after blocks of keys [start, stop), not normalised: dQ, sums of weights and of dS, for dslope those of
     dS * distance and of weights * distance, and where EXACT that of weights * cap_slope * K."""
@@ -140,7 +140,8 @@ def attention_backward_query_kernel(p, grad_output, output, lse, grad_lse, grad_
         rows = first + tl.arange(0, BLOCK_M)
         kv_head = head // p.group
         query_base, key_base = base_of(p.query, batch, head, s.first_q), base_of(p.key, batch, kv_head, s.first_k)
-        grad_base, value_base = base_of(grad_output, batch, head, s.first_q), base_of(p.value, batch, kv_head, s.first_k)
+        grad_base = base_of(grad_output, batch, head, s.first_q)
+        value_base = base_of(p.value, batch, kv_head, s.first_k)
         output_base = base_of(output, batch, head, s.first_q)
         query = load_rows(query_base, p.query, rows, s.len_q, tl.arange(0, HEAD), p.head_dim)
         grad = load_rows(grad_base, grad_output, rows, s.len_q, tl.arange(0, VALUE), p.value_head_dim)
@@ -234,7 +235,8 @@ def attention_backward_query_kernel(p, grad_output, output, lse, grad_lse, grad_
 
 @triton.jit
 def _differentiate_rows(p, s, state, tiles, bases, grad_output, statistics, grad_bias, batch, head, columns, key,
-                        head_columns, value_columns, start, stop, EDGES: tl.constexpr, KEPT: tl.constexpr, BLOCK_M: tl.constexpr,
+                        head_columns, value_columns, start, stop, EDGES: tl.constexpr, KEPT: tl.constexpr,
+                        BLOCK_M: tl.constexpr,
                         BLOCK_N: tl.constexpr, HEAD: tl.constexpr, HEAD_CHUNKS: tl.constexpr, VALUE: tl.constexpr,
                         VALUE_CHUNKS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr):
     """The state (dK, dV) after blocks of rows [start, stop) of one head. Tiles are [keys, queries]."""
@@ -358,7 +360,7 @@ def attention_backward_bias_kernel(p, grad_output, grad_bias, references, normal
                                    BLOCK_N: tl.constexpr, HEAD: tl.constexpr, HEAD_CHUNKS: tl.constexpr,
                                    VALUE: tl.constexpr, VALUE_CHUNKS: tl.constexpr, EXACT: tl.constexpr,
                                    PRECISION: tl.constexpr):
-    """dS summed over what the bias is broadcast in. Program: (batch, head, block of rows, block of columns) of grad_bias.
+    """dS summed over what the bias is broadcast in. Program: (batch, head, block of rows, of columns) of grad_bias.
 
     A program walks batches_each sequences, heads_each heads, rows_each blocks of rows and columns_each of columns, in
     this order, and sums a tile over the rows or columns that it walks.
@@ -417,7 +419,8 @@ def attention_backward_bias_kernel(p, grad_output, grad_bias, references, normal
         total = tl.sum(total, 1)[:, None] + tl.zeros_like(total)
         inside_columns = columns == 0
     addresses = base + rows.to(tl.int64)[:, None] * grad_bias.row + columns.to(tl.int64)[None, :] * grad_bias.col
-    tl.store(addresses, narrowed(total, grad_bias.data.dtype.element_ty), mask=inside_rows[:, None] & inside_columns[None, :])
+    inside = inside_rows[:, None] & inside_columns[None, :]
+    tl.store(addresses, narrowed(total, grad_bias.data.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -436,12 +439,14 @@ def add_in_order_kernel(parts, sums, count, stride, outer_stride, size, BLOCK: t
 # ---- host ----
 
 
-def attention_backward(grad_output, grad_lse, query, key, value, output, lse, bias, mask, seqlens_k, alibi_slopes, sinks,
-                       dropout_seed, scale, *rest) -> tuple[Tensor, ...]:
+def attention_backward(grad_output, grad_lse, query, key, value, output, lse, bias, mask, seqlens_k, alibi_slopes,
+                       sinks, dropout_seed, scale, *rest) -> tuple[Tensor, ...]:
     """Gradients of query, key, value, bias, alibi_slopes, sinks; of the last three empty ones where not wanted."""
     *numbers, bias_shape, need_bias, need_alibi, need_sinks = rest
-    problem = dense_problem(query, key, value, bias, mask, seqlens_k, alibi_slopes, sinks, dropout_seed, scale, *numbers)
-    grads = [heads_together(t, t.shape[1], t.shape[2], t.shape[3]) for t in (query, key, value)]
+    problem = dense_problem(
+        query, key, value, bias, mask, seqlens_k, alibi_slopes, sinks, dropout_seed, scale, *numbers
+    )
+    grads = [heads_together("attention", t, t.shape[1], t.shape[2], t.shape[3]) for t in (query, key, value)]
     statistics = [torch.empty_like(lse, memory_format=torch.contiguous_format) for _ in range(3)]
     extras = _Extras(query, bias, alibi_slopes, sinks, bias_shape, need_bias, need_alibi, need_sinks)
     _launch_backward(problem, query.shape[0], scale, query, value, view(grad_output), view(output), view(lse),
@@ -452,9 +457,10 @@ def attention_backward(grad_output, grad_lse, query, key, value, output, lse, bi
 def varlen_attention_backward(grad_output, grad_lse, query, key, value, output, lse, cu_q, cu_k, bias, alibi_slopes,
                               sinks, dropout_seed, max_q, max_k, scale, *rest) -> tuple[Tensor, ...]:
     *numbers, bias_shape, need_bias, need_alibi, need_sinks = rest
-    problem = packed_problem(query, key, value, cu_q, cu_k, bias, alibi_slopes, sinks, dropout_seed, max_q, max_k, scale,
-                             *numbers)
-    grads = [t.new_empty(t.shape) for t in (query, key, value)]
+    problem = packed_problem(
+        query, key, value, cu_q, cu_k, bias, alibi_slopes, sinks, dropout_seed, max_q, max_k, scale, *numbers
+    )
+    grads = [allocate("varlen_attention", t, *t.shape) for t in (query, key, value)]
     statistics = [torch.empty_like(lse, memory_format=torch.contiguous_format) for _ in range(3)]
     extras = _Extras(query, bias, alibi_slopes, sinks, bias_shape, need_bias, need_alibi, need_sinks)
     _launch_backward(problem, cu_q.shape[0] - 1, scale, query, value, packed_view(grad_output), packed_view(output),
@@ -556,7 +562,7 @@ def _add_in_order(parts: Tensor) -> Tensor:
     outer, count, size = parts.shape
     sums = parts.new_zeros(outer, size)
     if count and size:
-        row = Launch(num_warps=4, measured=NOT_MEASURED)
+        row = Launch(4)
         launch(add_in_order_kernel, (outer * triton.cdiv(size, SUM_BLOCK),), row, parts.device, parts=parts, sums=sums,
                count=count, stride=size, outer_stride=count * size, size=size, BLOCK=SUM_BLOCK)
     return sums

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_problem import decode_problem, heads_together, tile_options, view
+from .attention_problem import allocate, decode_problem, heads_together, tile_options, view
 from .attention_scores import Sequence, all_finite, clamp, finish_rows, finish_scores, multiply, multiply_kept, weigh
-from .launch import NOT_MEASURED, Launch, launch
+from .launch import Launch, launch
 from .versions import narrowed
 
 CHUNK_KEYS = 256  # of one partial result; fixed, so the order of every sum is too
@@ -116,7 +116,7 @@ def attention_decode_kernel(p, cache, maxima, sums, outputs, num_chunks, num_til
                             CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr,
                             HEAD_CHUNKS: tl.constexpr, VALUE: tl.constexpr, EXACT: tl.constexpr,
                             PRECISION: tl.constexpr):
-    """Program: (batch, key head, tile of rows, chunk of the values' columns, chunk of keys); partial results in order."""
+    """Program: (batch, key head, tile of rows, chunk of the values' columns, chunk of keys): one partial result."""
     part = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(0) % num_chunks
     task = tl.program_id(0) // num_chunks
@@ -186,7 +186,8 @@ def attention_decode_fold_kernel(p, cache, maxima, sums, outputs, output, lse, n
     exists = in_group < p.group * p.max_q
     heads, queries = kv_head * p.group + tl.where(exists, in_group // p.max_q, 0), in_group % p.max_q
     result, log_sum = finish_rows(p, result, maximum, total, heads)
-    row_offsets = batch.to(tl.int64) * output.batch + heads.to(tl.int64) * output.head + queries.to(tl.int64) * output.row
+    row_offsets = batch.to(tl.int64) * output.batch + heads.to(tl.int64) * output.head
+    row_offsets += queries.to(tl.int64) * output.row
     value_columns = value_chunk * VALUE + columns
     addresses = output.data + row_offsets[:, None] + value_columns.to(tl.int64)[None, :] * output.col
     inside = exists[:, None] & (value_columns < p.value_head_dim)[None, :]
@@ -240,7 +241,7 @@ def decode_attention_append(key_cache: Tensor, value_cache: Tensor, cache_seqlen
     cache = _cache_of(key_cache, cache_seqlens, block_table, length)
     for target, new in ((key_cache, new_key), (value_cache, new_value)):
         row_blocks, column_blocks = triton.cdiv(length, COPY_ROWS), triton.cdiv(new.shape[3], COPY_COLUMNS)
-        launch(attention_append_kernel, (batch * kv_heads * row_blocks * column_blocks,), Launch(4, 1, NOT_MEASURED),
+        launch(attention_append_kernel, (batch * kv_heads * row_blocks * column_blocks,), Launch(4),
                target.device, cache=cache, t=view(_by_head(target, block_table)), new=view(new), length=length,
                num_columns=new.shape[3], num_kv_heads=kv_heads, row_blocks=row_blocks, column_blocks=column_blocks,
                BLOCK_M=COPY_ROWS, BLOCK_N=COPY_COLUMNS)
@@ -255,9 +256,11 @@ def decode_attention_forward(query: Tensor, key_cache: Tensor, value_cache: Tens
     keys, values = _by_head(key_cache, block_table), _by_head(value_cache, block_table)
     kv_heads = keys.shape[1]
     cache = _cache_of(key_cache, cache_seqlens, block_table, num_new)
-    problem = decode_problem(query, keys, values, bias, alibi_slopes, sinks, cache.capacity, scale, window_left, softcap)
-    output = heads_together(query, heads, length, value_cache.shape[3])
-    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+    problem = decode_problem(
+        query, keys, values, bias, alibi_slopes, sinks, cache.capacity, scale, window_left, softcap
+    )
+    output = heads_together("decode_attention", query, heads, length, value_cache.shape[3])
+    lse = allocate("decode_attention", query, batch, heads, length, dtype=torch.float32)
     if lse.numel() == 0:
         return output, lse
 
@@ -268,14 +271,14 @@ def decode_attention_forward(query: Tensor, key_cache: Tensor, value_cache: Tens
     tiles, chunks = triton.cdiv(rows, options["BLOCK_M"]), triton.cdiv(cache.capacity, CHUNK_KEYS)
     tasks = batch * kv_heads * tiles * value_chunks
     parts = (tasks * chunks, options["BLOCK_M"])
-    maxima, sums = (query.new_empty(parts, dtype=torch.float32) for _ in range(2))
-    outputs = query.new_empty(*parts, options["VALUE"], dtype=torch.float32)
+    maxima, sums = (allocate("decode_attention", query, *parts, dtype=torch.float32) for _ in range(2))
+    outputs = allocate("decode_attention", query, *parts, options["VALUE"], dtype=torch.float32)
     shared = {
         "p": problem, "cache": cache, "maxima": maxima, "sums": sums, "outputs": outputs, "num_chunks": chunks,
         "num_tiles": tiles, "value_chunks": value_chunks, "num_kv_heads": kv_heads, "CHUNK": CHUNK_KEYS,
     }
     launch(attention_decode_kernel, (tasks * chunks,), row, query.device, **shared, **options)
     names = ("BLOCK_M", "VALUE", "EXACT")
-    launch(attention_decode_fold_kernel, (tasks,), Launch(4, 1, NOT_MEASURED), query.device, **shared,
+    launch(attention_decode_fold_kernel, (tasks,), Launch(4), query.device, **shared,
            output=view(output), lse=view(lse), **{name: options[name] for name in names})
     return output, lse

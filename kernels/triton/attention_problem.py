@@ -1,13 +1,15 @@
 """From the raw ops' arguments to what the attention kernels take: the problem, views, tiles and launch rows."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
-from .attention_scores import LOG2_E, Problem, Strided
-from .launch import NOT_MEASURED, Launch
+from .attention_scores import Problem, Strided
+from .exp import LOG2E
+from .launch import NOT_MEASURED, Architecture, Launch, architecture_of
 from .versions import INTERPRETED
 
 _FARTHEST = 2**30  # a window's side beyond every position: what lies further is unbounded
@@ -28,10 +30,18 @@ def packed_view(t: Tensor) -> Strided:
     return Strided(t, 0, head, row, col)
 
 
-def heads_together(like: Tensor, heads: int, length: int, dim: int, zero: bool = False) -> Tensor:
-    """A [B, H, L, D] view of [B, L, H, D] memory: heads of one token lie together, as the next projection wants them."""
-    make = like.new_zeros if zero else like.new_empty
-    return make(like.shape[0], length, heads, dim).transpose(1, 2)
+def allocate(op: str, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for results; where there is none left, the words name the op and the bytes."""
+    try:
+        return like.new_empty(shape, dtype=dtype)
+    except RuntimeError as error:
+        size = math.prod(shape) * (dtype or like.dtype).itemsize
+        raise type(error)(f"{op}: could not allocate {size} bytes: {error}") from error
+
+
+def heads_together(op: str, like: Tensor, heads: int, length: int, dim: int) -> Tensor:
+    """A [B, H, L, D] view of [B, L, H, D] memory: heads of a token lie together, as the next projection wants them."""
+    return allocate(op, like, like.shape[0], length, heads, dim).transpose(1, 2)
 
 
 def dense_problem(query, key, value, bias, mask, seqlens_k, alibi_slopes, sinks, dropout_seed, scale, causal,
@@ -45,7 +55,9 @@ def dense_problem(query, key, value, bias, mask, seqlens_k, alibi_slopes, sinks,
     )
 
 
-def packed_problem(query, key, value, cu_q, cu_k, bias, alibi_slopes, sinks, dropout_seed, max_q, max_k, *numbers) -> Problem:
+def packed_problem(
+    query, key, value, cu_q, cu_k, bias, alibi_slopes, sinks, dropout_seed, max_q, max_k, *numbers
+) -> Problem:
     return _problem(
         packed_view(query), packed_view(key), packed_view(value), view(bias), None, alibi_slopes, sinks, dropout_seed,
         *numbers, seqlens_k=None, offsets_q=cu_q.contiguous(), offsets_k=cu_k.contiguous(),
@@ -87,7 +99,7 @@ def _problem(query, key, value, bias, mask, alibi_slopes, sinks, dropout_seed, s
         window_left=_side(window_left), window_right=0 if causal else _side(window_right),
         bottom_right=1 if bottom_right else None, transforms=1 if transforms else None,
         negates=1 if scale < 0 and not transforms else None, softcap=softcap if softcap > 0 else None,
-        scale=product_scale, logit_scale=logit_scale, exp2_scale=logit_scale * LOG2_E.value,
+        scale=product_scale, logit_scale=logit_scale, exp2_scale=logit_scale * LOG2E.value,
         lowest=_ZERO_FROM / logit_scale,
     )
 
@@ -112,9 +124,9 @@ class Tile:
         kind: "forward", "query" (its gradient), "key" (gradients of key and value), "bias", "decode".
         wide: of float32 tensors; None: of any.
         block_m, block_n: queries and keys of a tile.
-        row: warps and stages, with their provenance.
-        spilled_bytes: at most so many bytes of a thread's registers spill on sm_90, causal. They spill in the walk that
-            only sums with infinities or NaN take; without it, where nothing is excluded, 16-bit forwards have none.
+        row: warps and stages, what spills, with their provenance. It spills in the walk that only sums with infinities
+            or NaN take: where nothing is excluded there is none, and 16-bit forwards spill nothing.
+        shared_bytes: of shared memory that the architecture has at least.
     """
 
     kind: str
@@ -123,53 +135,77 @@ class Tile:
     block_m: int
     block_n: int
     row: Launch
-    spilled_bytes: int
+    shared_bytes: int = 0
 
 
-def _tile(kind, wide, columns, block_m, block_n, num_warps, num_stages, spilled_bytes=0, measured=NOT_MEASURED) -> Tile:
-    return Tile(kind, wide, columns, block_m, block_n, Launch(num_warps, num_stages, measured), spilled_bytes)
+_LARGE = 160 << 10  # sm_80, sm_90, sm_100
 
 
-# By kind and dtype, ascending columns; the first that is wide enough. Chosen by head size, dtype and architecture, never
-# by lengths or batch: no bit may depend on them. Of the tiles that compile, those whose walk spills little.
+def _large(kind, wide, columns, block_m, block_n, num_warps, num_stages, spill_bytes=0) -> Tile:
+    return Tile(kind, wide, columns, block_m, block_n, Launch(num_warps, num_stages, spill_bytes, NOT_MEASURED), _LARGE)
+
+
+def _small(kind, wide, columns, block_m, block_n, num_warps=4, num_stages=1) -> Tile:
+    return Tile(kind, wide, columns, block_m, block_n, Launch(num_warps, num_stages, 0, NOT_MEASURED))
+
+
+# By kind, shared memory and dtype, ascending columns; the first that fits. Chosen by head size, dtype and architecture,
+# never by lengths or batch: no bit may depend on them. Of the tiles that compile, those whose walk spills least.
 TILES = (
-    _tile("forward", False, 64, 128, 64, 8, 3),
-    _tile("forward", False, 128, 128, 64, 8, 3, 400),
-    _tile("forward", False, 256, 64, 64, 8, 2, 400),
-    _tile("forward", True, 64, 64, 32, 8, 1, 24),
-    _tile("forward", True, 128, 32, 32, 8, 1, 200),
-    _tile("forward", True, 256, 16, 32, 8, 1, 120),
-    _tile("query", False, 64, 128, 64, 8, 2, 128),
-    _tile("query", False, 128, 64, 32, 8, 2, 48),
-    _tile("query", False, 256, 32, 32, 8, 1),
-    _tile("query", True, 64, 16, 32, 8, 1, 16),
-    _tile("query", True, 128, 16, 32, 8, 1, 336),
-    _tile("query", True, 256, 16, 16, 8, 1, 528),
-    _tile("key", False, 64, 32, 128, 8, 2, 48),
-    _tile("key", False, 128, 32, 64, 8, 2, 160),
-    _tile("key", False, 256, 32, 32, 8, 1, 96),
-    _tile("key", True, 64, 16, 32, 8, 1, 16),
-    _tile("key", True, 128, 16, 16, 8, 1, 16),
-    _tile("key", True, 256, 16, 16, 8, 1, 928),
-    _tile("bias", False, 64, 64, 64, 8, 2),
-    _tile("bias", False, 128, 64, 64, 8, 2),
-    _tile("bias", False, 256, 32, 32, 8, 1, 96),
-    _tile("bias", True, 64, 32, 32, 8, 1),
-    _tile("bias", True, 128, 16, 32, 8, 1, 336),
-    _tile("bias", True, 256, 16, 16, 8, 1, 528),
-    _tile("decode", False, 64, 16, 64, 4, 2),
-    _tile("decode", False, 128, 16, 64, 4, 2, 32),
-    _tile("decode", False, 256, 16, 32, 4, 2),
-    _tile("decode", True, 64, 16, 32, 4, 1, 64),
-    _tile("decode", True, 256, 16, 32, 8, 1, 512),
+    _large("forward", False, 64, 128, 64, 8, 3),
+    _large("forward", False, 128, 128, 64, 8, 3, 400),
+    _large("forward", False, 256, 64, 64, 8, 2, 400),
+    _large("forward", True, 64, 64, 32, 8, 1, 24),
+    _large("forward", True, 128, 32, 32, 8, 1, 200),
+    _large("forward", True, 256, 16, 32, 8, 1, 120),
+    _large("query", False, 64, 128, 64, 8, 2, 128),
+    _large("query", False, 128, 64, 32, 8, 2, 48),
+    _large("query", False, 256, 32, 32, 8, 1),
+    _large("query", True, 64, 16, 32, 8, 1, 16),
+    _large("query", True, 128, 16, 32, 8, 1, 336),
+    _large("query", True, 256, 16, 16, 8, 1, 528),
+    _large("key", False, 64, 32, 128, 8, 2, 48),
+    _large("key", False, 128, 32, 64, 8, 2, 160),
+    _large("key", False, 256, 32, 32, 8, 1, 96),
+    _large("key", True, 64, 16, 32, 8, 1, 16),
+    _large("key", True, 128, 16, 16, 8, 1, 16),
+    _large("key", True, 256, 16, 16, 8, 1, 928),
+    _large("bias", False, 128, 64, 64, 8, 2),
+    _large("bias", False, 256, 32, 32, 8, 1, 96),
+    _large("bias", True, 64, 32, 32, 8, 1),
+    _large("bias", True, 128, 16, 32, 8, 1, 336),
+    _large("bias", True, 256, 16, 16, 8, 1, 528),
+    _large("decode", False, 128, 16, 64, 4, 2, 32),
+    _large("decode", False, 256, 16, 32, 4, 2, 32),
+    _large("decode", True, 64, 16, 32, 4, 1, 64),
+    _large("decode", True, 256, 16, 16, 8, 1, 512),
+    _small("forward", False, 64, 64, 64),
+    _small("forward", False, 128, 64, 32),
+    _small("forward", False, 256, 32, 32),
+    _small("forward", True, 128, 32, 32, 8),
+    _small("forward", True, 256, 16, 16, 8),
+    _small("query", False, 64, 64, 32),
+    _small("query", False, 128, 32, 32),
+    _small("query", False, 256, 16, 32),
+    _small("query", True, 256, 16, 16, 8),
+    _small("key", False, 64, 32, 64),
+    _small("key", False, 128, 32, 32),
+    _small("key", False, 256, 16, 32),
+    _small("key", True, 256, 16, 16, 8),
+    _small("bias", False, 128, 32, 32),
+    _small("bias", False, 256, 16, 32),
+    _small("bias", True, 256, 16, 16, 8),
+    _small("decode", False, 128, 16, 64),
+    _small("decode", False, 256, 16, 32),
+    _small("decode", True, 256, 16, 16, 8),
 )
 # An interpreted program takes as long for a large tile as for a small one.
 INTERPRETED_TILES = (
-    _tile("forward", None, WIDEST, 64, 64, 1, 1),
-    _tile("query", None, WIDEST, 64, 64, 1, 1),
-    _tile("key", None, WIDEST, 32, 64, 1, 1),
-    _tile("bias", None, WIDEST, 64, 32, 1, 1),
-    _tile("decode", None, WIDEST, 16, 64, 1, 1),
+    _small("forward", None, WIDEST, 64, 64, 1, 1),
+    _small("query", None, WIDEST, 64, 64, 1, 1),
+    _small("key", None, WIDEST, 32, 64, 1, 1),
+    _small("bias", None, WIDEST, 64, 32, 1, 1),
+    _small("decode", None, WIDEST, 16, 64, 1, 1),
 )
 
 
@@ -178,17 +214,23 @@ def chunk_width(columns: int) -> int:
     return max(16, triton.next_power_of_2(columns)) if columns <= WIDEST else WIDEST // 2
 
 
-def choose_tile(kind: str, wide: bool, columns: int) -> Tile:
+def choose_tile(kind: str, wide: bool, columns: int, architecture: Architecture) -> Tile:
     """The tile of heads with so many columns; above WIDEST they are split."""
-    tiles = INTERPRETED_TILES if INTERPRETED else TILES
-    return next(t for t in tiles if t.kind == kind and t.wide in (wide, None) and t.columns >= min(columns, WIDEST))
+
+    def fits(tile: Tile) -> bool:
+        return (
+            tile.kind == kind and tile.wide in (wide, None) and tile.columns >= min(columns, WIDEST)
+            and tile.shared_bytes <= architecture.shared_bytes
+        )  # fmt: skip
+
+    return next(tile for tile in (INTERPRETED_TILES if INTERPRETED else TILES) if fits(tile))
 
 
 def tile_options(kind: str, query: Tensor, value: Tensor) -> tuple[dict, Launch]:
     """The compile-time arguments of a kernel, and its launch row."""
     head_dim, value_head_dim = query.shape[-1], value.shape[-1]
     wide = query.dtype == torch.float32
-    tile = choose_tile(kind, wide, max(head_dim, value_head_dim))
+    tile = choose_tile(kind, wide, max(head_dim, value_head_dim), architecture_of(query.device))
     head, values = chunk_width(head_dim), chunk_width(value_head_dim)
     options = {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "HEAD": head, "HEAD_CHUNKS": triton.cdiv(head_dim, head),

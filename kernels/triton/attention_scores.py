@@ -10,8 +10,8 @@ met nothing of the kind; any other walks its blocks once more, with products ove
 
 Policy: exclusion is a predicate, applied by select before the maximum and after the exponential. A score that nothing
 is added to is kept without its scale: the difference from the row's reference is taken first, exactly where it matters,
-and multiplied then, so that equal scores of any size weigh exactly 1. Tiles are [queries, keys] or its transpose: `rows`
-and `columns` come as tensors that broadcast to the tile.
+and multiplied then, so that equal scores of any size weigh exactly 1. Tiles are [queries, keys] or its transpose:
+`rows` and `columns` come as tensors that broadcast to the tile.
 """
 
 from typing import Any, NamedTuple
@@ -19,19 +19,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .exp import INTEGER, LN2_HI, LN2_LO, LOG2E, Q1, Q2, Q3, Q4, Q5
 from .versions import INTERPRETED, fma, narrowed, widened
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-# As kernels/exp_constants.h has them: ln 2 in two parts, the first of 15 bits; (e^r - 1) / r, relative error 2^-28.
-EXP_LN2_HI = tl.constexpr(0.693145751953125)
-EXP_LN2_LO = tl.constexpr(1.428606765330187e-06)
-EXP_Q1 = tl.constexpr(0.4999999403953552)
-EXP_Q2 = tl.constexpr(0.1666652113199234)
-EXP_Q3 = tl.constexpr(0.04166838899254799)
-EXP_Q4 = tl.constexpr(0.008368716575205326)
-EXP_Q5 = tl.constexpr(0.0013814602280035615)
-EXP_INTEGER = tl.constexpr(12583039.0)  # 1.5 * 2^23 + 127: the low bits of a sum with it are a biased exponent
+BIASED_INTEGER = tl.constexpr(INTEGER.value + 127.0)  # the low bits of a sum with it are a biased exponent
 TANH_SMALL = tl.constexpr(0.625)  # below it Cephes' tanhf (Moshier), beyond it the exponential
 TANH_LARGEST = tl.constexpr(44.0)  # e^88 is finite
 
@@ -275,7 +266,7 @@ def tanh_and_slope(x):
     q = fma(q, square, -3.33332819422e-1)
     near = fma(x * square, q, x)
     in_range = tl.where(size > TANH_LARGEST, TANH_LARGEST, size)  # in this order a NaN is kept
-    u = 2.0 / (exp_scaled(in_range + in_range, 1.0, LOG2_E, -88.0, True) + 1.0)
+    u = 2.0 / (exp_scaled(in_range + in_range, 1.0, LOG2E, -88.0, True) + 1.0)
     far = tl.where(x < 0, u - 1.0, 1.0 - u)
     small = size < TANH_SMALL
     return tl.where(small, near, far), tl.where(small, fma(-near, near, 1.0), u * (2.0 - u))
@@ -289,10 +280,10 @@ def exp_scaled(x, scale, exp2_scale, lowest, EXACT: tl.constexpr):
     """exp(scale * x), a NaN kept. EXACT: <= 1 ULP, 0 below lowest = -88 / scale; else what the GPU's ex2 gives."""
     if EXACT:
         x = tl.where(x < lowest, lowest, x)
-        shifted = fma(x, exp2_scale, EXP_INTEGER)
-        n = shifted - EXP_INTEGER
-        r = fma(-n, EXP_LN2_LO, fma(x, scale, n * -EXP_LN2_HI))  # n * ln2_hi is exact
-        q = fma(fma(fma(fma(r, EXP_Q5, EXP_Q4), r, EXP_Q3), r, EXP_Q2), r, EXP_Q1)
+        shifted = fma(x, exp2_scale, BIASED_INTEGER)
+        n = shifted - BIASED_INTEGER
+        r = fma(-n, LN2_LO, fma(x, scale, n * -LN2_HI))  # n * ln2_hi is exact
+        q = fma(fma(fma(fma(r, Q5, Q4), r, Q3), r, Q2), r, Q1)
         q = fma(r * r, q, r) + 1.0
         return q * (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
     else:
@@ -362,9 +353,9 @@ def all_finite(tile):
 def multiply_kept(weights, keep, values, accumulator, TYPE: tl.constexpr, PRECISION: tl.constexpr):
     """accumulator + weights @ values over the kept pairs: what is excluded may hold anything, 0 * NaN does not enter.
 
-    weights are 0 where not kept. The infinities and NaNs that a row has kept pairs with are counted apart, and give what
-    IEEE gives for their sum: weights of either sign with infinities count 1, or 1 and -1 for the infinity that comes of
-    them; a NaN, or a kept weight of 0 with an infinity, counts 256 or more.
+    weights are 0 where not kept. The infinities and NaNs that a row has kept pairs with are counted apart, and give
+    what IEEE gives for their sum: weights of either sign with infinities count 1, or 1 and -1 for the infinity that
+    comes of them; a NaN, or a kept weight of 0 with an infinity, counts 256 or more.
     """
     wide = widened(values)
     finite = tl.abs(wide) < float("inf")

@@ -76,8 +76,8 @@ def _tensors(case, dtype):
     dim, value_dim = case["head_dims"]
     len_q, len_k = case["lengths"]
     batch = 2
-    options = {"window": case["window"], "softcap": case["softcap"], "scale": case["scale"], "dropout_p": case["dropout"],
-               "return_lse": True}
+    options = {name: case[name] for name in ("window", "softcap", "scale")}
+    options |= {"dropout_p": case["dropout"], "return_lse": True}
     if case["causal"]:
         options |= {"is_causal": True, "causal_alignment": case["causal"]}
     generator = torch.Generator().manual_seed(11)
@@ -144,7 +144,8 @@ def compare(case, dtype):
     for index, (ours, exact) in enumerate(zip(*results, strict=True)):
         what = names[index] if index < len(names) else f"gradient {index - 2}"
         terms = 4096 if index >= 5 else 1024
-        assert_close(ours, exact, terms, what, slack=1.0 if index < 2 else GRADIENT_SLACK, entering=_entering(index, results))
+        slack = 1.0 if index < 2 else GRADIENT_SLACK
+        assert_close(ours, exact, terms, what, slack=slack, entering=_entering(index, results))
 
 
 def _entering(index, results):

@@ -1,4 +1,4 @@
-"""Triton's attention keeps the contract, interpreted: its promises, a pairwise cover of its features, invariance, dropout.
+"""Triton's attention keeps the contract, interpreted: promises, a pairwise cover of features, invariance, dropout.
 
 Bounds and families are transfuse.promises', the same that `transfuse verify --backend triton` runs on a GPU. What takes
 long here runs with FULL=1; where a kernel's code is the same for two dtypes, one of them is enough otherwise.
@@ -32,12 +32,12 @@ QUICK = (
     r"2\.\w+\.\w+\.agrees-forward",
     r"2\.\w+\.(float32|bfloat16)\.agrees-backward",
     r"2\.attention\.\w+\.huge-equal-scores",
-    r"2\.attention\.(float32|bfloat16)\.(infinite-score|poisoned-keys)",
+    r"2\.attention\.float32\.infinite-score",
+    r"2\.attention\.bfloat16\.poisoned-keys",
     r"2\.attention\.float32\.(rms|row)\.logits-1e4",
-    r"2\.attention\.bfloat16\.(rms|row)\.(normal|very-negative)",
-    r"2\.attention\.float16\.(rms|row)\.subnormal",
+    r"2\.attention\.bfloat16\.(rms|row)\.very-negative",
     r"2\.decode_attention\.bfloat16\.(rms|row)\.logits-1e3",
-    r"4\.varlen_attention\.bfloat16\.(written|backward-twice)",
+    r"4\.varlen_attention\.bfloat16\.written",
     r"4\.decode_attention\.float16\.written",
     r"5\..*",
 )
@@ -95,9 +95,11 @@ def test_an_entry_has_its_bits_in_every_batch_padding_and_packing(dtype):
     offsets = torch.tensor([0, *lengths]).cumsum(0).int()
 
     def attend(query, key, value, **options):
-        return transfuse.scaled_dot_product_attention(
-            query, key, value, is_causal=True, causal_alignment="bottom_right", window=(20, 0), return_lse=True, **options
-        )
+        options |= {"causal_alignment": "bottom_right", "window": (20, 0), "return_lse": True}
+        return transfuse.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+
+    def packed_attend(*tensors):
+        return transfuse.varlen_attention(*tensors, offsets, is_causal=True, window=(20, 0), return_lse=True)
 
     def alone(n):
         rows = slice(int(offsets[n]), int(offsets[n + 1]))
@@ -107,8 +109,7 @@ def test_an_entry_has_its_bits_in_every_batch_padding_and_packing(dtype):
 
     with transfuse.use_backend("triton"):
         entries = [alone(n) for n in range(len(lengths))]
-        call = lambda *t: transfuse.varlen_attention(*t, offsets, is_causal=True, window=(20, 0), return_lse=True)  # noqa: E731
-        together = _with_gradients(call, packed[:3], (packed[3], torch.ones(heads, sum(lengths))))
+        together = _with_gradients(packed_attend, packed[:3], (packed[3], torch.ones(heads, sum(lengths))))
         padded = [torch.full((len(lengths), heads, longest, dim), torch.nan, dtype=dtype) for _ in range(2)]
         for n, length in enumerate(lengths):
             for t, source in zip(padded, packed[1:3]):
@@ -146,7 +147,8 @@ def test_decoding_has_the_same_bits_in_pages_and_alone(dtype):
         assert _same(together, paged)
         for n in range(batch):
             entry = slice(n, n + 1)
-            alone = transfuse.decode_attention(query[entry], *(c[entry] for c in caches), lengths[entry], return_lse=True)
+            tensors = (query[entry], *(cache[entry] for cache in caches), lengths[entry])
+            alone = transfuse.decode_attention(*tensors, return_lse=True)
             assert _same([t[entry] for t in together], alone), n
 
 
@@ -155,15 +157,15 @@ def test_decoding_appends_and_agrees_with_the_reference():
     query, new_key, new_value = (draw(batch, h, 3, dim, seed=i) for i, h in enumerate((heads, kv_heads, kv_heads)))
     table = torch.tensor([[3, 0, 5, 1], [2, 4, 6, -1]], dtype=torch.int32)
     lengths = torch.tensor([27, 14])
-    options = {"window": (9, None), "softcap": 2.0, "alibi_slopes": torch.rand(batch, heads), "sinks": torch.randn(heads),
-               "attn_bias": draw(1, heads, 3, 32, seed=9)}
+    options = {
+        "window": (9, None), "softcap": 2.0, "alibi_slopes": torch.rand(batch, heads), "sinks": torch.randn(heads),
+        "attn_bias": draw(1, heads, 3, 32, seed=9), "new_key": new_key, "new_value": new_value, "block_table": table,
+    }  # fmt: skip
     results = []
     for backend in ("triton", "reference"):
         pages = [draw(7, block_size, kv_heads, dim, seed=5 + i) for i in range(2)]
         with transfuse.use_backend(backend):
-            output, lse = transfuse.decode_attention(
-                query, *pages, lengths, new_key=new_key, new_value=new_value, block_table=table, return_lse=True, **options
-            )
+            output, lse = transfuse.decode_attention(query, *pages, lengths, return_lse=True, **options)
         results.append((output, lse, *pages))
     (output, lse, *pages), (exact, exact_lse, *exact_pages) = results
     assert _same(pages, exact_pages)
@@ -207,9 +209,8 @@ def test_a_row_in_two_parts_has_the_gradients_of_the_whole():
     output, lse = forward(query, key, value, *none, *numbers)
 
     def gradients(keys):
-        return backward(
-            grad, None, query, key[:, :, keys], value[:, :, keys], output, lse, *none, *numbers, [1] * 4, False, False, False
-        )
+        part = (key[:, :, keys], value[:, :, keys])
+        return backward(grad, None, query, *part, output, lse, *none, *numbers, [1] * 4, False, False, False)
 
     whole, first, second = (gradients(keys) for keys in (slice(None), slice(0, 16), slice(16, None)))
     assert_close(first[0] + second[0], whole[0], 64, "query", slack=4.0)

@@ -20,6 +20,8 @@ SDPA_PEERS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+OWN_BACKENDS = {"transfuse cuda": "cuda", "transfuse triton": "triton"}
+OWN_ATTENTION = "transfuse triton"
 SEQLENS = (4096, 1024, 16384, 512, 2048, 8192)  # the most telling first: a deadline cuts the end
 HEAD_DIMS = (128, 64, 256)
 BIAS_SEQLENS = (4096, 512, 2048, 8192)
@@ -158,8 +160,33 @@ def sdpa_bias(run):
                 _sdpa_rows(run, peer, shape, tensors, False, "padding mask [B,1,1,L]", mask=keep)
 
 
+def own_attention(run):
+    """Ours on the same shapes. Triton compiles at first use, so each head size meets its kinds before the next."""
+    state = True if run.dry else transfuse.backends()["triton"]
+    if state is not True:
+        run.add(op="attention", peer=OWN_ATTENTION, status="skipped", reason=state)
+        return
+    for head_dim in (128, 64):
+        for causal, kind in ((False, "none"), (True, "none"), (False, "bias [1,H,L,L]"), (False, "bias [B,H,L,L]")):
+            for seqlen in (8192, 4096) if kind == "none" else (4096, 2048):
+                shape = _attention_shape(run, seqlen, head_dim)
+                with run.guarded(op="attention", peer=OWN_ATTENTION, variant=kind, shape=shape):
+                    bias = _bias(run, shape, kind)
+                    tensors = _qkv(run, shape) + ([] if bias is None else [bias])
+                    _sdpa_rows(run, OWN_ATTENTION, shape, tensors, causal, kind)
+
+
+def _own_sdpa(run, query, key, value, bias, mask, causal, gqa):
+    with transfuse.use_backend("auto" if run.dry else OWN_BACKENDS[OWN_ATTENTION]):
+        return transfuse.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=causal, enable_gqa=gqa, attn_bias=bias
+        )
+
+
 def _sdpa_rows(run, peer, shape, tensors, causal, kind, mask=None, gqa=False):
     def forward(query, key, value, bias=None):
+        if peer == OWN_ATTENTION:
+            return _own_sdpa(run, query, key, value, bias, mask, causal, gqa)
         if mask is not None:
             bias = mask.expand(-1, -1, query.shape[2], -1)
         elif bias is not None:
@@ -170,7 +197,8 @@ def _sdpa_rows(run, peer, shape, tensors, causal, kind, mask=None, gqa=False):
     bias = tensors[3] if len(tensors) > 3 else None
     exact = None if mask is not None or gqa else lambda output: _rms_error(output, *tensors[:3], bias, causal)
     words = ("causal" if causal else "", "" if kind == "none" else kind, "gqa" if gqa else "")
-    facts = {"op": "attention", "peer": f"sdpa {peer}", "variant": ", ".join(filter(None, words)), "shape": shape}
+    name = peer if peer == OWN_ATTENTION else f"sdpa {peer}"
+    facts = {"op": "attention", "peer": name, "variant": ", ".join(filter(None, words)), "shape": shape}
     _directions(run, forward, tensors, exact=exact, flops=_flops(shape, causal), **facts)
 
 
@@ -299,7 +327,6 @@ OWN_ROW_OPS = {
     "gelu_tanh": lambda x: transfuse.gelu(x, approximate="tanh"),
     "rotary": _by_heads(lambda x, cos, sin: transfuse.rotary(x, cos, sin)),
 }
-OWN_BACKENDS = {"transfuse cuda": "cuda", "transfuse triton": "triton"}
 
 
 def row_kernels(run):

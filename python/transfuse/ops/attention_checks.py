@@ -102,7 +102,8 @@ SCHEMA_NEEDS = "int[] bias_shape, bool need_bias_grad, bool need_alibi_grad, boo
 def head_dim_reasons(head_dim: int, value_head_dim: int) -> tuple[str, ...]:
     """Why no kernel takes heads of these sizes."""
     sizes = (("head_dim", head_dim), ("value's head_dim", value_head_dim))
-    return tuple(f"{name} is {size}, the kernel takes up to {MAX_HEAD_DIM}" for name, size in sizes if size > MAX_HEAD_DIM)
+    wide = ((name, size) for name, size in sizes if size > MAX_HEAD_DIM)
+    return tuple(f"{name} is {size}, the kernel takes up to {MAX_HEAD_DIM}" for name, size in wide)
 
 
 NUM_TENSORS = 9  # of both Functions: query, key, value, three of the layout and masks, alibi_slopes, sinks, dropout_seed

@@ -70,10 +70,10 @@ def decode_attention(
         The last query stands at the last valid key (after appending), each other one a position before, and no query
         sees a later key. With new_key None the queries are those of the last Lq cached keys.
 
-    Numerics: float64 throughout, one rounding at the end. A row with no key gives output 0, lse -inf (with a sink:
-        output 0, lse = the sink). A NaN in a valid key gives NaN. Keys are summed in chunks of 256 counted from the
-        entry's own first key, so the bits depend neither on the batch, the threads, the layout of the cache, nor its
-        block_size.
+    Numerics: float64 throughout on the CPU, float32 sums on a GPU, one rounding at the end. A row with no key gives
+        output 0, lse -inf (with a sink: output 0, lse = the sink). A NaN in a valid key gives NaN. Keys are summed in
+        chunks of 256 counted from the entry's own first key, so the bits depend neither on the batch, the threads, the
+        layout of the cache, nor its block_size.
         Autocast: query and the new keys and values are cast to the cache's dtype, and the cache never.
 
     Raises:
@@ -115,7 +115,8 @@ def _unsupported(reasons_of_backend, problem: DecodeAttentionProblem) -> tuple[s
 
 
 def _run_kernels(kind, query, key_cache, value_cache, seqlens, new_key, new_value, block_table, bias, scale, features):
-    refuse_tangents(_OP, query, key_cache, value_cache, new_key, new_value, bias, features.get("alibi_slopes"), features.get("sinks"))
+    per_head = (features.get("alibi_slopes"), features.get("sinks"))
+    refuse_tangents(_OP, query, key_cache, value_cache, new_key, new_value, bias, *per_head)
     if kind == "triton":
         _check_values(key_cache, seqlens, new_key, block_table)
     if new_key is not None:
