@@ -70,7 +70,8 @@ def compiled(call, architecture):
 def _type_of(value, path, constants, attributes, plain, unaligned):
     """The type of an argument, or of a tuple's parts, as the launch would see it; what is known of it by its path."""
     if isinstance(value, tuple):
-        parts = [_type_of(part, (*path, index), constants, attributes, plain, unaligned) for index, part in enumerate(value)]
+        told = (constants, attributes, plain, unaligned)
+        parts = [_type_of(part, (*path, index), *told) for index, part in enumerate(value)]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     if value is None or (type(value) is int and value == 1 and not plain):
         constants[path] = value

@@ -144,7 +144,9 @@ def masked_softmax_forward_kernel(
     if mask is not None:
         mask = _mask_rows(mask, row, d0, s0, d1, s1, d2, s2, d3, s3, DIMS, WHOLE_MASK)
     visible = _visible(row, keys, queries, causal_offset, CAUSAL)[:, None]
-    hi, lo, valid = _scores(input + at, mask, key, inside, visible, mask_key_stride, scale, scale_rest, KEEP, WHOLE_MASK)
+    hi, lo, valid = _scores(
+        input + at, mask, key, inside, visible, mask_key_stride, scale, scale_rest, KEEP, WHOLE_MASK
+    )
     largest = row_max_or_nan(tl.where(valid, hi, -_INFINITY))
     some = tl.max(tl.where(valid, 1, 0), axis=1) > 0
     rest = tl.zeros_like(largest)
@@ -172,7 +174,9 @@ def masked_softmax_streamed_forward_kernel(
     found = tl.zeros([1], tl.int32)
     for first in range(0, keys, COLS):
         key = (first + tl.arange(0, COLS))[None, :]
-        hi, lo, valid = _scores(source + key, mask, key, key < keys, visible, mask_key_stride, scale, scale_rest, KEEP, WHOLE_MASK)
+        hi, lo, valid = _scores(
+            source + key, mask, key, key < keys, visible, mask_key_stride, scale, scale_rest, KEEP, WHOLE_MASK
+        )
         block = row_max_or_nan(tl.where(valid, hi, -_INFINITY))
         either_nan = (block != block) | (largest != largest)
         largest = tl.where(either_nan, float("nan"), tl.maximum(largest, block))
@@ -190,12 +194,16 @@ def masked_softmax_streamed_forward_kernel(
     total = tl.zeros([1], tl.float64)
     for first in range(0, keys, COLS):
         key = (first + tl.arange(0, COLS))[None, :]
-        hi, lo, valid = _scores(source + key, mask, key, key < keys, visible, mask_key_stride, scale, scale_rest, KEEP, WHOLE_MASK)
+        hi, lo, valid = _scores(
+            source + key, mask, key, key < keys, visible, mask_key_stride, scale, scale_rest, KEEP, WHOLE_MASK
+        )
         total += row_sum(_weights(hi, lo, valid, largest[:, None], rest[:, None]))
     inverse_hi, inverse_lo = _inverse(total)
     for first in range(0, keys, COLS):
         key = (first + tl.arange(0, COLS))[None, :]
-        hi, lo, valid = _scores(source + key, mask, key, key < keys, visible, mask_key_stride, scale, scale_rest, KEEP, WHOLE_MASK)
+        hi, lo, valid = _scores(
+            source + key, mask, key, key < keys, visible, mask_key_stride, scale, scale_rest, KEEP, WHOLE_MASK
+        )
         weights = _weights(hi, lo, valid, largest[:, None], rest[:, None])
         y = _quotients(weights, valid, inverse_hi, inverse_lo, some, largest)
         tl.store(output + row[:, None] * keys + key, narrowed(y, output.dtype.element_ty), mask=key < keys)

@@ -72,6 +72,11 @@ def on_boundary(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor if tensor is None or is_aligned(tensor) else tensor.clone()
 
 
+def _known(number: int) -> tuple[bool, bool]:
+    """What the compiler is told of a number."""
+    return number == 1, number % ALIGNED_ELEMENTS == 0
+
+
 def as_rows(tensor: torch.Tensor | None, ndim: int, cols: int) -> tuple[torch.Tensor | None, int]:
     """The tensor as rows of its last `ndim` dimensions: itself and the stride between rows, or a dense copy.
 
@@ -81,7 +86,7 @@ def as_rows(tensor: torch.Tensor | None, ndim: int, cols: int) -> tuple[torch.Te
         return None, 0
     stride = cols if tensor.is_contiguous() else _row_stride(tensor, ndim, cols)
     # One row of 20 elements in every 32 would be laid out otherwise than 20 in every 20.
-    if stride is None or (stride % ALIGNED_ELEMENTS == 0) != (cols % ALIGNED_ELEMENTS == 0) or (stride == 1) != (cols == 1):
+    if stride is None or _known(stride) != _known(cols):
         tensor, stride = tensor.contiguous(), cols
     if not is_aligned(tensor):
         tensor, stride = tensor.clone(memory_format=torch.contiguous_format), cols
