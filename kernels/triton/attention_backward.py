@@ -308,7 +308,7 @@ def attention_backward_key_kernel(p, grad_output, grad_key, grad_value, referenc
     s = sequence_of(p, batch)
     length = s.len_k
     if p.offsets_k is None:
-        length = tl.to_tensor(p.max_k).to(tl.int32)  # keys beyond seqlens_k have gradients too: 0
+        length = tl.cast(p.max_k, tl.int32)  # keys beyond seqlens_k have gradients too: 0
     if key < length:
         columns = key + tl.arange(0, BLOCK_N)
         key_base, value_base = base_of(p.key, batch, kv_head, s.first_k), base_of(p.value, batch, kv_head, s.first_k)
@@ -432,7 +432,7 @@ def add_in_order_kernel(parts, sums, count, stride, outer_stride, size, BLOCK: t
     base = parts + outer.to(tl.int64) * outer_stride + at
     total = tl.zeros((BLOCK,), tl.float32)
     for i in range(count):
-        total += tl.load(base + i * tl.to_tensor(stride).to(tl.int64), mask=at < size, other=0.0)
+        total += tl.load(base + i * tl.cast(stride, tl.int64), mask=at < size, other=0.0)
     tl.store(sums + outer.to(tl.int64) * size + at, total, mask=at < size)
 
 

@@ -133,7 +133,7 @@ def attention_decode_kernel(p, cache, maxima, sums, outputs, num_chunks, num_til
         exists = in_group < p.group * p.max_q
         heads = kv_head * p.group + tl.where(exists, in_group // p.max_q, 0)
         queries = tl.where(exists, in_group % p.max_q, p.max_q)  # a row that does not exist takes no key
-        s = Sequence(0, 0, tl.to_tensor(p.max_q).to(tl.int32), length, length - p.max_q)
+        s = Sequence(0, 0, tl.cast(p.max_q, tl.int32), length, length - p.max_q)
         query_offsets = heads.to(tl.int64) * p.query.head + queries.to(tl.int64) * p.query.row
         query_base = p.query.data + batch.to(tl.int64) * p.query.batch
         key_base = p.key.data + kv_head.to(tl.int64) * p.key.head

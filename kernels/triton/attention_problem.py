@@ -158,7 +158,7 @@ TILES = (
     _large("forward", True, 64, 64, 32, 8, 1, 24),
     _large("forward", True, 128, 32, 32, 8, 1, 200),
     _large("forward", True, 256, 16, 32, 8, 1, 120),
-    _large("query", False, 64, 128, 64, 8, 2, 128),
+    _large("query", False, 64, 128, 64, 8, 2, 160),
     _large("query", False, 128, 64, 32, 8, 2, 48),
     _large("query", False, 256, 32, 32, 8, 1),
     _large("query", True, 64, 16, 32, 8, 1, 16),

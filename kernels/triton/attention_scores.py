@@ -92,11 +92,11 @@ def sequence_of(p, index):
     """Lengths and first rows of one sequence. Whatever the tables hold, rows stay within the tensors."""
     first_q = tl.full((), 0, tl.int64)
     first_k = tl.full((), 0, tl.int64)
-    len_q = tl.to_tensor(p.max_q).to(tl.int32)
-    len_k = tl.to_tensor(p.max_k).to(tl.int32)
+    len_q = tl.cast(p.max_q, tl.int32)
+    len_k = tl.cast(p.max_k, tl.int32)
     if p.offsets_q is not None:
-        tokens_q = tl.to_tensor(p.tokens_q).to(tl.int64)
-        tokens_k = tl.to_tensor(p.tokens_k).to(tl.int64)
+        tokens_q = tl.cast(p.tokens_q, tl.int64)
+        tokens_k = tl.cast(p.tokens_k, tl.int64)
         first_q = clamp(tl.load(p.offsets_q + index).to(tl.int64), 0, tokens_q)
         first_k = clamp(tl.load(p.offsets_k + index).to(tl.int64), 0, tokens_k)
         stop_q = clamp(tl.load(p.offsets_q + index + 1).to(tl.int64), first_q, tokens_q)
@@ -119,7 +119,7 @@ def clamp(x, lowest, highest):
 @triton.jit
 def base_of(t, batch, head, first_row):
     """Address of row `first_row` of one head. 64 bits: rows and heads may lie 2^31 elements apart."""
-    batch, head = tl.to_tensor(batch).to(tl.int64), tl.to_tensor(head).to(tl.int64)
+    batch, head = tl.cast(batch, tl.int64), tl.cast(head, tl.int64)
     return t.data + batch * t.batch + head * t.head + first_row * t.row
 
 

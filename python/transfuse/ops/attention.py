@@ -3,7 +3,8 @@
     output = softmax(scale * query @ key^T + bias, over the keys that take part) @ value
 
 Read in this order: scaled_dot_product_attention (the contract), IMPLEMENTATIONS (who runs it), AttentionFunction
-(autograd around the raw op), the fake kernels. csrc/attention.cpp and kernels/cpu/attention.cpp come next.
+(autograd around the raw op), the raw ops. Then csrc/attention.cpp and kernels/cpu/attention.cpp, or
+kernels/triton/attention.py.
 """
 
 from dataclasses import dataclass

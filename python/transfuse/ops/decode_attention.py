@@ -3,7 +3,8 @@
     cache[b, :, cache_seqlens[b] : cache_seqlens[b] + Lnew] = new_key[b], new_value[b]
     output[b] = attention(query[b], the valid keys of b, causal, bottom-right)
 
-Read decode_attention and IMPLEMENTATIONS; then csrc/attention_decode.cpp and kernels/cpu/attention_decode.cpp.
+Read decode_attention and IMPLEMENTATIONS; then csrc/attention_decode.cpp and kernels/cpu/attention_decode.cpp, or
+kernels/triton/attention_decode.py.
 """
 
 from dataclasses import dataclass
