@@ -214,10 +214,20 @@ def chunk_width(columns: int) -> int:
     return max(16, triton.next_power_of_2(columns)) if columns <= WIDEST else WIDEST // 2
 
 
+# Triton 3.9 cannot compile these for sm_100 where their products lie in tensor memory (a pass of its own fails, which
+# hoists allocations), as they do for tiles of so many rows.
+_NOT_IN_TENSOR_MEMORY = ("query", "key")
+_TENSOR_MEMORY_ROWS = 64
+
+
 def choose_tile(kind: str, wide: bool, columns: int, architecture: Architecture) -> Tile:
     """The tile of heads with so many columns; above WIDEST they are split."""
 
+    in_tensor_memory = architecture.backend == "cuda" and 100 <= architecture.name < 120
+
     def fits(tile: Tile) -> bool:
+        if in_tensor_memory and kind in _NOT_IN_TENSOR_MEMORY and max(tile.block_m, tile.block_n) >= _TENSOR_MEMORY_ROWS:
+            return False
         return (
             tile.kind == kind and tile.wide in (wide, None) and tile.columns >= min(columns, WIDEST)
             and tile.shared_bytes <= architecture.shared_bytes
