@@ -226,7 +226,8 @@ def choose_tile(kind: str, wide: bool, columns: int, architecture: Architecture)
     in_tensor_memory = architecture.backend == "cuda" and 100 <= architecture.name < 120
 
     def fits(tile: Tile) -> bool:
-        if in_tensor_memory and kind in _NOT_IN_TENSOR_MEMORY and max(tile.block_m, tile.block_n) >= _TENSOR_MEMORY_ROWS:
+        rows = max(tile.block_m, tile.block_n)
+        if in_tensor_memory and kind in _NOT_IN_TENSOR_MEMORY and rows >= _TENSOR_MEMORY_ROWS:
             return False
         return (
             tile.kind == kind and tile.wide in (wide, None) and tile.columns >= min(columns, WIDEST)
