@@ -162,8 +162,8 @@ def _triton_problem(device="cuda", dtype=torch.float32):
 def test_triton_names_its_reasons(monkeypatch):
     def say_capability(*capability):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
 
     reasons = dispatch.triton_reasons
     say_capability(7, 5)

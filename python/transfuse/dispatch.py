@@ -185,7 +185,7 @@ def triton_reasons(problem: Problem, dtypes: Sequence[torch.dtype] = TRITON_DTYP
     return tuple(reasons)
 
 
-def _unfit_gpu(device: str) -> str:
+def _unfit_gpu(device: str = "cuda") -> str:
     """Why the Triton kernels do not take a GPU, or nothing; AMD's capability counts otherwise."""
     if not torch.cuda.is_available():
         return "torch sees no GPU"
