@@ -204,6 +204,8 @@ MUTANTS = (
 def mutated(tmp_path, monkeypatch):
     """Puts a mutant's functions where the pages look for raw ops; everything is as before afterwards."""
     monkeypatch.syspath_prepend(str(tmp_path))
+    for page in ("attention", "varlen_attention", "decode_attention"):
+        importlib.import_module(f"transfuse.ops.{page}")  # its raw ops are there from then on, and are not put back later
 
     def put(mutant):
         name = "mutated_kernels"
