@@ -205,7 +205,7 @@ def mutated(tmp_path, monkeypatch):
     """Puts a mutant's functions where the pages look for raw ops; everything is as before afterwards."""
     monkeypatch.syspath_prepend(str(tmp_path))
     for page in ("attention", "varlen_attention", "decode_attention"):
-        importlib.import_module(f"transfuse.ops.{page}")  # its raw ops are there from then on, and are not put back later
+        importlib.import_module(f"transfuse.ops.{page}")  # declares its raw ops, once
 
     def put(mutant):
         name = "mutated_kernels"
