@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "allocate.h"
-#include "attention_checks.h"
+#include "attention_decode_checks.h"
 #include "cpu/attention_decode.h"
 #include "parallel.h"
 
@@ -22,27 +22,13 @@ using cpu::DecodeParams;
 using cpu::DecodeTask;
 using cpu::DecodeTensor;
 
-constexpr const char* op = "decode_attention";
+using decode::op;
 constexpr int64_t serial_elements = 65536;  // elements to copy that are not worth a second thread
 
 // ---- the cache ----
 
-void check_tensor(const char* argument, const Tensor& t, ScalarType type) {
-  check_cpu(op, argument, t);
-  kernel_dtype(op, argument, t);
-  check_dtype(op, argument, t, type);
-  check(t.dim() == 4, op, ": ", argument, " has shape ", shape_of(t), ", expected 4 dimensions");
-  check(t.size(3) >= 1 && t.size(3) <= max_head_dim, op, ": ", argument, " has head_dim ", t.size(3),
-        ", expected 1 to ", max_head_dim);
-}
-
 // Where a key/value head's key lies in a cache, whether its pages lie one after the other or anywhere.
-struct Cache {
-  int64_t batch, num_kv_heads;
-  int64_t capacity;                // keys of one batch entry
-  int64_t num_blocks, block_size;  // a batch entry is one block where there is no table
-  int64_t max_blocks = 1;
-  bool paged;
+struct Cache : decode::CacheSizes {
   std::vector<int64_t> lengths;  // [B], valid keys, new ones included
   std::vector<int64_t> table;    // [B, max_blocks] where paged; entries beyond the length stay 0
 
@@ -56,29 +42,7 @@ struct Cache {
 // Checks shapes and values of the cache and its two tables; names the first bad entry.
 Cache make_cache(const Tensor& key, const Tensor& value, const Tensor& seqlens,
                  const std::optional<Tensor>& block_table, int64_t num_new) {
-  check_tensor("key_cache", key, key.scalar_type());
-  check_tensor("value_cache", value, key.scalar_type());
-  for (int i = 0; i < 3; ++i)
-    check(value.size(i) == key.size(i), op, ": value_cache has shape ", shape_of(value),
-          ", expected the first three dimensions of key_cache's ", shape_of(key));
-  check_integers(op, "cache_seqlens", seqlens, 1);
-  Cache c{};
-  c.paged = block_table.has_value();
-  c.batch = seqlens.size(0);
-  c.num_blocks = key.size(0);
-  c.num_kv_heads = key.size(c.paged ? 2 : 1);
-  c.block_size = key.size(c.paged ? 1 : 2);
-  c.max_blocks = 1;
-  if (c.paged) {
-    check_integers(op, "block_table", *block_table, 2);
-    check(block_table->size(0) == c.batch, op, ": block_table has ", block_table->size(0), " rows, expected ", c.batch,
-          " (cache_seqlens's)");
-    c.max_blocks = block_table->size(1);
-  } else {
-    check(c.num_blocks == c.batch, op, ": key_cache has batch ", c.num_blocks, ", expected ", c.batch,
-          " (cache_seqlens's)");
-  }
-  c.capacity = c.max_blocks * c.block_size;
+  Cache c{decode::check_cache(key, value, seqlens, block_table, Backend::cpu, max_head_dim), {}, {}};
   c.lengths = zero_vector<int64_t>(op, c.batch);
   for (int64_t b = 0; b < c.batch; ++b) {
     const int64_t before = integer_at(seqlens, b * seqlens.stride(0));
@@ -100,36 +64,6 @@ Cache make_cache(const Tensor& key, const Tensor& value, const Tensor& seqlens,
 }
 
 // ---- append ----
-
-void check_new(const char* argument, const Tensor& t, const Tensor& cache, const Cache& c) {
-  check_tensor(argument, t, cache.scalar_type());
-  check(t.size(0) == c.batch && t.size(1) == c.num_kv_heads && t.size(3) == cache.size(3), op, ": ", argument,
-        " has shape ", shape_of(t), ", expected (", c.batch, ", ", c.num_kv_heads, ", Lnew, ", cache.size(3), ")");
-}
-
-// Writing to memory that is its own neighbour would leave whatever came last.
-void check_writable(const char* argument, const Tensor& t) {
-  for (int64_t i = 0; i < t.dim(); ++i)
-    check(t.size(i) <= 1 || t.stride(i) != 0, op, ": ", argument, " has stride 0 in dimension ", i,
-          ", expected memory of its own to write new keys to");
-}
-
-// The bytes from the first to the last element of a tensor.
-std::pair<const char*, const char*> extent(const Tensor& t) {
-  int64_t last = 0;
-  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
-  const char* first = static_cast<const char*>(t.const_data_ptr());
-  return {first, first + (last + 1) * t.element_size()};
-}
-
-// What is written may not be what is read.
-void check_apart(const char* argument, const Tensor& t, const char* cache_name, const Tensor& cache) {
-  if (t.numel() == 0 || cache.numel() == 0) return;
-  const auto [first, stop] = extent(t);
-  const auto [cache_first, cache_stop] = extent(cache);
-  check(stop <= cache_first || cache_stop <= first, op, ": ", argument, " lies in the memory of ", cache_name,
-        ", expected memory of its own");
-}
 
 // Heads [begin, end) of all batch entries in order: entries that share a page write to it one after the other.
 void copy_heads(const Cache& c, const Tensor& cache, const Tensor& added, int64_t begin, int64_t end) {
@@ -154,20 +88,9 @@ void copy_heads(const Cache& c, const Tensor& cache, const Tensor& added, int64_
 
 void decode_attention_append(const Tensor key_cache, const Tensor value_cache, const Tensor cache_seqlens,
                              std::optional<Tensor> block_table, const Tensor new_key, const Tensor new_value) {
-  check(new_key.dim() == 4, op, ": new_key has shape ", shape_of(new_key), ", expected 4 dimensions");
+  decode::check_new_length(new_key);
   const Cache c = make_cache(key_cache, value_cache, cache_seqlens, block_table, new_key.size(2));
-  check_new("new_key", new_key, key_cache, c);
-  check_new("new_value", new_value, value_cache, c);
-  check(new_value.size(2) == new_key.size(2), op, ": new_value has length ", new_value.size(2), ", expected ",
-        new_key.size(2), " (new_key's)");
-  check_writable("key_cache", key_cache);
-  check_writable("value_cache", value_cache);
-  check(key_cache.numel() == 0 || key_cache.const_data_ptr() != value_cache.const_data_ptr(), op,
-        ": value_cache is key_cache, expected memory of its own to write new values to");
-  check_apart("new_key", new_key, "key_cache", key_cache);
-  check_apart("new_key", new_key, "value_cache", value_cache);
-  check_apart("new_value", new_value, "key_cache", key_cache);
-  check_apart("new_value", new_value, "value_cache", value_cache);
+  decode::check_append(key_cache, value_cache, new_key, new_value, c, Backend::cpu, max_head_dim);
   const int64_t elements = new_key.numel() + new_value.numel();
   parallel_for(0, c.num_kv_heads, elements < serial_elements ? c.num_kv_heads : 1, [&](int64_t begin, int64_t end) {
     copy_heads(c, key_cache, new_key, begin, end);
@@ -189,23 +112,17 @@ void run_tasks(int64_t tasks, int64_t threads, const Run& run) {
 }
 
 DecodeTensor bias_view(const Tensor& bias, const Tensor& query, int64_t capacity) {
-  check_cpu(op, "attn_bias", bias);
-  const bool fits = bias.dim() == 4 && bias.size(0) == query.size(0) && bias.size(1) == query.size(1) &&
-      bias.size(2) == query.size(2) && bias.size(3) == capacity;
-  check(fits, op, ": attn_bias has shape ", shape_of(bias), ", expected (", query.size(0), ", ", query.size(1), ", ",
-        query.size(2), ", ", capacity, ")");
+  decode::check_bias(bias, query, capacity, Backend::cpu);
   return {bias.const_data_ptr(), bias.stride(0), bias.stride(1), bias.stride(2), bias.stride(3),
           kernel_dtype(op, "attn_bias", bias)};
 }
 
-// [Hq], or where `batched` also [B, Hq], in float64 and contiguous.
+// In float64 and contiguous.
 const double* per_head(const char* argument, const std::optional<Tensor>& t, const Tensor& query, bool batched) {
   if (!t) return nullptr;
-  check_cpu(op, argument, *t);
+  decode::check_per_head(argument, *t, query, batched, Backend::cpu);
   check_dtype(op, argument, *t, ScalarType::Double);
-  const bool fits = t->is_contiguous() && ((t->dim() == 1 && t->size(0) == query.size(1)) ||
-      (batched && t->dim() == 2 && t->size(0) == query.size(0) && t->size(1) == query.size(1)));
-  check(fits, op, ": ", argument, " has shape ", shape_of(*t), ", expected contiguous (", query.size(1), ",)");
+  check(t->is_contiguous(), op, ": ", argument, " is not contiguous, expected memory without gaps");
   return static_cast<const double*>(t->const_data_ptr());
 }
 
@@ -278,16 +195,9 @@ std::tuple<Tensor, Tensor> decode_attention_forward(const Tensor query, const Te
                                                     std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks,
                                                     int64_t num_new, double scale, int64_t window_left,
                                                     double softcap) {
-  check(num_new >= 0, op, ": num_new is ", num_new, ", expected at least 0");
-  check(softcap >= 0, op, ": softcap is ", softcap, ", expected at least 0");
   const Cache c = make_cache(key_cache, value_cache, cache_seqlens, block_table, num_new);
-  check_tensor("query", query, key_cache.scalar_type());
+  decode::check_query(query, key_cache, c, num_new, softcap, Backend::cpu, max_head_dim);
   const int64_t batch = query.size(0), heads = query.size(1), length = query.size(2);
-  check(batch == c.batch, op, ": query has batch ", batch, ", expected ", c.batch, " (cache_seqlens's)");
-  check(query.size(3) == key_cache.size(3), op, ": key_cache has head_dim ", key_cache.size(3), ", expected ",
-        query.size(3), " (query's)");
-  check(c.num_kv_heads == 0 ? heads == 0 : heads % c.num_kv_heads == 0, op, ": query has ", heads,
-        " heads, expected a multiple of ", c.num_kv_heads, " (key_cache's)");
   const ScalarType type = query.scalar_type();
   const Tensor output =
       torch::stable::transpose(empty_cpu(op, {batch, length, heads, value_cache.size(3)}, type), 1, 2);

@@ -10,44 +10,12 @@
 #include <tuple>
 #include <vector>
 
-#include "attention_checks.h"
-#include "cuda/attention.cuh"
-#include "cuda_device.h"
+#include "cuda_attention.h"
 
 namespace transfuse {
 namespace {
 
-using cuda::AttentionOutput;
 using cuda::AttentionParams;
-using cuda::AttentionTensor;
-
-// Where a tensor keeps batch, head, row and column; -1 for a dimension that it does not have.
-struct Dims {
-  int batch, head, row, col;
-};
-constexpr Dims dense_dims{0, 1, 2, 3}, packed_dims{-1, 1, 0, 2}, packed_lse_dims{-1, 0, 1, -1};
-
-int64_t stride_of(const Tensor& t, int dim) { return dim < 0 || dim >= t.dim() ? 0 : t.stride(dim); }
-
-AttentionTensor view(const Tensor& t, Dims d) {
-  return {t.const_data_ptr(), stride_of(t, d.batch), stride_of(t, d.head), stride_of(t, d.row), stride_of(t, d.col)};
-}
-AttentionTensor view(const std::optional<Tensor>& t, Dims d) {
-  return t ? view(*t, d) : AttentionTensor{nullptr, 0, 0, 0, 0};
-}
-AttentionOutput output_view(const Tensor& t, Dims d) {
-  return {t.mutable_data_ptr(), stride_of(t, d.batch), stride_of(t, d.head), stride_of(t, d.row)};
-}
-cuda::IntegerTable table_of(const Tensor& t) {
-  return {t.const_data_ptr(), t.stride(0), t.scalar_type() == ScalarType::Long};
-}
-
-// A length as the kernels count it.
-int counted(const char* op, const char* argument, int64_t length) {
-  constexpr int64_t most = int64_t{1} << 30;  // so that a sum of two is an int
-  check(length >= 0 && length <= most, op, ": ", argument, " is ", length, ", expected at most ", most);
-  return static_cast<int>(length);
-}
 
 AttentionSizes check_tensors(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
                              int64_t ndim) {
@@ -89,23 +57,11 @@ class Problem {
     p.window_left = o.left(op, cuda::attention_unbounded);
     p.window_right = o.right(op, cuda::attention_unbounded);
     p.bottom_right = o.bottom_right;
-    p.scale = static_cast<float>(o.scale);
-    p.softcap = static_cast<float>(o.softcap);
-    // A tiny cap makes 0 * largest of a score of 0.
-    constexpr double largest = std::numeric_limits<float>::max();
-    if (o.softcap > 0)
-      p.scale_over_softcap = static_cast<float>(std::clamp(o.scale / o.softcap, -largest, largest));
-    // The largest product is the largest score where the scale is positive.
-    p.transforms = o.bias || o.alibi_slopes || o.softcap > 0 || !(p.scale > 0);
-    p.logit_scale = p.transforms ? 1.0f : p.scale;
+    set_scale(p, o.scale, o.softcap);
   }
 
  private:
-  // As floats, adjacent, whatever dtype and strides they came in.
-  const float* floats_of(const Tensor& t) {
-    kept_.push_back(call_.contiguous(torch::stable::to(t, ScalarType::Float)));
-    return static_cast<const float*>(kept_.back().const_data_ptr());
-  }
+  const float* floats_of(const Tensor& t) { return kept_floats(call_, t, kept_); }
   void add_dropout(const AttentionOptions& o) {
     kept_.push_back(call_.contiguous(torch::stable::to(*o.dropout_seed, ScalarType::Long)));
     params.dropout_seed = static_cast<const int64_t*>(kept_.back().const_data_ptr());
@@ -121,14 +77,6 @@ class Problem {
 };
 
 // ---- problems ----
-
-// A [B, H, L, D] view of [B, L, H, D] memory: heads of one token lie together, as the next projection wants them.
-Tensor empty_heads(const char* op, const CudaCall& call, int64_t batch, int64_t heads, int64_t length, int64_t dim,
-                   ScalarType type) {
-  const Tensor memory = call.empty({batch, length, heads, dim}, type);
-  return view_of(op, memory, {batch, heads, length, dim},
-                 {memory.stride(0), memory.stride(2), memory.stride(1), memory.stride(3)});
-}
 
 AttentionSizes check_dense(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
                            const std::optional<Tensor>& mask, const std::optional<Tensor>& seqlens_k,

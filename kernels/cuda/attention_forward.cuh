@@ -141,8 +141,9 @@ struct ForwardBlock {
     if ((!Policy::general || p.softcap == 0) && __any_sync(whole_warp, may_saturate)) {
       const ScoreRow places[2] = {score_row(p, task, tile_row(t, 0)), score_row(p, task, tile_row(t, 1))};
       const RowAnchor anchor = follow_maximum(rows[t], maxima, p.logit_scale);
-      refine_scores<T>(scores, p, sequence, places, anchor, query_tile, stage_of(first_key_tile, stage),
-                       warp_row + 16 * t, key, Policy::general);
+      refine_scores<T, Policy::head_dim / 16>(
+          scores, p, sequence, places, anchor, RowsOperand<typename Policy::QueryTile>(query_tile, warp_row + 16 * t),
+          ProductsOperand<typename Policy::KeyTile>(stage_of(first_key_tile, stage)), key, Policy::general);
       row_maxima(scores, maxima);
     }
     take_weights(scores, rows[t], maxima, p.logit_scale * exp_log2e, factors);

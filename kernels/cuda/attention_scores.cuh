@@ -241,18 +241,16 @@ struct RowAnchor {
   float anchor[2];
 };
 
-// scores - anchor in the rows to refine.
-template <class T, int Keys, class QueryTile, class KeyTile>
+// scores - anchor in the rows to refine, from operands of products over 16 * steps dimensions.
+template <class T, int steps, int Keys, class First, class Second>
 __device__ __forceinline__ void refine_scores(ScoreFragment<Keys>& scores, const AttentionParams& p,
                                               const AttentionSequence& s, const ScoreRow (&rows)[2],
-                                              const RowAnchor& row_anchor, const QueryTile& query,
-                                              const KeyTile& key_tile, int row, int key, bool general) {
-  const RowsOperand<QueryTile> queries(query, row);
-  const ProductsOperand<KeyTile> keys(key_tile);
+                                              const RowAnchor& row_anchor, const First& queries, const Second& keys,
+                                              int key, bool general) {
 #pragma unroll
   for (int n = 0; n < Keys / 8; ++n) {
     Pair product[4];
-    multiply_in_two_floats<T, QueryTile::columns / 16>(product, queries, keys, 8 * n);
+    multiply_in_two_floats<T, steps>(product, queries, keys, 8 * n);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int half = e / 2, at = key + 8 * n + fragment_column() + e % 2;

@@ -91,6 +91,19 @@ __device__ __forceinline__ void kept_fragments(uint32_t (&signs)[4], uint32_t (&
   }
 }
 
+// What values that are not finite add to the rows that keep them.
+template <class T>
+__device__ __forceinline__ void add_infinities(float (&sum)[4], const uint32_t (&signs)[4], const uint32_t (&kept)[4],
+                                               const ValuesApart& low, const ValuesApart& high) {
+  float balance[4] = {}, count[4] = {};
+  multiply<T>(balance, signs, {low.signs, high.signs});
+  multiply<T>(count, kept, {low.kinds, high.kinds});
+#pragma unroll
+  for (int e = 0; e < 4; ++e)
+    if (count[e] != 0)
+      sum[e] += fabsf(balance[e]) == count[e] ? balance[e] * attention_infinity : __int_as_float(0x7FC00000);
+}
+
 // The same sum over the pairs that are not excluded. What is not finite is counted: infinities of one sign alone give
 // that infinity, everything else NaN, as IEEE has it.
 template <class T, int m_tiles, int Keys, class ValueTile, int columns>
@@ -115,13 +128,7 @@ __device__ __forceinline__ void add_kept_values(float (&output)[m_tiles][columns
           float(&sum)[4] = output[t][n + j];
           multiply<T>(sum, a, {low.finite, high.finite});
           if (!__any_sync(whole_warp, low.kinds != 0 || high.kinds != 0)) continue;
-          float balance[4] = {}, count[4] = {};
-          multiply<T>(balance, signs, {low.signs, high.signs});
-          multiply<T>(count, kept, {low.kinds, high.kinds});
-#pragma unroll
-          for (int e = 0; e < 4; ++e)
-            if (count[e] != 0)
-              sum[e] += fabsf(balance[e]) == count[e] ? balance[e] * attention_infinity : __int_as_float(0x7FC00000);
+          add_infinities<T>(sum, signs, kept, low, high);
         }
       }
     }

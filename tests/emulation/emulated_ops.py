@@ -18,17 +18,27 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transfuse import extension  # noqa: F401  registers the schemas
+from transfuse.ops.attention_checks import CUDA_DECODE_HEAD_DIM
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STEMS = re.search(r"^set\(OPS ([^)]*)\)", (emulator.ROOT / "CMakeLists.txt").read_text(), re.M).group(1).split()
 
 
+# Siblings with a library of their own: their tests and mutants need no unit of the op beside them.
+APART = ("attention_decode",)
+
+
 def sources_of(stem):
-    """(kernels, host code) of one op, found as CMakeLists.txt finds them."""
+    """(kernels, host code) of one library, found as CMakeLists.txt finds them."""
     kernels = emulator.ROOT / "kernels" / "cuda"
     host = emulator.ROOT / "csrc"
+    elsewhere = [sibling for sibling in APART if sibling != stem]
     return [
-        sorted({*folder.glob(f"{prefix}{stem}.{kind}"), *folder.glob(f"{prefix}{stem}_*.{kind}")})
+        sorted(
+            path
+            for path in {*folder.glob(f"{prefix}{stem}.{kind}"), *folder.glob(f"{prefix}{stem}_*.{kind}")}
+            if not any(path.stem.removeprefix(prefix).startswith(sibling) for sibling in elsewhere)
+        )
         for folder, prefix, kind in ((kernels, "", "cu"), (host, "cuda_", "cpp"))
     ]
 
@@ -56,6 +66,7 @@ def attention_units(head_dims=ATTENTION_HEAD_DIMS, types=("f16", "bf16")):
 
 # Stems whose kernels and host code both exist.
 EMULATED = tuple(stem for stem in STEMS if all(sources_of(stem)))
+LIBRARIES = (*EMULATED, *APART)
 
 
 @lru_cache(maxsize=None)
@@ -96,11 +107,13 @@ def libraries():
     """Compiles all of them side by side."""
     emulator.core_path()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compiled, EMULATED))
+        list(pool.map(compiled, LIBRARIES))
 
 
 def stem_of(name):
     """Whose kernels run the raw op of that name: the stem stands after what says add_ or varlen_."""
+    if name.startswith("decode_attention_"):
+        return "attention_decode"
     name = name.removeprefix("add_").removeprefix("varlen_")
     return next((stem for stem in EMULATED if name.startswith(f"{stem}_")), None)
 
@@ -110,6 +123,9 @@ def beyond(stem, name, args):
     floats = [t for t in args if isinstance(t, torch.Tensor) and t.is_floating_point()]
     if any(t.dtype == torch.float64 for t in floats):
         return True
+    if stem == "attention_decode":
+        tensors = args[:2] if name.endswith("_append") else args[:3]
+        return max(t.shape[-1] for t in tensors) > CUDA_DECODE_HEAD_DIM
     if stem != "attention":
         return False
     backward = name.endswith("_backward")
@@ -137,10 +153,32 @@ class EmulatedKernels(TorchDispatchMode):
         if served_by is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"{self.namespace}::{name}", "CPU"):
             return function(*args, **(kwargs or {}))
         self.calls += 1
-        names = [argument.name for argument in function._schema.arguments]
+        arguments = function._schema.arguments
         with emulator.Memory() as memory, served_by.watched(self.seed, blocks_at_ends=self.blocks_at_ends):
-            given = [
-                memory.place(name, value, "read-only") if isinstance(value, torch.Tensor) else value
-                for name, value in zip(names, args, strict=True)
-            ]
-            return getattr(getattr(torch.ops, self.namespace), name).default(*given)
+            written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
+            given = _placed(memory, [argument.name for argument in arguments], args, written)
+            result = getattr(getattr(torch.ops, self.namespace), name).default(*given)
+            for before, after, is_written in zip(args, given, written, strict=True):
+                if is_written:
+                    before.copy_(after)
+            return result
+
+
+def _placed(memory, names, args, written):
+    """The arguments in the emulator's memory. Beside one that is written, those that share memory still share it."""
+    tensors = [value for value in args if isinstance(value, torch.Tensor)]
+    storages = [tensor.untyped_storage().data_ptr() for tensor in tensors]
+    shared, given = {}, []
+    for name, value, is_written in zip(names, args, written, strict=True):
+        if not isinstance(value, torch.Tensor):
+            given.append(value)
+            continue
+        storage = value.untyped_storage().data_ptr()
+        if any(written) and storages.count(storage) > 1 and value.numel():
+            if storage not in shared:
+                whole = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
+                shared[storage] = memory.place(name, whole, "initialised")
+            given.append(shared[storage].as_strided(value.shape, value.stride(), value.storage_offset()))
+        else:
+            given.append(memory.place(name, value, "initialised" if is_written else "read-only"))
+    return given

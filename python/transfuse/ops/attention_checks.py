@@ -44,12 +44,14 @@ def autocast_additive(query: Tensor, *tensors: Tensor | None) -> tuple[Tensor | 
 
 
 CUDA_FLOAT32_HEAD_DIM = 256  # the widest of the float32 kernel; of the others the build says it
+CUDA_DECODE_HEAD_DIM = 256  # of every dtype
 
 
-def cuda_reasons(problem, head_dims: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
-    """Why the CUDA kernels cannot run a problem of attention; head_dims: (name, size)."""
+def cuda_reasons(problem, head_dims: tuple[tuple[str, int], ...], widest: int | None = None) -> tuple[str, ...]:
+    """Why the CUDA kernels cannot run a problem of attention; head_dims: (name, size). widest: where it is always one."""
     reasons = dispatch.cuda_reasons(problem)
-    widest = CUDA_FLOAT32_HEAD_DIM if problem.dtype == torch.float32 else extension.cuda_attention_head_dim
+    if widest is None:
+        widest = CUDA_FLOAT32_HEAD_DIM if problem.dtype == torch.float32 else extension.cuda_attention_head_dim
     for name, size in head_dims:
         if size > widest and not extension.cuda_unavailable:
             reasons += (f"{name} is {size}, the kernel takes up to {widest}",)

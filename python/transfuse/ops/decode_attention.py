@@ -3,8 +3,8 @@
     cache[b, :, cache_seqlens[b] : cache_seqlens[b] + Lnew] = new_key[b], new_value[b]
     output[b] = attention(query[b], the valid keys of b, causal, bottom-right)
 
-Read decode_attention and IMPLEMENTATIONS; then csrc/attention_decode.cpp and kernels/cpu/attention_decode.cpp, or
-kernels/triton/attention_decode.py.
+Read decode_attention and IMPLEMENTATIONS; then csrc/attention_decode.cpp and kernels/cpu/attention_decode.cpp,
+csrc/cuda_attention_decode.cpp and kernels/cuda/attention_decode.cu, or kernels/triton/attention_decode.py.
 """
 
 from dataclasses import dataclass
@@ -73,13 +73,13 @@ def decode_attention(
 
     Numerics: float64 throughout on the CPU, float32 sums on a GPU, one rounding at the end. A row with no key gives
         output 0, lse -inf (with a sink: output 0, lse = the sink). A NaN in a valid key gives NaN. Keys are summed in
-        chunks of 256 counted from the entry's own first key, so the bits depend neither on the batch, the threads, the
-        layout of the cache, nor its block_size.
+        chunks counted from the entry's own first key (of 256; in the CUDA kernels of more above 16384 keys), so the bits
+        depend neither on the batch, the threads, the layout of the cache, nor its block_size.
         Autocast: query and the new keys and values are cast to the cache's dtype, and the cache never.
 
     Raises:
         ValueError: shapes, options, and on the CPU lengths and block numbers out of range (the first bad entry is
-        named); nothing has been written then. TypeError: types and dtypes. RuntimeError: devices; an argument that
+        named; on a GPU they are clamped, and new keys without a place are left out); nothing has been written then. TypeError: types and dtypes. RuntimeError: devices; an argument that
         requires grad, under enabled grad; appending inside torch.func transforms.
 
     Source: split keys as in Flash-Decoding (Dao et al., 2023), pages as in vLLM (Kwon et al., 2023).
@@ -89,10 +89,10 @@ def decode_attention(
         softcap, alibi_slopes, sinks,
     )
     query, _, value_cache = arguments[:3]
-    wide = query.shape[-1] > checks.MAX_HEAD_DIM or value_cache.shape[-1] > checks.MAX_HEAD_DIM
-    implementation = dispatch.select(
-        _OP, IMPLEMENTATIONS, (query.device.type, query.dtype, wide), lambda: _problem(arguments, features)
-    )
+    widest = max(query.shape[-1], value_cache.shape[-1])
+    device = "cpu" if query.device.type == "cpu" else str(query.device)
+    key = (device, query.dtype, widest > checks.CUDA_DECODE_HEAD_DIM, widest > checks.MAX_HEAD_DIM)
+    implementation = dispatch.select(_OP, IMPLEMENTATIONS, key, lambda: _problem(arguments, features))
     output, lse = implementation.run(*arguments, features)
     return (output, lse) if return_lse else output
 
@@ -113,6 +113,11 @@ class DecodeAttentionProblem(dispatch.Problem):
 def _unsupported(reasons_of_backend, problem: DecodeAttentionProblem) -> tuple[str, ...]:
     reasons = reasons_of_backend(problem)
     return reasons + checks.head_dim_reasons(problem.query_shape[-1], problem.value_cache_shape[-1])
+
+
+def _cuda_unsupported(problem: DecodeAttentionProblem) -> tuple[str, ...]:
+    sizes = (("head_dim", problem.query_shape[-1]), ("value's head_dim", problem.value_cache_shape[-1]))
+    return checks.cuda_reasons(problem, sizes, checks.CUDA_DECODE_HEAD_DIM)
 
 
 def _run_kernels(kind, query, key_cache, value_cache, seqlens, new_key, new_value, block_table, bias, scale, features):
@@ -146,6 +151,7 @@ def _run_reference(query, key_cache, value_cache, seqlens, new_key, new_value, b
 
 
 IMPLEMENTATIONS = (
+    dispatch.Implementation("cuda", _cuda_unsupported, partial(_run_kernels, "compiled")),
     dispatch.Implementation(
         "triton", partial(_unsupported, dispatch.triton_reasons), partial(_run_kernels, "triton"), automatic="cuda"
     ),
@@ -317,7 +323,7 @@ def _explain_problem(
 decode_attention.explain_problem = _explain_problem
 
 
-# ---- raw ops: csrc/attention_decode.cpp, kernels/triton/attention_decode.py ----
+# ---- raw ops: csrc/attention_decode.cpp, csrc/cuda_attention_decode.cpp, kernels/triton/attention_decode.py ----
 # What is declared with them: shapes, dtypes and layout without data.
 
 

@@ -1,0 +1,147 @@
+// decode_attention on a GPU: launchers, and the writing of new keys and values into their caches.
+//
+// The kernels are in attention_decode_mma.cuh (float16, bfloat16) and attention_decode_simt.cuh (float32), what they
+// share in attention_decode_parts.cuh.
+#include "cuda/attention_decode.cuh"
+
+#include "cuda/attention_alignment.cuh"
+#include "cuda/attention_decode_mma.cuh"
+#include "cuda/attention_decode_simt.cuh"
+
+namespace transfuse::cuda {
+
+namespace {
+
+// ---- append ----
+
+constexpr int append_threads = 128;
+
+// A thread per vector of a new row: keys along y 0, values along y 1.
+template <class T>
+__global__ void __launch_bounds__(append_threads)
+    attention_append_kernel(const __grid_constant__ DecodeAppendParams a) {
+  const int which = static_cast<int>(blockIdx.y), columns = a.columns[which];
+  const int64_t vectors = (columns + width<T> - 1) / width<T>;
+  int64_t place = static_cast<int64_t>(blockIdx.x) * append_threads + threadIdx.x;
+  const int column = static_cast<int>(place % vectors) * width<T>;
+  place /= vectors;
+  const int64_t token = place % a.cache.num_new;
+  place /= a.cache.num_new;
+  const int64_t head = place % a.num_kv_heads, batch = place / a.num_kv_heads;
+  if (batch >= a.batch) return;
+  const int64_t key = clamped(integer_at(a.cache.lengths, batch), 0, a.cache.capacity) + token;
+  if (key >= a.cache.capacity) return;
+  int64_t block = batch, row = key;
+  if (a.cache.table) {
+    const int page = static_cast<int>(key / a.cache.block_size);
+    block = block_in_table(a.cache, batch, page);
+    row = key - static_cast<int64_t>(page) * a.cache.block_size;
+  }
+  if (block < 0 || block >= a.cache.num_blocks) return;  // no such block: nothing else is written instead
+  const AttentionTensor& from = a.sources[which];
+  const AttentionOutput& to = a.targets[which];
+  const T* source = row_of<T>(from, batch, head, token);
+  T* target = row_of<T>(to, block, head, row);
+  if (a.whole[which]) {
+    *reinterpret_cast<uint4*>(target + column) = *reinterpret_cast<const uint4*>(source + column);
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < width<T>; ++j)
+    if (column + j < columns) target[(column + j) * a.target_cols[which]] = source[(column + j) * from.col];
+}
+
+template <class T>
+cudaError_t append_rows(DecodeAppendParams a, cudaStream_t stream) {
+  const int64_t rows = a.batch * a.num_kv_heads * a.cache.num_new;
+  int64_t blocks = 0;
+  for (int i = 0; i < 2; ++i) {
+    const AttentionOutput& to = a.targets[i];
+    a.whole[i] = whole_rows<T>(a.sources[i]) && a.columns[i] % width<T> == 0 &&
+        whole_rows<T>(AttentionTensor{to.data, to.batch, to.head, to.row, a.target_cols[i]});
+    const int64_t threads = rows * ((a.columns[i] + width<T> - 1) / width<T>);
+    const int64_t needed = (threads + append_threads - 1) / append_threads;
+    blocks = needed > blocks ? needed : blocks;
+  }
+  if (blocks > most_blocks) return cudaErrorInvalidConfiguration;
+  return launch(attention_append_kernel<T>, dim3(static_cast<unsigned>(blocks), blocks ? 2 : 0), dim3(append_threads),
+                0, stream, a);
+}
+
+// ---- forward ----
+
+template <class T>
+DecodeParams prepared(DecodeParams d) {
+  AttentionParams& p = d.problem;
+  p.bottom_right = true;
+  p.window_right = 0;
+  p.excludes = p.bias.data || p.max_seqlen_q > 1;  // one query sees all that is read, but for a bias
+  p.whole_query = whole_rows<T>(p.query);
+  p.whole_key = whole_rows<T>(p.key);
+  p.whole_value = whole_rows<T>(p.value);
+  p.bias_pairs = aligned_pairs(p.bias, p.bias_in_float ? 4 : static_cast<int64_t>(sizeof(T)));
+  return d;
+}
+
+template <class T, class Policy>
+cudaError_t launch_decode(void (*kernel)(DecodeParams), const DecodeParams& params, cudaStream_t stream) {
+  const DecodeParams d = prepared<T>(params);
+  const AttentionParams& p = d.problem;
+  const int64_t rows = static_cast<int64_t>(p.num_heads / p.num_kv_heads) * p.max_seqlen_q;
+  const int64_t groups = p.num_sequences * p.num_kv_heads, tiles = (rows + Policy::rows - 1) / Policy::rows;
+  if (groups * tiles * d.parts > most_blocks || groups * rows > most_blocks) return cudaErrorInvalidConfiguration;
+  const cudaError_t error = launch(kernel, dim3(static_cast<unsigned>(groups * tiles * d.parts)),
+                                   dim3(decode_threads), Policy::shared_bytes, stream, d);
+  if (error != cudaSuccess || d.parts == 1) return error;
+  return launch(attention_decode_fold_kernel<T>, dim3(static_cast<unsigned>(groups * rows)), dim3(decode_threads), 0,
+                stream, d);
+}
+
+template <class T, int HeadDim>
+cudaError_t launch_tensor_cores(const DecodeParams& d, cudaStream_t stream) {
+  using Policy = DecodePolicy<T, HeadDim>;
+  return launch_decode<T, Policy>(attention_decode_kernel<Policy>, d, stream);
+}
+template <int HeadDim>
+cudaError_t launch_simt(const DecodeParams& d, cudaStream_t stream) {
+  using Policy = DecodeSimtPolicy<HeadDim>;
+  return launch_decode<float, Policy>(attention_decode_simt_kernel<Policy>, d, stream);
+}
+
+template <class T>
+cudaError_t decode_16_bits(const DecodeParams& d, int widest, cudaStream_t stream) {
+  if (widest <= 64) return launch_tensor_cores<T, 64>(d, stream);
+  if (widest <= 128) return launch_tensor_cores<T, 128>(d, stream);
+  return launch_tensor_cores<T, decode_widest_head_dim>(d, stream);
+}
+
+}  // namespace
+
+int attention_decode_parts(int length) {
+  const int keys = decode_keys_of_part(length);
+  return length > keys ? (length + keys - 1) / keys : 1;
+}
+
+cudaError_t attention_decode_forward(const DecodeParams& d, DType dtype, cudaStream_t stream) {
+  const AttentionParams& p = d.problem;
+  if (p.num_sequences == 0 || p.num_heads == 0 || p.max_seqlen_q == 0) return cudaSuccess;
+  const int widest = p.head_dim > p.value_head_dim ? p.head_dim : p.value_head_dim;
+  if (widest > decode_widest_head_dim) return cudaErrorNotSupported;
+  switch (dtype) {
+    case DType::f32:
+      return widest <= 128 ? launch_simt<128>(d, stream) : launch_simt<decode_widest_head_dim>(d, stream);
+    case DType::f16:
+      return decode_16_bits<f16>(d, widest, stream);
+    case DType::bf16:
+      return decode_16_bits<bf16>(d, widest, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+cudaError_t attention_decode_append(const DecodeAppendParams& a, DType dtype, cudaStream_t stream) {
+  if (a.batch == 0 || a.num_kv_heads == 0 || a.cache.num_new == 0) return cudaSuccess;
+  return with_type(dtype, [&](auto element) { return append_rows<decltype(element)>(a, stream); });
+}
+
+}  // namespace transfuse::cuda
