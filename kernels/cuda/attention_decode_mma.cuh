@@ -19,7 +19,7 @@ struct DecodePolicy {
   using T = Type;
   static constexpr int head_dim = HeadDim;  // of keys and of values, rounded up
   static constexpr int rows = 16, keys = 16;
-  static constexpr int blocks = HeadDim == 64 ? 4 : HeadDim == 128 ? 3 : 2;  // of a multiprocessor: bytes under way
+  static constexpr int blocks = HeadDim <= 128 ? 3 : 2;  // of a multiprocessor, so that enough bytes are under way
   static constexpr int key_steps = HeadDim / 32, value_steps = HeadDim / 64;
   static constexpr int warp_elements = 2 * keys * HeadDim;  // a group of keys and one of values
   static constexpr int query_bytes = rows * HeadDim * static_cast<int>(sizeof(T));
