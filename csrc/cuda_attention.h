@@ -59,8 +59,8 @@ inline const float* kept_floats(const CudaCall& call, const Tensor& t, std::vect
 }
 
 // A [B, H, L, D] view of [B, L, H, D] memory: heads of one token lie together, as the next projection wants them.
-inline Tensor empty_heads(const char* op, const CudaCall& call, int64_t batch, int64_t heads, int64_t length, int64_t dim,
-                   ScalarType type) {
+inline Tensor empty_heads(const char* op, const CudaCall& call, int64_t batch, int64_t heads, int64_t length,
+                          int64_t dim, ScalarType type) {
   const Tensor memory = call.empty({batch, length, heads, dim}, type);
   return view_of(op, memory, {batch, heads, length, dim},
                  {memory.stride(0), memory.stride(2), memory.stride(1), memory.stride(3)});

@@ -19,14 +19,15 @@ struct DecodePolicy {
   using T = Type;
   static constexpr int head_dim = HeadDim;  // of keys and of values, rounded up
   static constexpr int rows = 16, keys = 16;
-  static constexpr int blocks = HeadDim <= 128 ? 3 : 2;  // of a multiprocessor, so that enough bytes are under way
   static constexpr int key_steps = HeadDim / 32, value_steps = HeadDim / 64;
-  static constexpr int warp_elements = 2 * keys * HeadDim;  // a group of keys and one of values
+  static constexpr int stages = 256 / HeadDim;              // groups that a warp asks for ahead: 16 KB in each
+  static constexpr int stage_elements = 2 * keys * HeadDim;  // a group of keys and one of values
+  static constexpr int warp_elements = stages * stage_elements;
   static constexpr int query_bytes = rows * HeadDim * static_cast<int>(sizeof(T));
   static constexpr int warp_bytes = warp_elements * static_cast<int>(sizeof(T));
   static constexpr int shared_bytes =
       query_bytes + decode_warps * warp_bytes + static_cast<int>(sizeof(WarpResults<rows>));
-  static_assert(warp_bytes == rows * HeadDim * static_cast<int>(sizeof(float)), "results take the place of the keys");
+  static_assert(warp_bytes >= rows * HeadDim * static_cast<int>(sizeof(float)), "results take the place of the keys");
   static_assert(shared_bytes <= 99 * 1024, "a block's shared memory everywhere");
 };
 
@@ -75,7 +76,7 @@ struct DecodeWarp {
   const DecodeWork& work;
   DecodeReader<T> reader;
   const T* query_places;
-  T *key_places, *value_places;
+  T* stages;           // [stages][keys, values]
   ScoreRow places[2];  // of the lane's two rows
   float output[8 * value_steps][4];
   SoftmaxRows rows;
@@ -86,13 +87,15 @@ struct DecodeWarp {
         work(its_work),
         reader{params, its_work, {0, 0}},
         query_places(queries),
-        key_places(its_places),
-        value_places(its_places + keys * Policy::head_dim),
+        stages(its_places),
         places{score_row(p, work.task, fragment_row()), score_row(p, work.task, fragment_row() + 8)} {}
 
   // ---- load ----
 
-  __device__ __forceinline__ void load_keys(int key) {
+  __device__ __forceinline__ T* keys_of(int stage) const { return stages + stage * Policy::stage_elements; }
+  __device__ __forceinline__ T* values_of(int stage) const { return keys_of(stage) + keys * Policy::head_dim; }
+
+  __device__ __forceinline__ void load_keys(int key, int stage) {
     reader.find(key + lane_of_warp() % keys);
     __syncwarp();  // no lane reads the keys before
 #pragma unroll
@@ -102,24 +105,25 @@ struct DecodeWarp {
 #pragma unroll
       for (int step = 0; step < key_steps; ++step) {
         const int column = 32 * step + lane_of_warp() % 4 * 8;
-        reader.copy(key_places + ((tile * key_steps + step) * warp_size + lane_of_warp()) * width<T>, p.key, offset,
+        reader.copy(keys_of(stage) + ((tile * key_steps + step) * warp_size + lane_of_warp()) * width<T>, p.key, offset,
                     column, columns, p.whole_key);
       }
     }
     ptx::cp_async_commit();
   }
   // Of the same group as the keys before.
-  __device__ __forceinline__ void load_values(int key) {
+  __device__ __forceinline__ void load_values(int key, int stage) {
     __syncwarp();  // no lane reads the values before
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int of = i / 2 * 8 + lane_of_warp() % 4 * 2 + i % 2, columns = reader.is_read(key + of) ? p.value_head_dim : 0;
+      const int of = i / 2 * 8 + lane_of_warp() % 4 * 2 + i % 2;
+      const int columns = reader.is_read(key + of) ? p.value_head_dim : 0;
       const int64_t offset = reader.offset(p.value, of);
 #pragma unroll
       for (int step = 0; step < value_steps; ++step) {
         const int column = 64 * step + lane_of_warp() / 4 * 8;
-        reader.copy(value_places + ((4 * step + i) * warp_size + lane_of_warp()) * width<T>, p.value, offset, column,
-                    columns, p.whole_value);
+        reader.copy(values_of(stage) + ((4 * step + i) * warp_size + lane_of_warp()) * width<T>, p.value, offset,
+                    column, columns, p.whole_value);
       }
     }
     ptx::cp_async_commit();
@@ -127,7 +131,7 @@ struct DecodeWarp {
 
   // ---- scores ----
 
-  __device__ __forceinline__ void multiply_keys(ScoreFragment<keys>& scores) const {
+  __device__ __forceinline__ void multiply_keys(ScoreFragment<keys>& scores, int stage) const {
     scores.excluded = 0;
 #pragma unroll
     for (int n = 0; n < 2; ++n)
@@ -138,7 +142,7 @@ struct DecodeWarp {
       const uint4 low = vector_at(query_places, 2 * step), high = vector_at(query_places, 2 * step + 1);
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        const uint4 k = vector_at(key_places, n * key_steps + step);
+        const uint4 k = vector_at(keys_of(stage), n * key_steps + step);
         multiply<T>(scores.x[n], {low.x, high.x, low.y, high.y}, {k.x, k.y});
         multiply<T>(scores.x[n], {low.z, high.z, low.w, high.w}, {k.z, k.w});
       }
@@ -146,7 +150,7 @@ struct DecodeWarp {
   }
 
   // Scores become weights.
-  __device__ __forceinline__ void update_softmax(ScoreFragment<keys>& scores, int key) {
+  __device__ __forceinline__ void update_softmax(ScoreFragment<keys>& scores, int key, int stage) {
     if (p.transforms) transform_scores<T>(scores, p, work.task.sequence, places, key);
     exclude_unseen(scores, places, key);
     float maxima[2], factors[2];
@@ -156,8 +160,8 @@ struct DecodeWarp {
     if (p.softcap == 0 && __any_sync(whole_warp, may_saturate)) {
       const RowAnchor anchor = follow_maximum(rows, maxima, p.logit_scale);
       refine_scores<T, 2 * key_steps>(scores, p, work.task.sequence, places, anchor,
-                                      DecodeQueryOperand<T>{query_places}, DecodeKeyOperand<T, key_steps>{key_places},
-                                      key, true);
+                                      DecodeQueryOperand<T>{query_places},
+                                      DecodeKeyOperand<T, key_steps>{keys_of(stage)}, key, true);
       row_maxima(scores, maxima);
     }
     take_weights(scores, rows, maxima, p.logit_scale * exp_log2e, factors);
@@ -171,7 +175,7 @@ struct DecodeWarp {
   // ---- values ----
 
   // Accumulator 8 * step + j: columns 64 * step + 8 * (2 t + e % 2) + j.
-  __device__ __forceinline__ void add_group(const ScoreFragment<keys>& weights, bool kept_alone) {
+  __device__ __forceinline__ void add_group(const ScoreFragment<keys>& weights, int stage, bool kept_alone) {
     uint32_t a[4], signs[4], kept[4];
     weights_fragment<T>(a, weights, 0);
     if (kept_alone) kept_fragments<T>(signs, kept, weights, 0);
@@ -179,7 +183,7 @@ struct DecodeWarp {
     for (int step = 0; step < value_steps; ++step) {
       uint4 v[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = vector_at(value_places, 4 * step + i);
+      for (int i = 0; i < 4; ++i) v[i] = vector_at(values_of(stage), 4 * step + i);
 #pragma unroll
       for (int word = 0; word < 4; ++word) {
         uint32_t w[4];
@@ -220,20 +224,30 @@ struct DecodeWarp {
     int key = work.keys.begin / apart * apart + own;
     if (key + keys <= work.keys.begin) key += apart;
     if (key >= work.keys.end) return;
-    load_keys(key);
-    load_values(key);
-    for (; key < work.keys.end; key += apart) {
-      const int next = key + apart;
-      ptx::cp_async_wait<1>();  // keys; values are still under way
+    constexpr int ahead = 2 * Policy::stages - 1;  // copies under way while one is waited for
+    const auto ask = [&](int of, int stage, bool for_keys) {
+      if (of >= work.keys.end)
+        ptx::cp_async_commit();
+      else if (for_keys)
+        load_keys(of, stage);
+      else
+        load_values(of, stage);
+    };
+#pragma unroll 1
+    for (int stage = 0; stage < Policy::stages; ++stage) {
+      ask(key + stage * apart, stage, true);
+      ask(key + stage * apart, stage, false);
+    }
+    for (int stage = 0; key < work.keys.end; key += apart, stage = (stage + 1) % Policy::stages) {
+      const int next = key + Policy::stages * apart;
+      ptx::cp_async_wait<ahead>();  // keys
       ScoreFragment<keys> scores;
-      multiply_keys(scores);
-      update_softmax(scores, key);
-      if (next < work.keys.end) load_keys(next);
-      else ptx::cp_async_commit();
-      ptx::cp_async_wait<1>();  // values; the next keys are still under way
-      add_group(scores, kept_alone);
-      if (next < work.keys.end) load_values(next);
-      else ptx::cp_async_commit();
+      multiply_keys(scores, stage);
+      update_softmax(scores, key, stage);
+      ask(next, stage, true);
+      ptx::cp_async_wait<ahead>();  // values
+      add_group(scores, stage, kept_alone);
+      ask(next, stage, false);
     }
     ptx::cp_async_wait<0>();
   }
@@ -291,7 +305,7 @@ __device__ __forceinline__ void load_decode_queries(typename Policy::T* to, cons
 }
 
 template <class Policy>
-__global__ void __launch_bounds__(decode_threads, Policy::blocks)
+__global__ void __launch_bounds__(decode_threads, 2)
     attention_decode_kernel(const __grid_constant__ DecodeParams d) {
   using T = typename Policy::T;
   const DecodeWork work(d, Policy::rows, blockIdx.x);

@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(decode_threads)
   __syncthreads();
   for (int column = 4 * lane; column < d.partial_columns; column += 4 * warp_size) {
     float x[4] = {};
-#pragma unroll 8
+#pragma unroll 4
     for (int part = first + ((warp - first) & (decode_warps - 1)); part < stop; part += decode_warps) {
       const float4 of_part =
           *reinterpret_cast<const float4*>(d.partial_outputs + (row_parts + part) * d.partial_columns + column);

@@ -4,7 +4,7 @@
 // sums each lane then keeps those of two rows. Of values a lane has four of every 128 columns. Weights go through shared
 // memory from the lanes of a row to those of the columns.
 //
-// Policy: products are summed 16 at a time, values four at a time, before they join a sum. An excluded weight is written
+// Policy: products are summed four at a time before they join a sum, here and of values. An excluded weight is written
 // as -0: it is told from a weight of 0 that takes part where values are not finite, and adds nothing anywhere.
 #pragma once
 
@@ -95,30 +95,24 @@ struct DecodeSimtWarp {
 
   // Of rows part_lane + 4 i with keys key_lane + 8 n.
   __device__ __forceinline__ void multiply_keys(float (&scores)[my_rows][key_tiles]) const {
-    constexpr int chain = 4;  // vectors whose products are summed before they join the score
     float total[all_rows][key_tiles] = {};
-#pragma unroll 1
-    for (int begin = 0; begin < key_steps; begin += chain) {
-      float part[all_rows][key_tiles] = {};
+#pragma unroll 2
+    for (int step = 0; step < key_steps; ++step) {
+      float key[key_tiles][4];
 #pragma unroll
-      for (int step = begin; step < begin + chain; ++step) {
-        float key[key_tiles][4];
+      for (int tile = 0; tile < key_tiles; ++tile) load_four(key_vector(tile, step), key[tile]);
 #pragma unroll
-        for (int tile = 0; tile < key_tiles; ++tile) load_four(key_vector(tile, step), key[tile]);
+      for (int row = 0; row < all_rows; ++row) {
+        float query[4];
+        load_four(queries + row * Policy::head_dim + 16 * step + 4 * part_lane, query);
 #pragma unroll
-        for (int row = 0; row < all_rows; ++row) {
-          float query[4];
-          load_four(queries + row * Policy::head_dim + 16 * step + 4 * part_lane, query);
+        for (int tile = 0; tile < key_tiles; ++tile) {
+          float part = 0;
 #pragma unroll
-          for (int tile = 0; tile < key_tiles; ++tile)
-#pragma unroll
-            for (int c = 0; c < 4; ++c) part[row][tile] = fmaf(query[c], key[tile][c], part[row][tile]);
+          for (int c = 0; c < 4; ++c) part = fmaf(query[c], key[tile][c], part);
+          total[row][tile] += part;
         }
       }
-#pragma unroll
-      for (int row = 0; row < all_rows; ++row)
-#pragma unroll
-        for (int tile = 0; tile < key_tiles; ++tile) total[row][tile] += part[row][tile];
     }
 #pragma unroll
     for (int row = 0; row < all_rows; ++row)
