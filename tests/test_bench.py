@@ -288,6 +288,11 @@ def test_gpu_dry_run_walks_every_case(tmp_path, capsys):
     small = [(row["peer"], row["status"]) for row in rows if row["section"] == "small_rows"]
     assert {peer for peer, _ in small} == {"transfuse cuda", "transfuse triton", "torch eager"}
     assert {status for _, status in small} == {"ok"}
+    decode = [row for row in rows if row["section"] == "decode"]
+    assert {row["peer"] for row in decode} == {"transfuse cuda", "transfuse triton", "sdpa gqa"}
+    assert {row["status"] for row in decode} == {"ok"} and all(row["gbps"] > 0 for row in decode)
+    exact = [row["rms_error"] for row in decode if not row["variant"]]
+    assert len(exact) == 3 * len(gpu.gpu_peers.DECODE_SIZES) and max(exact) < 0.01
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"{len(rows)} rows in {tmp_path / 'gpu.json'}; parity failures of transfuse: 0"
 

@@ -33,6 +33,7 @@ SECTIONS = (
     ("sdpa_bias", 90),
     ("varlen", 15),
     ("own_attention", 100),
+    ("decode", 40),
     ("row_kernels", 150),
     ("small_rows", 20),
     ("flex", 140),

@@ -26,6 +26,10 @@ SEQLENS = (4096, 1024, 16384, 512, 2048, 8192)  # the most telling first: a dead
 HEAD_DIMS = (128, 64, 256)
 BIAS_SEQLENS = (4096, 512, 2048, 8192)
 COLUMNS = (768, 384, 1024, 4096, 2048, 8192)
+# Batch and keys of one new token, grouped queries as LLaMA's; first where keys and values exceed 64 MB by far.
+DECODE_SIZES = ((16, 16384), (64, 4096), (1, 65536), (8, 65536), (4, 4096), (1, 16384), (1, 4096), (64, 65536))
+DECODE_HEADS, DECODE_KV_HEADS, DECODE_HEAD_DIM, DECODE_PAGE = 32, 8, 128, 64
+DECODE_SPARE = 256  # rows of the cache that are not filled yet
 EXACT_SEQLEN = 4096  # up to here one head is compared with float64
 BACKWARD_FLOPS = 2.5
 
@@ -233,6 +237,55 @@ def _varlen_rows(run, varlen_attn, longest, heads, head_dim):
     flops = sum(length * length for length in lengths) * heads * 4 * head_dim
     tensors = [_random(run, sum(lengths), heads, head_dim) for _ in range(3)]
     _directions(run, forward, tensors, flops=flops, op="varlen_attention", peer="torch varlen_attn", shape=shape)
+
+
+def decode(run):
+    """One new token of each entry against its cache: ours, contiguous and in pages, and torch on the filled slice."""
+    own = _there(run, ("transfuse cuda", "transfuse triton"))
+    for batch, keys in DECODE_SIZES:
+        shape = {"batch": batch, "heads": DECODE_HEADS, "kv_heads": DECODE_KV_HEADS, "keys": keys,
+                 "head_dim": DECODE_HEAD_DIM}  # fmt: skip
+        if run.dry:
+            shape = {"batch": 2, "heads": 4, "kv_heads": 2, "keys": keys // 64, "head_dim": 16}
+        with run.guarded(op="decode_attention", peer="all", shape=shape):
+            _decode_rows(run, own, shape)
+
+
+def _decode_rows(run, own, shape):
+    batch, keys, kv_heads, head_dim = (shape[name] for name in ("batch", "keys", "kv_heads", "head_dim"))
+    page = 4 if run.dry else DECODE_PAGE
+    capacity = keys + (page if run.dry else DECODE_SPARE)
+    query = _random(run, batch, shape["heads"], 1, head_dim)
+    caches = [_random(run, batch, kv_heads, capacity, head_dim) for _ in range(2)]
+    lengths = torch.full((batch,), keys, dtype=torch.int32, device=run.device)
+    table = torch.randperm(batch * (capacity // page), device=run.device).int().view(batch, -1)
+    facts = {"op": "decode_attention", "direction": "forward", "shape": shape}
+    facts["moved"] = sum(cache[:, :, :keys].numel() * cache.element_size() for cache in caches)
+
+    def stock():
+        key, value = (cache[:, :, :keys] for cache in caches)
+        return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+    def ours(peer, caches, block_table):
+        def call():
+            with transfuse.use_backend("auto" if run.dry else OWN_BACKENDS[peer]):
+                return transfuse.decode_attention(query, *caches, lengths, block_table=block_table)
+
+        return call
+
+    def judged(call):
+        """With the relative rms error of the first entry's first head against float64."""
+        key, value = (cache[:1, :1, :keys].double() for cache in caches)
+        exact = (query[:1, :1].double() @ key.mT * head_dim**-0.5).softmax(-1) @ value
+        return call, ((call()[:1, :1].double() - exact).norm() / exact.norm()).item()
+
+    with torch.no_grad():
+        for peer in own:
+            run.measure(lambda peer=peer: judged(ours(peer, caches, None)), peer=peer, **facts)
+        run.measure(lambda: judged(stock), peer="sdpa gqa", **facts)
+        pages = [_random(run, table.numel(), page, kv_heads, head_dim) for _ in range(2)]
+        for peer in own:
+            run.measure(lambda peer=peer: ours(peer, pages, table), peer=peer, variant=f"pages of {page}", **facts)
 
 
 def flex(run):
