@@ -120,12 +120,12 @@ def stem_of(name):
 
 def beyond(stem, name, args):
     """Whether a problem is one that the ops page keeps from CUDA."""
+    if stem == "attention_decode":  # slopes and sinks are float64 on the CPU, whatever query is
+        tensors = args[:2] if name.endswith("_append") else args[:3]
+        return args[0].dtype == torch.float64 or max(t.shape[-1] for t in tensors) > CUDA_DECODE_HEAD_DIM
     floats = [t for t in args if isinstance(t, torch.Tensor) and t.is_floating_point()]
     if any(t.dtype == torch.float64 for t in floats):
         return True
-    if stem == "attention_decode":
-        tensors = args[:2] if name.endswith("_append") else args[:3]
-        return max(t.shape[-1] for t in tensors) > CUDA_DECODE_HEAD_DIM
     if stem != "attention":
         return False
     backward = name.endswith("_backward")
@@ -154,6 +154,8 @@ class EmulatedKernels(TorchDispatchMode):
             return function(*args, **(kwargs or {}))
         self.calls += 1
         arguments = function._schema.arguments
+        if stem == "attention_decode":  # as the ops page hands slopes and sinks to a GPU
+            args = [t.float() if isinstance(t, torch.Tensor) and t.dtype == torch.float64 else t for t in args]
         with emulator.Memory() as memory, served_by.watched(self.seed, blocks_at_ends=self.blocks_at_ends):
             written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
             given = _placed(memory, [argument.name for argument in arguments], args, written)

@@ -130,7 +130,7 @@ def _run_kernels(kind, query, key_cache, value_cache, seqlens, new_key, new_valu
         if not torch.compiler.is_compiling():
             increment_version((key_cache, value_cache))  # autograd refuses what it saved of them before
     left = features.get("window", (None, None))[0]
-    slopes, sinks = (_float64(features.get(name)) for name in ("alibi_slopes", "sinks"))
+    slopes, sinks = (_of_kernels(features.get(name)) for name in ("alibi_slopes", "sinks"))
     return RAW_OPS[kind]["decode_attention_forward"](
         query, key_cache, value_cache, seqlens, block_table, bias, slopes, sinks,
         0 if new_key is None else new_key.shape[2], scale, -1 if left is None else min(left, _FARTHEST),
@@ -138,8 +138,11 @@ def _run_kernels(kind, query, key_cache, value_cache, seqlens, new_key, new_valu
     )
 
 
-def _float64(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.double().contiguous()
+def _of_kernels(tensor: Tensor | None) -> Tensor | None:
+    """In the type that the kernels of its device sum in."""
+    if tensor is None:
+        return None
+    return tensor.to(torch.float64 if tensor.device.type == "cpu" else torch.float32).contiguous()
 
 
 def _run_reference(query, key_cache, value_cache, seqlens, new_key, new_value, block_table, bias, scale, features):
