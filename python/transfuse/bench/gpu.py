@@ -48,18 +48,17 @@ HARD_SECTIONS = (2, 3, 4)
 PAST_INT32 = (1 << 32) + 8  # elements: beyond every 32-bit offset
 
 
-ATTENTION_OPS = ("attention", "varlen_attention", "decode_attention")  # kernels/triton alone has them
+ATTENTION_OPS = ("attention", "varlen_attention", "decode_attention")
 ATTENTION_SECTIONS = (1, 2)
 
 
-def promises_of_gpus(backend):
+def promises_of_gpus():
     """What our backends are held to: agreement with the float64 reference, and every promise of the row ops; of
     attention those about masks and numerics, last, since Triton compiles a kernel for each set of features."""
     found = list(agreement.PROMISES)
     hard = [promise for promise in every() if promise.op in ROW_OPS and promise.section in HARD_SECTIONS]
-    if backend == "triton":
-        of_attention = [p for p in every() if p.op in ATTENTION_OPS and p.section in ATTENTION_SECTIONS]
-        hard += [promise for promise in of_attention if not promise.id.endswith(".compiled")]
+    of_attention = [p for p in every() if p.op in ATTENTION_OPS and p.section in ATTENTION_SECTIONS]
+    hard += [promise for promise in of_attention if not promise.id.endswith(".compiled")]
     return found + [promise for promise in hard if not promise.slow and promise not in found]
 
 
@@ -70,7 +69,7 @@ def check_backends(run):
         if available[backend] is not True:
             run.add(op="all", peer=f"transfuse {backend}", status="skipped", reason=available[backend])
             continue
-        for promise in promises_of_gpus(backend):
+        for promise in promises_of_gpus():
             if time.monotonic() > run.section_end:
                 reason = "the section's time was used up"
                 run.add(op=promise.op, peer=f"transfuse {backend}", variant=promise.id, status="skipped", reason=reason)
