@@ -81,3 +81,14 @@ def test_attention_multiplies_on_tensor_cores(accesses):
             judged += 1
             assert counts["HMMA"] >= 2 * 16, f"{kernel}: {counts}"
     assert judged >= 2 * 2, "plain and general, in two types"
+
+
+def test_decode_reads_its_cache_in_vectors(accesses):
+    """A group of keys and one of values, each in as many 128-bit copies as a lane has vectors of them."""
+    judged = 0
+    for kernel, counts in accesses.items():
+        if kernel.partition("<")[0] in cuda_resources.CACHE_KERNELS:
+            judged += 1
+            head_dim = int(re.search(r"Policy<(?:\w+, )?(\d+)>", kernel)[1])
+            assert counts["LDG.128"] >= head_dim // 8, f"{kernel}: {counts}"
+    assert judged == 2 * 3 + 2, "three head dimensions in two types, two in float32"

@@ -1,8 +1,8 @@
 // The frame of decode's kernels: which keys a block takes, where they lie, and how the results of parts become one.
 //
 // A block takes a tile of rows and one part of the entry's keys; each of its warps walks every fourth group of keys on
-// its own. A lane copies with cp.async what it alone will read, into its own places of shared memory: a queue that needs
-// no barrier, in which keys or values are always under way. In the end the warps' results are folded in the order of
+// its own. A lane copies with cp.async what it alone will read, into its own places of shared memory: a queue that
+// needs no barrier, in which keys or values are always under way. In the end the warps' results are folded in the order of
 // the warps, and, by a second kernel, those of the parts in the order of the parts. No sum is unordered.
 //
 // Why tensor cores in 16 bits (attention_decode_mma.cuh) and plain FMA in float32 (attention_decode_simt.cuh). Reading
@@ -10,9 +10,10 @@
 // dimensions in 16 bits are 512 bytes, 28 clocks, in which 113 instructions of warps can be issued. With plain FMA, R
 // rows of one key head take 8 R of them for the products, 8 to widen, and about 2 R + 4 to sum over lanes and for the
 // softmax: 52 for R = 4, 92 for R = 8, and 16 rows would no longer wait for memory. mma.m16n8k16 takes up to 16 rows at
-// the same price: two instructions per key, 4 clocks of the tensor cores at 1024 products per clock, and about 15
-// others. In float32 a key has 57 clocks, or 226 instructions; 8 rows of plain FMA take 64 for the products and about
-// as many for operands and softmax, and IEEE products are what float32 promises. Counted, not measured.
+// the same price: two instructions per key, 4 clocks of the tensor cores at 1024 products per clock, and a few dozen
+// for copies, fragments and softmax. In float32 a key has 57 clocks, or 226 instructions; 8 rows of plain FMA take 64 for
+// the products and about as many for operands and softmax, and IEEE products are what float32 promises. Counted, not
+// measured.
 //
 // Policy: a row's arithmetic is that of its own keys; keys that no row of the tile sees are not read, and a group, warp
 // or part without a key changes no bit. What the tables hold is not trusted: lengths are clamped to the cache, block
@@ -124,17 +125,18 @@ struct DecodeReader {
     return block * t.batch + work.task.kv_head * t.head + row * t.row;
   }
   // A vector of columns of the row at `offset`: zeros from `columns` on.
-  static __device__ __forceinline__ void copy(T* to, const AttentionTensor& t, int64_t offset, int column, int columns,
-                                              bool whole) {
+  template <bool whole>
+  static __device__ __forceinline__ void copy(T* to, const AttentionTensor& t, int64_t offset, int column,
+                                              int columns) {
     const T* base = static_cast<const T*>(t.data);
     const int elements = min(max(columns - column, 0), width<T>);
-    if (whole) {
+    if constexpr (whole) {
       const T* from = elements > 0 ? base + offset + column : base;
       ptx::cp_async<vector_bytes>(to, from, elements * static_cast<int>(sizeof(T)));
-      return;
-    }
+    } else {
 #pragma unroll
-    for (int j = 0; j < width<T>; ++j) to[j] = j < elements ? base[offset + (column + j) * t.col] : T{};
+      for (int j = 0; j < width<T>; ++j) to[j] = j < elements ? base[offset + (column + j) * t.col] : T{};
+    }
   }
 };
 

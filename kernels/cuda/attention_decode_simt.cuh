@@ -1,8 +1,8 @@
 // Decode in float32: every product and sum is an IEEE operation, for tiles of up to 8 rows.
 //
-// Four neighbouring lanes share a key, each with every fourth vector of its dimensions, for all rows of the tile; of the
-// sums each lane then keeps those of two rows. Of values a lane has four of every 128 columns. Weights go through shared
-// memory from the lanes of a row to those of the columns.
+// Four neighbouring lanes share a key, each with every fourth vector of its dimensions, for all rows of the tile; of
+// the sums each lane then keeps those of two rows. Of values a lane has four of every 128 columns. Weights go through
+// shared memory from the lanes of a row to those of the columns.
 //
 // Policy: products are summed four at a time before they join a sum, here and of values. An excluded weight is written
 // as -0: it is told from a weight of 0 that takes part where values are not finite, and adds nothing anywhere.
@@ -67,28 +67,42 @@ struct DecodeSimtWarp {
   __device__ __forceinline__ void load_keys(int key) {
     reader.find(key + lane % keys);
     __syncwarp();  // no lane reads the keys before
-#pragma unroll
-    for (int tile = 0; tile < key_tiles; ++tile) {
-      const int of = 8 * tile + key_lane, columns = reader.is_read(key + of) ? p.head_dim : 0;
-      const int64_t offset = reader.offset(p.key, of);
-#pragma unroll
-      for (int step = 0; step < key_steps; ++step)
-        reader.copy(key_vector(tile, step), p.key, offset, 16 * step + 4 * part_lane, columns, p.whole_key);
-    }
+    if (p.whole_key)
+      copy_keys<true>(key);
+    else
+      copy_keys<false>(key);
     ptx::cp_async_commit();
   }
   // Of the same group as the keys before.
   __device__ __forceinline__ void load_values(int key) {
     __syncwarp();  // no lane reads the values before
+    if (p.whole_value)
+      copy_values<true>(key);
+    else
+      copy_values<false>(key);
+    ptx::cp_async_commit();
+  }
+  template <bool whole>
+  __device__ __forceinline__ void copy_keys(int key) const {
 #pragma unroll
+    for (int tile = 0; tile < key_tiles; ++tile) {
+      const int of = 8 * tile + key_lane, columns = reader.is_read(key + of) ? p.head_dim : 0;
+      const int64_t offset = reader.offset(p.key, of);
+#pragma unroll(whole ? key_steps : 1)
+      for (int step = 0; step < key_steps; ++step)
+        reader.template copy<whole>(key_vector(tile, step), p.key, offset, 16 * step + 4 * part_lane, columns);
+    }
+  }
+  template <bool whole>
+  __device__ __forceinline__ void copy_values(int key) const {
+#pragma unroll(whole ? keys : 1)
     for (int of = 0; of < keys; ++of) {
       const int columns = reader.is_read(key + of) ? p.value_head_dim : 0;
       const int64_t offset = reader.offset(p.value, of);
 #pragma unroll
       for (int step = 0; step < value_steps; ++step)
-        reader.copy(value_vector(of, step), p.value, offset, 128 * step + 4 * lane, columns, p.whole_value);
+        reader.template copy<whole>(value_vector(of, step), p.value, offset, 128 * step + 4 * lane, columns);
     }
-    ptx::cp_async_commit();
   }
 
   // ---- scores ----
