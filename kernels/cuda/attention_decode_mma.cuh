@@ -84,7 +84,7 @@ struct DecodeWarp {
   DecodeReader<T> reader;
   const T* query_places;
   T* stages;           // [stages][keys, values]
-  ScoreRow places[2];  // of the lane's two rows
+  const KeyRange seen_by_all;
   float output[8 * value_steps][4];
   SoftmaxRows rows;
 
@@ -95,7 +95,7 @@ struct DecodeWarp {
         reader{params, its_work, {0, 0}},
         query_places(queries),
         stages(its_places),
-        places{score_row(p, work.task, fragment_row()), score_row(p, work.task, fragment_row() + 8)} {}
+        seen_by_all(its_work.task.seen_by_all(params.problem, 0, Policy::rows)) {}
 
   // ---- load ----
 
@@ -122,7 +122,7 @@ struct DecodeWarp {
   }
   template <bool whole>
   __device__ __forceinline__ void copy_keys(int key, int stage) const {
-#pragma unroll
+#pragma unroll(whole ? 2 : 1)
     for (int tile = 0; tile < 2; ++tile) {
       const int of = 8 * tile + lane_of_warp() / 4, columns = reader.is_read(key + of) ? p.head_dim : 0;
       const int64_t offset = reader.offset(p.key, of);
@@ -134,7 +134,7 @@ struct DecodeWarp {
   }
   template <bool whole>
   __device__ __forceinline__ void copy_values(int key, int stage) const {
-#pragma unroll
+#pragma unroll(whole ? 4 : 1)
     for (int i = 0; i < 4; ++i) {
       const int of = i / 2 * 8 + lane_of_warp() % 4 * 2 + i % 2;
       const int columns = reader.is_read(key + of) ? p.value_head_dim : 0;
@@ -166,15 +166,25 @@ struct DecodeWarp {
     }
   }
 
+  // Of the lane's two rows.
+  __device__ __forceinline__ ScoreRow place_of_row(int half) const {
+    return score_row(p, work.task, fragment_row() + 8 * half);
+  }
+
   // Scores become weights.
   __device__ __forceinline__ void update_softmax(ScoreFragment<keys>& scores, int key, int stage) {
-    if (p.transforms) transform_scores<T>(scores, p, work.task.sequence, places, key);
-    exclude_unseen(scores, places, key);
+    const bool edge = key < seen_by_all.begin || key + keys > seen_by_all.end;
+    if (p.transforms || edge) {
+      const ScoreRow places[2] = {place_of_row(0), place_of_row(1)};
+      if (p.transforms) transform_scores<T>(scores, p, work.task.sequence, places, key);
+      if (edge) exclude_unseen(scores, places, key);
+    }
     float maxima[2], factors[2];
     row_maxima(scores, maxima);
     const bool may_saturate = is_saturated(maxima[0], p.logit_scale) || is_saturated(maxima[1], p.logit_scale) ||
         rows.anchor[0] != 0 || rows.anchor[1] != 0;
     if (p.softcap == 0 && __any_sync(whole_warp, may_saturate)) {
+      const ScoreRow places[2] = {place_of_row(0), place_of_row(1)};
       const RowAnchor anchor = follow_maximum(rows, maxima, p.logit_scale);
       refine_scores<T, 2 * key_steps>(scores, p, work.task.sequence, places, anchor,
                                       DecodeQueryOperand<T>{query_places},

@@ -2,8 +2,8 @@
 //
 // A block takes a tile of rows and one part of the entry's keys; each of its warps walks every fourth group of keys on
 // its own. A lane copies with cp.async what it alone will read, into its own places of shared memory: a queue that
-// needs no barrier, in which keys or values are always under way. In the end the warps' results are folded in the order of
-// the warps, and, by a second kernel, those of the parts in the order of the parts. No sum is unordered.
+// needs no barrier, in which keys or values are always under way. In the end the warps' results are folded in the order
+// of the warps, and, by a second kernel, those of the parts in the order of the parts. No sum is unordered.
 //
 // Why tensor cores in 16 bits (attention_decode_mma.cuh) and plain FMA in float32 (attention_decode_simt.cuh). Reading
 // at the 4.3 TB/s of an H200, each of 132 multiprocessors gets 18 bytes per clock at 1.8 GHz. One key and value of 128
@@ -11,8 +11,8 @@
 // rows of one key head take 8 R of them for the products, 8 to widen, and about 2 R + 4 to sum over lanes and for the
 // softmax: 52 for R = 4, 92 for R = 8, and 16 rows would no longer wait for memory. mma.m16n8k16 takes up to 16 rows at
 // the same price: two instructions per key, 4 clocks of the tensor cores at 1024 products per clock, and a few dozen
-// for copies, fragments and softmax. In float32 a key has 57 clocks, or 226 instructions; 8 rows of plain FMA take 64 for
-// the products and about as many for operands and softmax, and IEEE products are what float32 promises. Counted, not
+// for copies, fragments and softmax. In float32 a key has 57 clocks, or 226 instructions; 8 rows of plain FMA take 64
+// for the products and about as many for operands and softmax, and IEEE products are what float32 promises. Counted, not
 // measured.
 //
 // Policy: a row's arithmetic is that of its own keys; keys that no row of the tile sees are not read, and a group, warp
