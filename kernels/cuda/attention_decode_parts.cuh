@@ -241,7 +241,7 @@ __device__ __forceinline__ void fold_warps(const DecodeParams& d, const DecodeWo
 
 // A block folds the parts of one row: each warp every fourth part in order, and then the warps in order.
 template <class T>
-__global__ void __launch_bounds__(decode_threads)
+__global__ void __launch_bounds__(decode_threads, 8)
     attention_decode_fold_kernel(const __grid_constant__ DecodeParams d) {
   __shared__ PartStats stats[decode_most_parts];
   __shared__ float shares[decode_most_parts];
