@@ -7,8 +7,9 @@ import torch
 from test_emulation_attention import laid_out, pairwise, widened
 
 import transfuse
-from transfuse import decode_attention
+from transfuse import decode_attention, dispatch, extension
 from transfuse.dispatch import dtype_name
+from transfuse.ops.decode_attention import IMPLEMENTATIONS, DecodeAttentionProblem
 from transfuse.testing import assert_close
 
 in_every_dtype = pytest.mark.parametrize("dtype", emulated_ops.DTYPES, ids=dtype_name)
@@ -194,6 +195,26 @@ def test_rows_further_apart_than_an_int32_counts(dtype):
             near = decode_attention(query[..., narrow], key[:, :, :3, narrow], value[:, :, :3], seqlens, scale=64**-0.5)
             assert torch.equal(found, near)
             assert dim == 3 or torch.equal(found, expected)
+
+
+def test_what_the_kernels_do_not_take_has_its_reason(monkeypatch):
+    """On a machine whose GPU the module serves; where it serves none, its own reason is the one."""
+    monkeypatch.setattr(extension, "cuda_unavailable", "")
+    monkeypatch.setattr(dispatch, "unserved_gpu", lambda device: "")
+    cuda = next(i for i in IMPLEMENTATIONS if i.name == "cuda")
+    assert IMPLEMENTATIONS[0] is cuda and cuda.is_automatic_on("cuda")
+
+    def reasons(head_dim=256, value_head_dim=256, dtype=torch.bfloat16, device="cuda:0"):
+        shapes = ((2, 4, 1, head_dim), (2, 4, 9, head_dim), (2, 4, 9, value_head_dim))
+        return cuda.unsupported(
+            DecodeAttentionProblem("decode_attention", device, dtype, False, *shapes, 0, False, None, ())
+        )
+
+    assert reasons() == reasons(dtype=torch.float32) == ()
+    assert reasons(257) == ("head_dim is 257, the kernel takes up to 256",)
+    assert reasons(value_head_dim=300) == ("value's head_dim is 300, the kernel takes up to 256",)
+    assert reasons(device="cpu") == ("device is cpu, the kernel takes cuda",)
+    assert reasons(dtype=torch.float64)[0].startswith("dtype is float64, the kernel takes")
 
 
 # ---- appending ----
