@@ -66,6 +66,8 @@ AttentionGradParams prepared(AttentionGradParams g) {
   g.problem = prepared<T>(g.problem);
   g.problem.packed_heads = 1;
   g.whole_grad_output = whole_rows<T>(g.grad_output);
+  g.whole_grad_bias = g.grad_bias.data && g.grad_bias_batch == g.problem.num_sequences &&
+      g.grad_bias_heads == g.problem.num_heads;
   return g;
 }
 
