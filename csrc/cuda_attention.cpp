@@ -354,7 +354,8 @@ Grads run_backward(const CudaCall& call, const AttentionParams& problem, const T
   const int64_t queries = problem.max_seqlen_q, keys = problem.max_seqlen_k;
   const bool by_rows = wanted.bias && shape[3] == 1 && keys != 1;
   const bool by_keys = wanted.bias && !by_rows && shape[2] == 1 && queries != 1;
-  const Parts slope_parts(call, wanted.alibi_slopes, problem, queries), sink_parts(call, wanted.sinks, problem, queries);
+  const Parts slope_parts(call, wanted.alibi_slopes, problem, queries);
+  const Parts sink_parts(call, wanted.sinks, problem, queries);
   const Parts row_sums(call, by_rows, problem, queries), key_sums(call, by_keys, problem, keys);
   g.slope_parts = slope_parts.data();
   g.sink_parts = sink_parts.data();

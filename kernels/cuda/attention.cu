@@ -6,6 +6,7 @@
 #include "cuda/attention.cuh"
 
 #include "cuda/vector.cuh"
+#include "exp_constants.h"
 
 namespace transfuse::cuda {
 
@@ -49,6 +50,9 @@ int heads_of_a_tile(const AttentionParams& p) {
 
 template <class T>
 AttentionParams prepared(AttentionParams p) {
+  p.exp2_scale = p.logit_scale * exp_log2e;
+  p.dropout_scale = 1.0f / p.kept_share;
+  p.rest_scale = p.transforms ? p.scale : 1.0f;
   p.packed_heads = heads_of_a_tile(p);
   p.excludes =
       p.mask.data || p.bias.data || p.window_left < attention_unbounded || p.window_right < attention_unbounded;

@@ -60,6 +60,9 @@ struct AttentionParams {
   float softcap, scale_over_softcap;  // 0: none
   float logit_scale;                  // what a stored score has still to be multiplied by
   // Found by the launcher.
+  float exp2_scale;     // logit_scale * log2(e)
+  float dropout_scale;  // 1 / kept_share
+  float rest_scale;     // of a product, in a stored score: scale where it transforms, else 1
   int packed_heads;  // query heads of one key head that share a tile
   bool excludes;     // some pair of tokens may be excluded: by a window, causality, a mask or a bias
   bool whole_query, whole_key, whole_value, whole_output;  // rows are whole vectors on their boundaries
@@ -68,13 +71,13 @@ struct AttentionParams {
 
 struct AttentionGradParams {
   AttentionParams problem;
-  AttentionTensor grad_output, output;                   // [B, Hq, Lq, Dv]
-  AttentionTensor lse, grad_lse;                         // [B, Hq, Lq], float; grad_lse may be absent
-  AttentionOutput reference, normaliser, delta;          // the same, scratch: what the queries' kernel finds of each row
+  AttentionTensor grad_output, output;           // [B, Hq, Lq, Dv]
+  AttentionTensor lse, grad_lse;                 // [B, Hq, Lq], float; grad_lse may be absent
+  AttentionOutput reference, normaliser, delta;  // the same, scratch: what the first kernel finds of each row
   AttentionOutput grad_query, grad_key, grad_value;
   // [B or 1, Hq or 1, Lq, Lk] in the bias's dtype, or absent; stride 0 where the bias was broadcast. Zero-filled.
   AttentionOutput grad_bias;
-  int grad_bias_batch, grad_bias_heads;                  // its first two sizes
+  int grad_bias_batch, grad_bias_heads;  // its first two sizes
   // Sums of one row or column each, null where nobody wants them, zero-filled: [N, Hq, max_seqlen_q], in the last
   // [N, Hq, max_seqlen_k].
   float *slope_parts, *sink_parts, *row_sums, *key_sums;

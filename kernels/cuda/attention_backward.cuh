@@ -95,15 +95,15 @@ struct PairGrad {
   bool kept;
 };
 
-// exp(scale * difference), as exact as the type asks for; a NaN stays.
+// exp(logit_scale * difference), as exact as the type asks for; a NaN stays.
 template <class T>
-__device__ __forceinline__ float weight_of(float difference, float scale) {
+__device__ __forceinline__ float weight_of(const AttentionParams& p, float difference) {
   constexpr float largest = 64.0f;  // of exponents; only an lse that is not this row's has larger ones
   if constexpr (sizeof(T) == 4)
     return difference != difference     ? difference
-        : difference * scale > largest ? exp_nonpositive(largest, 0.0f)
-                                       : exp_scaled(difference, scale);
-  return ptx::exp2_approx(difference * (scale * exp_log2e));
+        : difference * p.logit_scale > largest ? exp_nonpositive(largest, 0.0f)
+                                               : exp_scaled(difference, p.logit_scale);
+  return ptx::exp2_approx(difference * p.exp2_scale);
 }
 
 // P and dS of one pair. `rest` is what rounding took from the product.
@@ -115,14 +115,14 @@ __device__ __forceinline__ PairGrad pair_grad(const AttentionParams& p, const At
   if constexpr (general) of = pair_score<T>(p, s, head, query, key, inside, product);
   PairGrad r{of.score, 0, 0, 0, 0, of.cap_slope, of.kept};
   if (!of.kept || row.reference == -attention_infinity) return r;
-  const float difference = (of.score - row.reference) + (general && p.transforms ? rest * p.scale : rest);
-  r.weight = r.dropped_weight = weight_of<T>(difference, p.logit_scale) * row.normaliser;
+  const float difference = (of.score - row.reference) + rest * p.rest_scale;
+  r.weight = r.dropped_weight = weight_of<T>(p, difference) * row.normaliser;
   if constexpr (general) {
     if (p.dropout_seed) {
       const PhiloxWords words = dropout_words(p, s, query, head, key / 4 * 4);
       const uint32_t low = key & 1 ? words.word[1] : words.word[0], high = key & 1 ? words.word[3] : words.word[2];
       const bool keeps = (key & 2 ? high : low) >= p.dropout_threshold && !p.drops_all;
-      const float share = keeps ? 1.0f / p.kept_share : 0.0f;
+      const float share = keeps ? p.dropout_scale : 0.0f;
       r.dropped_weight *= share;
       grad_weight *= share;
     }
@@ -214,17 +214,27 @@ __device__ __forceinline__ void write_grad_bias(const AttentionGradParams& g, in
     row_of<T>(g.grad_bias, batch, head, query)[key] = from_float<T>(value);
 }
 
+// What rounding took from the products of 16 rows with Others others, as bfloat16: a share of 2^-9 of it decides
+// nothing, and registers are scarce.
+template <int Others>
+struct ProductRests {
+  uint32_t pairs[Others / 8][2];
+
+  __device__ __forceinline__ float at(int n, int e) const {
+    const uint32_t pair = pairs[n][e / 2];
+    return __uint_as_float(e % 2 == 0 ? pair << 16 : pair & 0xFFFF0000u);
+  }
+};
+
 // Products of 16 rows with all rows of another tile; in two floats where some row is saturated, else the rests are 0.
 // In huge rows too: huge(n, e).
 template <class T, int Others, class RowsTile, class OthersTile, class Huge>
-__device__ __forceinline__ void careful_products(ScoreFragment<Others> (&products)[1], ScoreFragment<Others>& rests,
+__device__ __forceinline__ void careful_products(ScoreFragment<Others> (&products)[1], ProductRests<Others>& rests,
                                                  const RowsTile& rows, const OthersTile& others, int row, bool refine,
                                                  Huge huge) {
   multiply_keys(products, rows, others, row);
 #pragma unroll
-  for (int n = 0; n < Others / 8; ++n)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) rests.x[n][e] = 0;
+  for (int n = 0; n < Others / 8; ++n) rests.pairs[n][0] = rests.pairs[n][1] = 0;
   if (!refine) return;
   const RowsOperand<RowsTile> first(rows, row);
   const ProductsOperand<OthersTile> second(others);
@@ -232,12 +242,15 @@ __device__ __forceinline__ void careful_products(ScoreFragment<Others> (&product
   for (int n = 0; n < Others / 8; ++n) {
     Pair sums[4];
     multiply_in_two_floats<T, RowsTile::columns / 16>(sums, first, second, 8 * n);
+    float rest[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const bool finite = isfinite(sums[e].hi + sums[e].lo);
       if (finite) products[0].x[n][e] = sums[e].hi;
-      rests.x[n][e] = finite && !huge(n, e) ? sums[e].lo : 0.0f;
+      rest[e] = finite && !huge(n, e) ? sums[e].lo : 0.0f;
     }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) rests.pairs[n][half] = pair_of<bf16>(rest[2 * half], rest[2 * half + 1]);
   }
 }
 
@@ -332,9 +345,8 @@ struct QueryGradBlock : GradBlock<Policy> {
   float grad_query[1][Policy::head_dim / 8][4];
   // Of the thread's two rows; sums are the thread's own parts.
   RowStatistics rows[2];
-  float maximum[2];
   Pair weights[2], grads[2];  // of RowSums, in two floats: thousands of equal terms are rounded to the same side
-  float slope[2], distances[2];
+  float slope[2], distances[2];  // slope: in a walk for maxima the largest score
   using Base::Base, Base::g, Base::p, Base::task, Base::sequence, Base::stage_of;
 
   __device__ __forceinline__ int query_of(int half) const { return task.query(this->row_of_thread(half)); }
@@ -362,13 +374,14 @@ struct QueryGradBlock : GradBlock<Policy> {
   __device__ __forceinline__ bool huge(int half) const { return is_huge(rows[half].reference * p.logit_scale); }
 
   __device__ __forceinline__ void take_keys(int key, int stage, GradWalk walk) {
-    ScoreFragment<keys> scores[1], rests, products[1];
+    ScoreFragment<keys> scores[1], products[1];
+    ProductRests<keys> rests;
     const bool saturated =
         is_saturated(rows[0].reference, p.logit_scale) || is_saturated(rows[1].reference, p.logit_scale);
     const bool refine = p.softcap == 0 && __any_sync(whole_warp, saturated);
+    multiply_keys(products, this->second_owned, stage_of(this->second_walked, stage), this->warp_row);
     careful_products<T>(scores, rests, this->first_owned, stage_of(this->first_walked, stage), this->warp_row, refine,
                         [&](int, int e) { return huge(e / 2); });
-    multiply_keys(products, this->second_owned, stage_of(this->second_walked, stage), this->warp_row);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const ScoreRow row = score_row(p, task, this->row_of_thread(half));
@@ -380,18 +393,17 @@ struct QueryGradBlock : GradBlock<Policy> {
           const int e = 2 * half + i, at = key + 8 * n + fragment_column() + i;
           const PairGrad of = pair_grad<T, Policy::general>(
               p, sequence, row.head, row.query, at, at >= row.seen.begin && at < row.seen.end, scores[0].x[n][e],
-              rests.x[n][e], products[0].x[n][e], rows[half]);
+              rests.at(n, e), products[0].x[n][e], rows[half]);
           products[0].x[n][e] = of.grad_product;
           if (!of.kept) products[0].excluded |= 1u << (4 * n + e);
           weight_sum += of.weight;
           grad_sum += of.grad_score;
-          if (walk == GradWalk::maxima && of.kept) maximum[half] = fmaxf(maximum[half], of.score);
-          if constexpr (Policy::general) {
-            if (g.slope_parts) {
-              const float away = distance(p, sequence, row.query, at);
-              slope[half] = fmaf(of.grad_score, -away, slope[half]);
-              distances[half] = fmaf(of.weight, away, distances[half]);
-            }
+          if (walk == GradWalk::maxima) {
+            if (of.kept) slope[half] = fmaxf(slope[half], of.score);
+          } else if (Policy::general && g.slope_parts) {
+            const float away = distance(p, sequence, row.query, at);
+            slope[half] = fmaf(of.grad_score, -away, slope[half]);
+            distances[half] = fmaf(of.weight, away, distances[half]);
           }
         }
       weights[half] = weights[half] + weight_sum;
@@ -408,9 +420,9 @@ struct QueryGradBlock : GradBlock<Policy> {
     this->clear(grad_query);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      maximum[half] = -attention_infinity;
       weights[half] = grads[half] = {0, 0};
-      slope[half] = distances[half] = 0;
+      slope[half] = walk == GradWalk::maxima ? -attention_infinity : 0.0f;
+      distances[half] = 0;
     }
     const KeyRange seen = task.seen_by_some(p, 0, Policy::owned);
     const int first = seen.begin / keys * keys;
@@ -433,7 +445,7 @@ struct QueryGradBlock : GradBlock<Policy> {
   __device__ __forceinline__ void take_maxima() {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float most = largest_of_row(maximum[half]);
+      const float most = largest_of_row(slope[half]);
       if (is_huge(lse_of(half))) rows[half].reference = most == -attention_infinity ? 0.0f : most;
     }
   }
@@ -486,7 +498,7 @@ struct KeyGradBlock : GradBlock<Policy> {
   using Base = GradBlock<Policy>;
   using T = typename Policy::T;
   static constexpr int queries = Policy::walked;
-  const int key, rows, first_column;  // of the tile, and of the block's share of the columns
+  const int key, first_column;  // of the tile, and of the block's share of the columns
   float grad_key[1][Policy::columns / 8][4], grad_value[1][Policy::columns / 8][4];
   float key_sum[2];  // of one head's dS, the thread's own part
   using Base::g, Base::p, Base::task, Base::sequence, Base::stage_of;
@@ -495,12 +507,13 @@ struct KeyGradBlock : GradBlock<Policy> {
                                           int first_key, int share)
       : Base(params, its_task, shared),
         key(first_key),
-        rows(min(Policy::owned, its_task.sequence.seqlen_k - first_key)),
         first_column(share * Policy::columns) {}
 
+  // Found wherever it is wanted: a register that held it would be spilled.
+  __device__ __forceinline__ int rows() const { return min(Policy::owned, sequence.seqlen_k - key); }
   __device__ __forceinline__ void load_keys() const {
-    this->load(this->first_owned, p.key, task.kv_head, sequence.key_row + key, rows, p.head_dim, p.whole_key);
-    this->load(this->second_owned, p.value, task.kv_head, sequence.key_row + key, rows, p.value_head_dim,
+    this->load(this->first_owned, p.key, task.kv_head, sequence.key_row + key, rows(), p.head_dim, p.whole_key);
+    this->load(this->second_owned, p.value, task.kv_head, sequence.key_row + key, rows(), p.value_head_dim,
                p.whole_value);
   }
   __device__ __forceinline__ float* statistics_of(int stage) const { return this->statistics + 3 * queries * stage; }
@@ -516,7 +529,8 @@ struct KeyGradBlock : GradBlock<Policy> {
   }
 
   __device__ __forceinline__ void take_queries(int head, int query, int stage, bool kept_alone) {
-    ScoreFragment<queries> scores[1], rests, weights[1], grads[1];
+    ScoreFragment<queries> scores[1], weights[1], grads[1];
+    ProductRests<queries> rests;
     const float* statistics = statistics_of(stage);
     const bool saturated = is_saturated(statistics[lane_of_warp() % queries], p.logit_scale);
     const bool refine = p.softcap == 0 && __any_sync(whole_warp, saturated);
@@ -538,7 +552,7 @@ struct KeyGradBlock : GradBlock<Policy> {
           const int e = 2 * half + i, of_row = key + this->row_of_thread(half);
           const bool inside = at < sequence.seqlen_q && of_row >= seen.begin && of_row < seen.end;
           const PairGrad of = pair_grad<T, Policy::general>(p, sequence, head, at, of_row, inside, scores[0].x[n][e],
-                                                            rests.x[n][e], grads[0].x[n][e], row);
+                                                            rests.at(n, e), grads[0].x[n][e], row);
           weights[0].x[n][e] = of.dropped_weight;
           grads[0].x[n][e] = of.grad_product;
           if constexpr (Policy::general) {
@@ -563,44 +577,42 @@ struct KeyGradBlock : GradBlock<Policy> {
   __device__ __forceinline__ void walk_queries(bool kept_alone) {
     this->clear(grad_key);
     this->clear(grad_value);
-    const KeyRange seeing = queries_of_keys(p, sequence, key, rows);
+    key_sum[0] = key_sum[1] = 0;
+    const KeyRange seeing = queries_of_keys(p, sequence, key, rows());
     const int first = seeing.begin / queries * queries, group = p.num_heads / p.num_kv_heads;
-    const int steps = seeing.end > first ? (seeing.end - first + queries - 1) / queries : 0;
-    const auto load_step = [&](int step, int stage) {
-      if (step < steps * group)
-        load_queries(task.kv_head * group + step / steps, first + step % steps * queries, stage);
+    const int steps = seeing.end > first ? (seeing.end - first + queries - 1) / queries : 0;  // of a head
+    // Which head and queries a step is about is found twice: a register that holds it would be wanted elsewhere.
+    const auto head_of = [&](int step) { return task.kv_head * group + step / steps; };
+    const auto query_of = [&](int step) { return first + step % steps * queries; };
+    const auto load_step = [&](int step) {
+      if (step < steps * group) load_queries(head_of(step), query_of(step), step % 2);
       ptx::cp_async_commit();
     };
-    if (steps > 0) load_step(0, 0);
-    ptx::cp_async_commit();
+    load_step(0);
     for (int step = 0; step < steps * group; ++step) {
       ptx::cp_async_wait<0>();
       __syncthreads();  // this stage is there for all, and nobody reads the other one any more
-      load_step(step + 1, (step + 1) % 2);
-      const int head = task.kv_head * group + step / steps;
-      if constexpr (Policy::general) {
-        if (step % steps == 0) key_sum[0] = key_sum[1] = 0;
-      }
-      take_queries(head, first + step % steps * queries, step % 2, kept_alone);
-      if constexpr (Policy::general) {
-        if (g.key_sums && step % steps == steps - 1) write_key_sums(head);
-      }
+      load_step(step + 1);
+      take_queries(head_of(step), query_of(step), step % 2, kept_alone);
+      if (Policy::general && g.key_sums && (step + 1) % steps == 0) write_key_sums(head_of(step));
     }
     ptx::cp_async_wait<0>();
   }
-  __device__ __forceinline__ void write_key_sums(int head) const {
+  // Of a head that is done.
+  __device__ __forceinline__ void write_key_sums(int head) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = this->row_of_thread(half);
       const float sum = sum_of_row(key_sum[half]);
-      if (row < rows && fragment_column() == 0 && first_column == 0)
+      if (row < rows() && fragment_column() == 0 && first_column == 0)
         g.key_sums[(sequence.batch * p.num_heads + head) * p.max_seqlen_k + key + row] = sum;
+      key_sum[half] = 0;
     }
   }
   __device__ __forceinline__ void write_rows() const {
-    this->write(grad_key, g.grad_key, task.kv_head, sequence.key_row + key, rows, first_column, p.head_dim,
+    this->write(grad_key, g.grad_key, task.kv_head, sequence.key_row + key, rows(), first_column, p.head_dim,
                 {p.scale, p.scale});
-    this->write(grad_value, g.grad_value, task.kv_head, sequence.key_row + key, rows, first_column, p.value_head_dim,
+    this->write(grad_value, g.grad_value, task.kv_head, sequence.key_row + key, rows(), first_column, p.value_head_dim,
                 {1.0f, 1.0f});
   }
 };

@@ -116,7 +116,8 @@ struct BiasGradBlock {
                                            const RowStatistics (&rows)[2], bool refine) const {
     const typename Policy::KeyPart keys_of_part{key_tile.data + first * Policy::head_dim};
     const typename Policy::KeyPart values_of_part{value_tile.data + first * Policy::head_dim};
-    ScoreFragment<part> scores[1], rests, products[1];
+    ScoreFragment<part> scores[1], products[1];
+    ProductRests<part> rests;
     careful_products<T>(scores, rests, query_tile, keys_of_part, warp_row, refine,
                         [&](int, int e) { return is_huge(rows[e / 2].reference * p.logit_scale); });
     multiply_keys(products, grad_tile, values_of_part, warp_row);
@@ -130,7 +131,7 @@ struct BiasGradBlock {
         for (int i = 0; i < 2; ++i) {
           const int e = 2 * half + i, of_key = key + first + 8 * n + fragment_column() + i;
           const bool inside = query_of(half) < s.seqlen_q && of_key >= seen.begin && of_key < seen.end;
-          to[n][e] += pair_grad<T, true>(p, s, head, at, of_key, inside, scores[0].x[n][e], rests.x[n][e],
+          to[n][e] += pair_grad<T, true>(p, s, head, at, of_key, inside, scores[0].x[n][e], rests.at(n, e),
                                          products[0].x[n][e], rows[half])
                           .grad_score;
         }

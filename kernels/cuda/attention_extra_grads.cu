@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(threads) attention_add_parts_kernel(const __gr
   Pair sum = {0, 0};
   for (int64_t part = threadIdx.x % lanes; part < repeats[0] * repeats[1] * repeats[2]; part += lanes) {
     const int64_t inner = part / repeats[2];
-    sum = sum +
-        g.parts[first + inner / repeats[1] * strides[0] + inner % repeats[1] * strides[1] + part % repeats[2] * strides[2]];
+    const int64_t before = inner / repeats[1] * strides[0] + inner % repeats[1] * strides[1];
+    sum = sum + g.parts[first + before + part % repeats[2] * strides[2]];
   }
   sum = reduce<lanes>(sum, Add{}, exchange);
   if (exists && threadIdx.x % lanes == 0) g.sums[number] = to_float(sum);

@@ -145,7 +145,7 @@ struct ForwardBlock {
                        warp_row + 16 * t, key, Policy::general);
       row_maxima(scores, maxima);
     }
-    take_weights(scores, rows[t], maxima, p.logit_scale * exp_log2e, factors);
+    take_weights(scores, rows[t], maxima, p.exp2_scale, factors);
     if constexpr (Policy::general) {
       if (p.dropout_seed) {
         const ScoreRow places[2] = {score_row(p, task, tile_row(t, 0)), score_row(p, task, tile_row(t, 1))};

@@ -14,7 +14,7 @@ import transfuse
 from transfuse import scaled_dot_product_attention, varlen_attention
 from transfuse.dispatch import dtype_name
 from transfuse.promises.cases import GRADIENT_SLACK
-from transfuse.testing import assert_close
+from transfuse.testing import assert_close, draw
 
 # Factor -> its levels; a case has one of each, and every two levels of two factors meet in some case.
 FACTORS = {
@@ -80,13 +80,13 @@ def arguments(case, seed=0, batch=2):
     dtype, (len_q, len_k), (heads, kv_heads) = case["dtype"], case["lengths"], case["heads"]
     head_dim, value_head_dim = case["head_dims"]
 
-    def draw(*shape, of=dtype):
+    def drawn(*shape, of=dtype):
         return torch.randn(*shape, generator=generator).to(of)
 
     tensors = (
-        draw(batch, heads, len_q, head_dim),
-        draw(batch, kv_heads, len_k, head_dim),
-        draw(batch, kv_heads, len_k, value_head_dim),
+        drawn(batch, heads, len_q, head_dim),
+        drawn(batch, kv_heads, len_k, head_dim),
+        drawn(batch, kv_heads, len_k, value_head_dim),
     )
     options = {"enable_gqa": True, "window": case["window"], "softcap": case["softcap"]}
     if case["causal"]:
@@ -98,12 +98,12 @@ def arguments(case, seed=0, batch=2):
         whole = (batch, heads, len_q, len_k)
         broadcast = {"batch": (0,), "heads": (1,), "keys": (0, 2), "rows": (0, 1, 3)}.get(case["bias"], ())
         shape = [1 if dim in broadcast else size for dim, size in enumerate(whole)]
-        options["attn_bias"] = draw(*shape, of=torch.float32 if case["bias"] == "float32" else dtype)
+        options["attn_bias"] = drawn(*shape, of=torch.float32 if case["bias"] == "float32" else dtype)
     if case["alibi"]:
         shape = (batch, heads) if case["alibi"] == "batch" else (heads,)
-        options["alibi_slopes"] = draw(*shape, of=torch.float32).abs() / 8
+        options["alibi_slopes"] = drawn(*shape, of=torch.float32).abs() / 8
     if case["sinks"]:
-        options["sinks"] = draw(heads, of=torch.float32)
+        options["sinks"] = drawn(heads, of=torch.float32)
     if case["seqlens_k"]:
         options["seqlens_k"] = torch.tensor([len_k, len_k // 3])
     options["dropout_p"] = case["dropout"]
@@ -161,7 +161,8 @@ def test_gradients_of_features_meet(number):
         exact = gradients([t.double() for t in tensors], widened(options))
     for name, grad in found.items():
         assert grad.dtype == options.get(name, tensors[0]).dtype
-        assert_close(grad, exact[name], sum(case["lengths"]), name, slack=GRADIENT_SLACK * (2 if case["dropout"] else 1))
+        slack = GRADIENT_SLACK * (2 if case["dropout"] else 1)
+        assert_close(grad, exact[name], sum(case["lengths"]), name, slack=slack)
 
 
 @pytest.mark.parametrize("dtype", emulated_ops.DTYPES, ids=dtype_name)
@@ -169,7 +170,7 @@ def test_sums_of_score_gradients_cancel(dtype):
     """A constant added to a row of scores changes no weight: what output gives such a bias is 0, whatever rounding did
     to output and lse; and at logits of 1e4 lse is rounded by 5e-4."""
     for logit in (1.0, 1e4):
-        query, key, value, grad = (torch.randn(1, 2, 70, 64, generator=torch.Generator().manual_seed(i)) for i in range(4))
+        query, key, value, grad = (draw(1, 2, 70, 64, seed=i) for i in range(4))
         leaves = [(query * logit**0.5).to(dtype), (key * logit**0.5).to(dtype), value.to(dtype)]
         bias = torch.zeros(1, 2, 70, 1, dtype=torch.float32, requires_grad=True)
         with emulated_ops.EmulatedKernels(seed=7):
