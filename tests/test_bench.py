@@ -285,6 +285,9 @@ def test_gpu_dry_run_walks_every_case(tmp_path, capsys):
     )  # bfloat16 against float64: 2**-8, so the shapes and the causal flag are right
     kernels = {row["op"] for row in rows if row["section"] == "row_kernels" and row["status"] == "ok"}
     assert {"layer_norm", "rms_norm", "softmax", "gelu", "add_layer_norm", "bias_gelu", "rotary"} <= kernels
+    own = {(row["peer"], row["direction"], row["variant"]) for row in rows if row["section"] == "own_attention"}
+    kinds = ("", "causal", "bias [1,H,L,L]", "bias [B,H,L,L]")
+    assert own == set(itertools.product(gpu_peers.OWN_BACKENDS, ("forward", "backward"), kinds))
     small = [(row["peer"], row["status"]) for row in rows if row["section"] == "small_rows"]
     assert {peer for peer, _ in small} == {"transfuse cuda", "transfuse triton", "torch eager"}
     assert {status for _, status in small} == {"ok"}
