@@ -26,7 +26,9 @@ VECTOR_KERNELS = (
     "masked_softmax_backward_kernel", "masked_softmax_wide_backward_kernel", "gelu_kernel", "rotary_forward_kernel",
 )  # fmt: skip
 # Kernels whose products must be the tensor cores' and nobody else's.
-TENSOR_CORE_KERNELS = ("attention_forward_kernel",)
+TENSOR_CORE_KERNELS = (
+    "attention_forward_kernel", "attention_grad_query_kernel", "attention_grad_key_kernel", "attention_grad_bias_kernel",
+)  # fmt: skip
 REGISTERS_PER_MULTIPROCESSOR = 65536
 RESERVED_SHARED = 1024  # of each block on sm_80 and later, counted by cuobjdump from sm_90 on
 

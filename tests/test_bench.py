@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import math
 import random
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import transfuse
-from transfuse.bench import gpu, gpu_rows, harness, machine, pages, text
+from transfuse.bench import gpu, gpu_peers, gpu_rows, harness, machine, pages, text
 from transfuse.bench.harness import compare, measure, median_ranks, ratio_interval
 from transfuse.dispatch import setting
 from transfuse.promises import cases

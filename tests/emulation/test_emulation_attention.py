@@ -122,47 +122,33 @@ def words_of(case):
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: f"{number}-{words_of(CASES[number])}")
 def test_features_meet(number):
+    """Output, lse and every gradient."""
     case = CASES[number]
     tensors, options = arguments(case, number)
-    torch.manual_seed(number)
-    with emulated_ops.EmulatedKernels(seed=number + 1) as mode:
-        output, lse = scaled_dot_product_attention(*tensors, return_lse=True, **options)
-    assert mode.calls == 1
-    torch.manual_seed(number)
-    with transfuse.use_backend("reference"):
-        exact = scaled_dot_product_attention(*(t.double() for t in tensors), return_lse=True, **widened(options))
-    terms = case["lengths"][1]
-    assert_close(output, exact[0], terms, "output", slack=2.0 if case["dropout"] else 1.0)
-    assert_close(lse, exact[1], terms, "lse")
-
-
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: f"{number}-{words_of(CASES[number])}")
-def test_gradients_of_features_meet(number):
-    case = CASES[number]
-    tensors, options = arguments(case, number)
+    batch, heads, len_q, _ = tensors[0].shape
     generator = torch.Generator().manual_seed(number)
+    grads = torch.randn(batch, heads, len_q, case["head_dims"][1], generator=generator).to(case["dtype"])
+    grads = grads, torch.randn(batch, heads, len_q, generator=generator)
 
-    def gradients(tensors, options):
+    def results(tensors, options):
         torch.manual_seed(number)
         extras = {name: options[name].detach().requires_grad_() for name in EXTRAS if name in options}
         leaves = [*(t.detach().requires_grad_() for t in tensors), *extras.values()]
-        results = scaled_dot_product_attention(*leaves[:3], return_lse=True, **options | extras)
-        grads_of_results = [grad.to(result) for grad, result in zip(grads, results, strict=True)]
-        found = torch.autograd.grad(results, leaves, grads_of_results)
-        return dict(zip(("query", "key", "value", *extras), found, strict=True))
+        found = scaled_dot_product_attention(*leaves[:3], return_lse=True, **options | extras)
+        of_leaves = torch.autograd.grad(found, leaves, [grad.to(t) for grad, t in zip(grads, found, strict=True)])
+        return dict(zip(("output", "lse", "query", "key", "value", *extras), (*found, *of_leaves), strict=True))
 
-    batch, heads, len_q, _ = tensors[0].shape
-    grads = torch.randn(batch, heads, len_q, case["head_dims"][1], generator=generator).to(case["dtype"])
-    grads = grads, torch.randn(batch, heads, len_q, generator=generator)
     with emulated_ops.EmulatedKernels(seed=number + 1) as mode:
-        found = gradients(tensors, options)
+        found = results(tensors, options)
     assert mode.calls == 2
     with transfuse.use_backend("reference"):
-        exact = gradients([t.double() for t in tensors], widened(options))
-    for name, grad in found.items():
-        assert grad.dtype == options.get(name, tensors[0]).dtype
-        slack = GRADIENT_SLACK * (2 if case["dropout"] else 1)
-        assert_close(grad, exact[name], sum(case["lengths"]), name, slack=slack)
+        exact = results([t.double() for t in tensors], widened(options))
+    for name, result in found.items():
+        is_grad = name not in ("output", "lse")
+        assert result.dtype == (torch.float32 if name == "lse" else options.get(name, tensors[0]).dtype)
+        terms = sum(case["lengths"]) if is_grad else case["lengths"][1]
+        slack = (GRADIENT_SLACK if is_grad else 1.0) * (2 if case["dropout"] and name != "lse" else 1)
+        assert_close(result, exact[name], terms, name, slack=slack)
 
 
 @pytest.mark.parametrize("dtype", emulated_ops.DTYPES, ids=dtype_name)
