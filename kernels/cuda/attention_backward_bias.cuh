@@ -18,9 +18,10 @@ struct AttentionGradBiasPolicy {
   using T = Type;
   static constexpr int warps = 4, threads = warps * warp_size, warp_rows = 16;
   static constexpr int head_dim = HeadDim;
-  static constexpr int queries = warps * warp_rows, keys = HeadDim <= 192 ? 64 : 32;  // of a tile
+  static constexpr int queries = warps * warp_rows, keys = HeadDim <= 128 ? 64 : 32;  // of a tile
   using QueryTile = SharedTile<T, queries, HeadDim>;
-  static constexpr int part = 32;  // keys whose scores are in registers at a time: 64 spill (nvcc 13.0)
+  // Keys whose scores are in registers at a time: 64 spill, and two parts at 192 dimensions do (nvcc 13.0).
+  static constexpr int part = 32;
   using KeyTile = SharedTile<T, keys, HeadDim>;
   using KeyPart = SharedTile<T, part, HeadDim>;
   static constexpr int shared_bytes = 2 * QueryTile::bytes + 2 * KeyTile::bytes;

@@ -22,15 +22,17 @@ MUTANTS = (
     KernelMutant(
         "dQ: a stage is overwritten while it is read",
         BACKWARD,
-        "      __syncthreads();  // this stage is there for all, and nobody reads the other one any more\n      if (key",
+        "      __syncthreads();  // this stage is there for all, and nobody reads the other one any more\n"
+        "      if (key",
         "      if (key",
         ("race", "pending copy", "uninitialised read"),
     ),
     KernelMutant(
         "dK: the wait for a stage is left out",
         BACKWARD,
-        "      ptx::cp_async_wait<0>();\n      __syncthreads();  // this stage is there for all, and nobody reads the other "
-        "one any more\n      load_step",
+        "      ptx::cp_async_wait<0>();\n"
+        "      __syncthreads();  // this stage is there for all, and nobody reads the other one any more\n"
+        "      load_step",
         "      ptx::cp_async_wait<1>();\n      __syncthreads();\n      load_step",
         ("pending copy",),
     ),
@@ -89,11 +91,7 @@ MUTANTS = (
         (WRONG_RESULT,),
     ),
     KernelMutant(
-        "the sink's share is left out of the weights' sum",
-        BACKWARD,
-        "whole = sums.weights + share",
-        "whole = sums.weights",
-        (WRONG_RESULT,),
+        "dsink without its sign", BACKWARD, "-factor * share * delta", "factor * share * delta", (WRONG_RESULT,)
     ),
 )
 # The general backward in bfloat16 alone.
@@ -121,7 +119,8 @@ cudaError_t attention_backward_{HEAD_DIM}_bf16(const AttentionGradParams& g, boo
 
 
 def _mutated(mutant):
-    folder = emulator.BUILD / "mutants" / ("attention_backward_" + (mutant.name if mutant else "none").replace(" ", "_"))
+    name = mutant.name.replace(" ", "_") if mutant else "none"
+    folder = emulator.BUILD / "mutants" / f"attention_backward_{name}"
     shutil.copytree(emulator.ROOT / "kernels" / "cuda", folder / "cuda", dirs_exist_ok=True)
     changes = [("attention.cu", *change) for change in NARROWED]
     for file, old, new in (*changes, *([(mutant.file, mutant.old, mutant.new)] if mutant else ())):
@@ -151,12 +150,13 @@ def _gradients(tensors, options, grad, mode):
         return torch.autograd.grad(output, [*leaves, *extras.values()], grad)
 
 
-def _compare(mode, tensors, judged=slice(None), **options):
+def _compare(mode, tensors, judged=slice(None), clean=None, **options):
+    """`clean`: tensors that have the same gradients."""
     grad = draw(*tensors[0].shape[:3], tensors[2].shape[3], seed=9).bfloat16()
     found = _gradients(tensors, options, grad, mode)
     wide = {n: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for n, t in options.items()}
     with transfuse.use_backend("reference"):
-        exact = _gradients([t.double() for t in tensors], wide, grad.double(), contextlib.nullcontext())
+        exact = _gradients([t.double() for t in clean or tensors], wide, grad.double(), contextlib.nullcontext())
     for index, (a, e) in list(enumerate(zip(found, exact, strict=True)))[judged]:
         error = (a.double() - e).abs().max()
         if not error <= 0.02 * e.abs().max():
@@ -170,12 +170,13 @@ def check_backward(mode):
     _compare(mode, (query, key, value), is_causal=True, sinks=draw(2, seed=4))
     _compare(mode, (query[one], key[one], value[one]), dropout_p=0.4)
     for shape in ((1, 2, 70, 75), (2, 2, 1, 75), (2, 2, 70, 75)):
-        _compare(mode, (query, key, value), attn_bias=draw(*shape, seed=5).bfloat16())
+        bias = draw(*shape, seed=5).bfloat16()
+        _compare(mode, (query, key[:, one], value[:, one]), attn_bias=bias, enable_gqa=True)
     keep = torch.rand(70, 75, generator=torch.Generator().manual_seed(6)) < 0.5
     keep[7] = keep[:, 7] = False
-    poisoned = value[one].clone()
-    poisoned[:, :, 7] = torch.nan
-    _compare(mode, (query[one], key[one], poisoned), attn_mask=keep)
+    poisoned = query[one].clone(), key[one], value[one].clone()
+    poisoned[0][:, :, 7] = poisoned[2][:, :, 7] = torch.nan
+    _compare(mode, poisoned, clean=(query[one], key[one], value[one]), attn_mask=keep)
     with emulator.Memory() as memory:
         far = memory.strided("far", (1, 1, 3, HEAD_DIM), (0, 0, (1 << 31) + 8, 1), torch.bfloat16, "read-only")
         _compare(mode, (query[one, one], far.copy_(key[one, one, :3]), value[one, one, :3]))
