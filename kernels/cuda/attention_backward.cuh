@@ -45,7 +45,11 @@ struct AttentionGradPolicy {
   using OwnedTile = SharedTile<T, owned, HeadDim>;
   using WalkedTile = SharedTile<T, walked, HeadDim>;
   static constexpr int statistics_bytes = stages * 3 * walked * static_cast<int>(sizeof(float));
-  static constexpr int shared_bytes = 2 * OwnedTile::bytes + 2 * stages * WalkedTile::bytes + statistics_bytes;
+  // The sums of a thread's two rows lie in shared memory where registers end.
+  static constexpr bool sums_in_registers = HeadDim <= 192;
+  static constexpr int sums_bytes = sums_in_registers ? 0 : 4 * threads * static_cast<int>(sizeof(float));
+  static constexpr int shared_bytes =
+      2 * OwnedTile::bytes + 2 * stages * WalkedTile::bytes + statistics_bytes + sums_bytes;
   static_assert(shared_bytes <= 99 * 1024, "the tiles fit a block's shared memory everywhere");
 };
 
@@ -345,7 +349,8 @@ struct QueryGradBlock : GradBlock<Policy> {
   float grad_query[1][Policy::head_dim / 8][4];
   // Of the thread's two rows; sums are the thread's own parts.
   RowStatistics rows[2];
-  Pair weights[2], grads[2];  // of RowSums, in two floats: thousands of equal terms are rounded to the same side
+  // Of RowSums. In two floats, as thousands of equal terms are rounded to the same side; in shared memory in one.
+  Pair weights[2], grads[2];
   float slope[2], distances[2];  // slope: in a walk for maxima the largest score
   using Base::Base, Base::g, Base::p, Base::task, Base::sequence, Base::stage_of;
 
@@ -371,6 +376,18 @@ struct QueryGradBlock : GradBlock<Policy> {
     this->load(stage_of(this->second_walked, stage), p.value, task.kv_head, sequence.key_row + key, left,
                p.value_head_dim, p.whole_value);
   }
+  __device__ __forceinline__ float& shared_sum(int number) const {
+    return this->statistics[Policy::statistics_bytes / sizeof(float) + number * Policy::threads + threadIdx.x];
+  }
+  __device__ __forceinline__ void add_sums(int half, float weight_sum, float grad_sum) {
+    if constexpr (Policy::sums_in_registers) {
+      weights[half] = weights[half] + weight_sum;
+      grads[half] = grads[half] + grad_sum;
+    } else {
+      shared_sum(half) += weight_sum;
+      shared_sum(2 + half) += grad_sum;
+    }
+  }
   __device__ __forceinline__ bool huge(int half) const { return is_huge(rows[half].reference * p.logit_scale); }
 
   __device__ __forceinline__ void take_keys(int key, int stage, GradWalk walk) {
@@ -379,9 +396,9 @@ struct QueryGradBlock : GradBlock<Policy> {
     const bool saturated =
         is_saturated(rows[0].reference, p.logit_scale) || is_saturated(rows[1].reference, p.logit_scale);
     const bool refine = p.softcap == 0 && __any_sync(whole_warp, saturated);
-    multiply_keys(products, this->second_owned, stage_of(this->second_walked, stage), this->warp_row);
     careful_products<T>(scores, rests, this->first_owned, stage_of(this->first_walked, stage), this->warp_row, refine,
                         [&](int, int e) { return huge(e / 2); });
+    multiply_keys(products, this->second_owned, stage_of(this->second_walked, stage), this->warp_row);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const ScoreRow row = score_row(p, task, this->row_of_thread(half));
@@ -406,8 +423,7 @@ struct QueryGradBlock : GradBlock<Policy> {
             distances[half] = fmaf(of.weight, away, distances[half]);
           }
         }
-      weights[half] = weights[half] + weight_sum;
-      grads[half] = grads[half] + grad_sum;
+      add_sums(half, weight_sum, grad_sum);
     }
     if (walk == GradWalk::maxima) return;
     if (walk == GradWalk::kept_alone)
@@ -420,7 +436,10 @@ struct QueryGradBlock : GradBlock<Policy> {
     this->clear(grad_query);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      weights[half] = grads[half] = {0, 0};
+      if constexpr (Policy::sums_in_registers)
+        weights[half] = grads[half] = {0, 0};
+      else
+        shared_sum(half) = shared_sum(2 + half) = 0;
       slope[half] = walk == GradWalk::maxima ? -attention_infinity : 0.0f;
       distances[half] = 0;
     }
@@ -455,8 +474,10 @@ struct QueryGradBlock : GradBlock<Policy> {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int head = task.first_head;
-      const RowSums sums = {sum_of_row(to_float(weights[half])), sum_of_row(to_float(grads[half])),
-                            sum_of_row(slope[half]), sum_of_row(distances[half])};
+      const float weight_sum = Policy::sums_in_registers ? to_float(weights[half]) : shared_sum(half);
+      const float grad_sum = Policy::sums_in_registers ? to_float(grads[half]) : shared_sum(2 + half);
+      const RowSums sums = {sum_of_row(weight_sum), sum_of_row(grad_sum), sum_of_row(slope[half]),
+                            sum_of_row(distances[half])};
       const float grad_lse = g.grad_lse.data ? this->statistic(g.grad_lse, head, query_of(half)) : 0.0f;
       const RowGrad of = grad_of_row(p, head, lse_of(half), grad_lse, rows[half], sums);
       factors[half] = of.normaliser * p.scale;

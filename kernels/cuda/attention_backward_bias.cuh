@@ -18,12 +18,9 @@ struct AttentionGradBiasPolicy {
   using T = Type;
   static constexpr int warps = 4, threads = warps * warp_size, warp_rows = 16;
   static constexpr int head_dim = HeadDim;
-  static constexpr int queries = warps * warp_rows, keys = HeadDim <= 128 ? 64 : 32;  // of a tile
+  static constexpr int queries = warps * warp_rows, keys = 32;  // of a tile; 64 keys spill (nvcc 13.0)
   using QueryTile = SharedTile<T, queries, HeadDim>;
-  // Keys whose scores are in registers at a time: 64 spill, and two parts at 192 dimensions do (nvcc 13.0).
-  static constexpr int part = 32;
   using KeyTile = SharedTile<T, keys, HeadDim>;
-  using KeyPart = SharedTile<T, part, HeadDim>;
   static constexpr int shared_bytes = 2 * QueryTile::bytes + 2 * KeyTile::bytes;
   static_assert(shared_bytes <= 99 * 1024, "the tiles fit a block's shared memory everywhere");
 };
@@ -50,13 +47,13 @@ struct BiasPlane {
 template <class Policy>
 struct BiasGradBlock {
   using T = typename Policy::T;
-  static constexpr int keys = Policy::keys, part = Policy::part;
+  static constexpr int keys = Policy::keys;
   const AttentionGradParams& g;
   const AttentionParams& p;
   const typename Policy::QueryTile query_tile, grad_tile;
   const typename Policy::KeyTile key_tile, value_tile;
   const int query, key, warp_row;  // of the tile's first pair; the warp's first row
-  float sums[keys / part][part / 8][4];
+  float sums[keys / 8][4];
 
   __device__ __forceinline__ BiasGradBlock(const AttentionGradParams& params, int first_query, int first_key, T* shared)
       : g(params),
@@ -71,7 +68,7 @@ struct BiasGradBlock {
 #pragma unroll
     for (int n = 0; n < keys / 8; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sums[n / (part / 8)][n % (part / 8)][e] = 0;
+      for (int e = 0; e < 4; ++e) sums[n][e] = 0;
   }
   __device__ __forceinline__ int query_of(int half) const { return query + warp_row + fragment_row() + 8 * half; }
 
@@ -108,33 +105,24 @@ struct BiasGradBlock {
     ptx::cp_async_wait<0>();
     __syncthreads();  // the tiles are there for all
     const bool refine = p.softcap == 0 && __any_sync(whole_warp, saturated);
-#pragma unroll
-    for (int n = 0; n < keys / part; ++n) add_part(sums[n], s, head, n * part, rows, refine);
-  }
-
-  // Of keys [first, first + part) of the tile.
-  __device__ __forceinline__ void add_part(float (&to)[part / 8][4], const AttentionSequence& s, int head, int first,
-                                           const RowStatistics (&rows)[2], bool refine) const {
-    const typename Policy::KeyPart keys_of_part{key_tile.data + first * Policy::head_dim};
-    const typename Policy::KeyPart values_of_part{value_tile.data + first * Policy::head_dim};
-    ScoreFragment<part> scores[1], products[1];
-    ProductRests<part> rests;
-    careful_products<T>(scores, rests, query_tile, keys_of_part, warp_row, refine,
+    ScoreFragment<keys> scores[1], products[1];
+    ProductRests<keys> rests;
+    careful_products<T>(scores, rests, query_tile, key_tile, warp_row, refine,
                         [&](int, int e) { return is_huge(rows[e / 2].reference * p.logit_scale); });
-    multiply_keys(products, grad_tile, values_of_part, warp_row);
+    multiply_keys(products, grad_tile, value_tile, warp_row);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int at = min(query_of(half), s.seqlen_q - 1);
       const KeyRange seen = keys_of_query(p, s, at);
 #pragma unroll
-      for (int n = 0; n < part / 8; ++n)
+      for (int n = 0; n < keys / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int e = 2 * half + i, of_key = key + first + 8 * n + fragment_column() + i;
+          const int e = 2 * half + i, of_key = key + 8 * n + fragment_column() + i;
           const bool inside = query_of(half) < s.seqlen_q && of_key >= seen.begin && of_key < seen.end;
-          to[n][e] += pair_grad<T, true>(p, s, head, at, of_key, inside, scores[0].x[n][e], rests.at(n, e),
-                                         products[0].x[n][e], rows[half])
-                          .grad_score;
+          sums[n][e] += pair_grad<T, true>(p, s, head, at, of_key, inside, scores[0].x[n][e], rests.at(n, e),
+                                           products[0].x[n][e], rows[half])
+                            .grad_score;
         }
     }
   }
@@ -147,7 +135,7 @@ struct BiasGradBlock {
       for (int n = 0; n < keys / 8; ++n) {
         const int of_key = key + 8 * n + fragment_column() + e % 2;
         if (of_query < p.max_seqlen_q && of_key < p.max_seqlen_k)
-          write_grad_bias<T>(g, batch, head, of_query, of_key, sums[n / (part / 8)][n % (part / 8)][e]);
+          write_grad_bias<T>(g, batch, head, of_query, of_key, sums[n][e]);
       }
     }
   }
