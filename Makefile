@@ -48,7 +48,7 @@ test: build
 	  PATH="$$PATH:$$(echo $(NVCC_FOLDER))" OMP_WAIT_POLICY=passive $(PY) -m pytest tests -n $(JOBS) --dist loadfile \
 	  --no-loadscope-reorder $(if $(FULL),--table tests/full.md,-m "not slow") $(ARGS)
 	TRITON_INTERPRET=1 OMP_WAIT_POLICY=passive $(PY) -m pytest tests/triton -n $(JOBS) --dist worksteal \
-	  $(if $(FULL),,-m "not slow") $(ARGS) || [ $$? = 5 -a -n "$(ARGS)" ]
+	  $(if $(FULL),--table tests/full.md,-m "not slow") $(ARGS) || [ $$? = 5 -a -n "$(ARGS)" ]
 
 # The runtimes that models are compared with live apart, on top of what .venv holds: it stays as users have it.
 PEERS := onnx onnxscript onnxruntime openvino ctranslate2

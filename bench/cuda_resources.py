@@ -26,7 +26,10 @@ VECTOR_KERNELS = (
     "masked_softmax_backward_kernel", "masked_softmax_wide_backward_kernel", "gelu_kernel", "rotary_forward_kernel",
 )  # fmt: skip
 # Kernels whose products must be the tensor cores' and nobody else's.
-TENSOR_CORE_KERNELS = ("attention_forward_kernel", "attention_decode_kernel")
+TENSOR_CORE_KERNELS = (
+    "attention_forward_kernel", "attention_grad_query_kernel", "attention_grad_key_kernel", "attention_grad_bias_kernel",
+    "attention_decode_kernel",
+)  # fmt: skip
 # Kernels that read keys and values past the registers, in vectors of 16 bytes (LDGSTS counts as LDG here).
 CACHE_KERNELS = ("attention_decode_kernel", "attention_decode_simt_kernel")
 REGISTERS_PER_MULTIPROCESSOR = 65536

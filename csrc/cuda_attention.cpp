@@ -15,6 +15,7 @@
 namespace transfuse {
 namespace {
 
+using cuda::AttentionOutput;
 using cuda::AttentionParams;
 
 AttentionSizes check_tensors(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
@@ -237,37 +238,44 @@ void check_saved(const char* op, const Tensor& query, const Tensor& value, const
 }
 
 // Zeros, written by the GPU itself.
-Tensor zeros(const CudaCall& call, const std::vector<int64_t>& sizes) {
-  const Tensor result = call.empty(sizes, ScalarType::Float);
+Tensor zeros(const CudaCall& call, const std::vector<int64_t>& sizes, ScalarType type = ScalarType::Float) {
+  const Tensor result = call.empty(sizes, type);
   if (result.numel())
-    call.check(cudaMemsetAsync(result.mutable_data_ptr(), 0, result.numel() * sizeof(float), call.stream()));
+    call.check(cudaMemsetAsync(result.mutable_data_ptr(), 0, result.numel() * result.element_size(), call.stream()));
   return result;
 }
 
 float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
-// Of slopes where there are grad_scores, else of sinks, in the shape and dtype of `argument`.
-Tensor head_grad(const CudaCall& call, const cuda::AttentionGradParams& g, const float* grad_scores,
-                 const Tensor& argument) {
-  const AttentionParams& p = g.problem;
-  const Tensor grad = zeros(call, {p.num_sequences, p.num_heads}), total = zeros(call, {p.num_heads});
-  const bool per_sequence = argument.dim() == 2;
-  if (p.num_sequences > 0 && p.num_heads > 0)
-    call.check(cuda::attention_head_backward(
-        {p, grad_scores, g.lse, g.delta, floats(grad), per_sequence ? nullptr : floats(total)}, call.stream()));
-  return torch::stable::to(per_sequence ? grad : total, argument.scalar_type());
-}
-
-Tensor bias_grad(const CudaCall& call, const cuda::AttentionGradParams& g, const Tensor& bias,
-                 const std::vector<int64_t>& shape) {
-  const Tensor grad = zeros(call, shape);
-  cuda::AttentionBiasGradParams b{g.grad_scores, floats(grad), {}, {}};
-  for (int i = 0; i < 4; ++i) {
-    b.sizes[i] = bias.size(i);
-    b.bias_sizes[i] = shape[i];
+// Parts [N, Hq, L] that are wanted, one per row or column of each head.
+class Parts {
+ public:
+  Parts(const CudaCall& call, bool wanted, const AttentionParams& p, int64_t length) : call_(call) {
+    if (wanted) parts_ = zeros(call, {p.num_sequences, p.num_heads, length});
   }
-  if (bias.numel() > 0) call.check(cuda::attention_bias_backward(b, call.stream()));
-  return torch::stable::to(grad, bias.scalar_type());
+  float* data() const { return parts_ ? floats(*parts_) : nullptr; }
+
+  // Their sum over the dimensions in which sizes are 1, in the shape and dtype of an argument.
+  Tensor summed(const std::vector<int64_t>& sizes, const std::vector<int64_t>& shape, ScalarType type) const {
+    const Tensor sums = zeros(call_, shape);
+    cuda::AttentionPartsParams p{floats(*parts_), floats(sums), {}, {}};
+    for (int i = 0; i < 3; ++i) {
+      p.sizes[i] = parts_->size(i);
+      p.sizes_of_sums[i] = sizes[i];
+    }
+    call_.check(cuda::attention_add_parts(p, call_.stream()));
+    return torch::stable::to(sums, type);
+  }
+
+ private:
+  const CudaCall& call_;
+  std::optional<Tensor> parts_;
+};
+
+// Where the gradient of a bias of this shape, broadcast to `whole`, has a plane of its own for a batch entry or head.
+AttentionOutput bias_view(const Tensor& grad, const Tensor& whole) {
+  const auto stride = [&](int dim) { return grad.size(dim) == whole.size(dim) ? grad.stride(dim) : 0; };
+  return {grad.mutable_data_ptr(), stride(0), stride(1), grad.stride(2)};
 }
 
 // Runs the kernels; `grads` are of query, key and value.
@@ -275,30 +283,55 @@ Grads run_backward(const CudaCall& call, const AttentionParams& problem, const T
                    const Tensor& grad_output, const std::optional<Tensor>& grad_lse, const Tensor& output,
                    const Tensor& lse, const std::vector<Tensor>& grads, Dims dims, Dims lse_dims,
                    const AttentionOptions& options, const ExtraGrads& wanted) {
-  const Tensor delta = call.empty_like_dense(lse);
+  const Tensor reference = call.empty_like_dense(lse), normaliser = call.empty_like_dense(lse),
+               delta = call.empty_like_dense(lse);
   cuda::AttentionGradParams g{};
   g.problem = problem;
   g.grad_output = view(grad_output, dims);
   g.output = view(output, dims);
   g.lse = view(lse, lse_dims);
   g.grad_lse = view(grad_lse, lse_dims);
-  g.delta = view(delta, lse_dims);
+  g.reference = output_view(reference, lse_dims);
+  g.normaliser = output_view(normaliser, lse_dims);
+  g.delta = output_view(delta, lse_dims);
   g.grad_query = output_view(grads[0], dims);
   g.grad_key = output_view(grads[1], dims);
   g.grad_value = output_view(grads[2], dims);
-  std::optional<Tensor> grad_scores;
-  if (wanted.bias || wanted.alibi_slopes) {
-    grad_scores = zeros(call, {problem.num_sequences, problem.num_heads, problem.max_seqlen_q, problem.max_seqlen_k});
-    g.grad_scores = floats(*grad_scores);
+
+  // A bias with rows and columns has its gradient written by the kernels, any other is a sum of parts.
+  const std::vector<int64_t>& shape = wanted.bias_shape;
+  const int64_t queries = problem.max_seqlen_q, keys = problem.max_seqlen_k;
+  const bool by_rows = wanted.bias && shape[3] == 1 && keys != 1;
+  const bool by_keys = wanted.bias && !by_rows && shape[2] == 1 && queries != 1;
+  const Parts slope_parts(call, wanted.alibi_slopes, problem, queries);
+  const Parts sink_parts(call, wanted.sinks, problem, queries);
+  const Parts row_sums(call, by_rows, problem, queries), key_sums(call, by_keys, problem, keys);
+  g.slope_parts = slope_parts.data();
+  g.sink_parts = sink_parts.data();
+  g.row_sums = row_sums.data();
+  g.key_sums = key_sums.data();
+  Tensor grad_bias = call.empty({0}, query.scalar_type());
+  if (wanted.bias && !by_rows && !by_keys) {
+    grad_bias = zeros(call, shape, options.bias->scalar_type());
+    if (grad_bias.numel()) g.grad_bias = bias_view(grad_bias, *options.bias);
+    g.grad_bias_batch = static_cast<int>(shape[0]);
+    g.grad_bias_heads = static_cast<int>(shape[1]);
   }
   call.check(cuda::attention_backward(g, dtype_of(query), call.stream()));
+  if (by_rows) grad_bias = row_sums.summed({shape[0], shape[1], shape[2]}, shape, options.bias->scalar_type());
+  if (by_keys) grad_bias = key_sums.summed({shape[0], shape[1], shape[3]}, shape, options.bias->scalar_type());
+
   const auto nothing = [&] { return call.empty({0}, query.scalar_type()); };
+  const auto per_head = [&](const Parts& parts, const Tensor& argument) {
+    const std::vector<int64_t> sizes(argument.sizes().begin(), argument.sizes().end());
+    return parts.summed({sizes.size() == 2 ? sizes[0] : 1, problem.num_heads, 1}, sizes, argument.scalar_type());
+  };
   return {grads[0],
           grads[1],
           grads[2],
-          wanted.bias ? bias_grad(call, g, *options.bias, wanted.bias_shape) : nothing(),
-          wanted.alibi_slopes ? head_grad(call, g, g.grad_scores, *options.alibi_slopes) : nothing(),
-          wanted.sinks ? head_grad(call, g, nullptr, *options.sinks) : nothing()};
+          grad_bias,
+          wanted.alibi_slopes ? per_head(slope_parts, *options.alibi_slopes) : nothing(),
+          wanted.sinks ? per_head(sink_parts, *options.sinks) : nothing()};
 }
 
 Grads attention_backward(const Tensor grad_output, std::optional<Tensor> grad_lse, const Tensor query, const Tensor key,

@@ -20,32 +20,44 @@ def pytest_addoption(parser):
 
 def pytest_terminal_summary(terminalreporter, config):
     path = config.getoption("--table")
-    if not path:
-        return
+    if path:
+        write_table(Path(path), terminalreporter.stats)
+
+
+def write_table(path, stats):
+    """One row for each test file that was run; rows of other files stay, with the day and commit that they are of."""
     from transfuse.bench.machine import environment
 
     outcomes, seconds = defaultdict(Counter), Counter()
     for outcome in ("passed", "failed", "error", "skipped"):
-        for report in terminalreporter.stats.get(outcome, []):
+        for report in stats.get(outcome, []):
             name = report.nodeid.partition("::")[0].removeprefix("tests/")
             outcomes[name][outcome] += 1
             seconds[name] += getattr(report, "duration", 0.0)
     where = environment()
+    run = f"{where['date']}, {where['commit'][:12]}, {where['cpu_isa']}, torch {where['torch']}"
+    rows = {cells[0]: cells for cells in _rows_of(path)}
+    for name, counts in outcomes.items():
+        failed = counts["failed"] + counts["error"]
+        rows[name] = [name, counts["passed"], failed, counts["skipped"], f"{seconds[name]:.0f}", run]
+    sums = ["all", *(sum(int(cells[i]) for cells in rows.values()) for i in range(1, 5)), ""]
     lines = [
         "# The full suite",
         "",
-        f"Written by `make test FULL=1` on {where['date']}, commit {where['commit'][:12]}, {where['machine']}, {where['threads']} threads, "
-        f"{where['cpu_isa']}, torch {where['torch']}, Python {where['python']}.",
+        f"Written by `make test FULL=1`, file by file, on {where['machine']}, {where['threads']} threads, Python {where['python']}.",
         "",
-        "| file | passed | failed | skipped | seconds |",
-        "|---|---|---|---|---|",
+        "| file | passed | failed | skipped | seconds | date, commit, machine |",
+        "|---|---|---|---|---|---|",
+        *("| " + " | ".join(map(str, cells)) + " |" for cells in (*(rows[name] for name in sorted(rows)), sums)),
     ]
-    total = sum(outcomes.values(), Counter())
-    for name in (*sorted(outcomes), "all"):
-        counts = total if name == "all" else outcomes[name]
-        duration = sum(seconds.values()) if name == "all" else seconds[name]
-        lines.append(f"| {name} | {counts['passed']} | {counts['failed'] + counts['error']} | {counts['skipped']} | {duration:.0f} |")
-    Path(path).write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _rows_of(path):
+    """The rows of a table as it is, without its head and its sums."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return [cells for cells in rows[1:] if cells[0] != "all"]
 
 
 @pytest.fixture(autouse=True)

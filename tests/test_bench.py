@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import math
 import random
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import transfuse
-from transfuse.bench import gpu, gpu_rows, harness, machine, pages, text
+from transfuse.bench import gpu, gpu_peers, gpu_rows, harness, machine, pages, text
 from transfuse.bench.harness import compare, measure, median_ranks, ratio_interval
 from transfuse.dispatch import setting
 from transfuse.promises import cases
@@ -285,6 +286,9 @@ def test_gpu_dry_run_walks_every_case(tmp_path, capsys):
     )  # bfloat16 against float64: 2**-8, so the shapes and the causal flag are right
     kernels = {row["op"] for row in rows if row["section"] == "row_kernels" and row["status"] == "ok"}
     assert {"layer_norm", "rms_norm", "softmax", "gelu", "add_layer_norm", "bias_gelu", "rotary"} <= kernels
+    own = {(row["peer"], row["direction"], row["variant"]) for row in rows if row["section"] == "own_attention"}
+    kinds = ("", "causal", "bias [1,H,L,L]", "bias [B,H,L,L]")
+    assert own == set(itertools.product(gpu_peers.OWN_BACKENDS, ("forward", "backward"), kinds))
     small = [(row["peer"], row["status"]) for row in rows if row["section"] == "small_rows"]
     assert {peer for peer, _ in small} == {"transfuse cuda", "transfuse triton", "torch eager"}
     assert {status for _, status in small} == {"ok"}

@@ -6,6 +6,7 @@
 #include "cuda/attention.cuh"
 
 #include "cuda/attention_alignment.cuh"
+#include "exp_constants.h"
 
 namespace transfuse::cuda {
 
@@ -30,6 +31,9 @@ int heads_of_a_tile(const AttentionParams& p) {
 
 template <class T>
 AttentionParams prepared(AttentionParams p) {
+  p.exp2_scale = p.logit_scale * exp_log2e;
+  p.dropout_scale = 1.0f / p.kept_share;
+  p.rest_scale = p.transforms ? p.scale : 1.0f;
   p.packed_heads = heads_of_a_tile(p);
   p.excludes =
       p.mask.data || p.bias.data || p.window_left < attention_unbounded || p.window_right < attention_unbounded;
@@ -47,6 +51,8 @@ AttentionGradParams prepared(AttentionGradParams g) {
   g.problem = prepared<T>(g.problem);
   g.problem.packed_heads = 1;
   g.whole_grad_output = whole_rows<T>(g.grad_output);
+  g.whole_grad_bias = g.grad_bias.data && g.grad_bias_batch == g.problem.num_sequences &&
+      g.grad_bias_heads == g.problem.num_heads;
   return g;
 }
 

@@ -60,6 +60,9 @@ struct AttentionParams {
   float softcap, scale_over_softcap;  // 0: none
   float logit_scale;                  // what a stored score has still to be multiplied by
   // Found by the launcher.
+  float exp2_scale;     // logit_scale * log2(e)
+  float dropout_scale;  // 1 / kept_share
+  float rest_scale;     // of a product, in a stored score: scale where it transforms, else 1
   int packed_heads;  // query heads of one key head that share a tile
   bool excludes;     // some pair of tokens may be excluded: by a window, causality, a mask or a bias
   bool whole_query, whole_key, whole_value, whole_output;  // rows are whole vectors on their boundaries
@@ -68,28 +71,26 @@ struct AttentionParams {
 
 struct AttentionGradParams {
   AttentionParams problem;
-  AttentionTensor grad_output, output;  // [B, Hq, Lq, Dv]
-  AttentionTensor lse, grad_lse;        // [B, Hq, Lq], float; grad_lse may be absent
-  AttentionTensor delta;                // the same, scratch
+  AttentionTensor grad_output, output;           // [B, Hq, Lq, Dv]
+  AttentionTensor lse, grad_lse;                 // [B, Hq, Lq], float; grad_lse may be absent
+  AttentionOutput reference, normaliser, delta;  // the same, scratch: what the first kernel finds of each row
   AttentionOutput grad_query, grad_key, grad_value;
-  float* grad_scores;      // null, or dS [N, Hq, max_seqlen_q, max_seqlen_k], zero-filled by the host
-  bool whole_grad_output;  // found by the launcher
+  // [B or 1, Hq or 1, Lq, Lk] in the bias's dtype, or absent; stride 0 where the bias was broadcast. Zero-filled.
+  AttentionOutput grad_bias;
+  int grad_bias_batch, grad_bias_heads;  // its first two sizes
+  // Sums of one row or column each, null where nobody wants them, zero-filled: [N, Hq, max_seqlen_q], in the last
+  // [N, Hq, max_seqlen_k].
+  float *slope_parts, *sink_parts, *row_sums, *key_sums;
+  // Found by the launcher.
+  bool whole_grad_output;
+  bool whole_grad_bias;  // broadcast nowhere
 };
 
-// The gradient of a bias of bias_sizes, 1 where it was broadcast to `sizes`, those of grad_scores.
-struct AttentionBiasGradParams {
-  const float* grad_scores;
-  float* grad_bias;
-  int64_t sizes[4], bias_sizes[4];
-};
-
-// That of slopes, where there are grad_scores, else of sinks.
-struct AttentionHeadGradParams {
-  AttentionParams problem;
-  const float* grad_scores;
-  AttentionTensor lse, delta;
-  float* grad;   // [N, Hq]
-  float* total;  // null, or the sum over sequences [Hq]
+// sums[i] = the sum of parts over all dimensions in which sizes_of_sums is 1; both are contiguous.
+struct AttentionPartsParams {
+  const float* parts;
+  float* sums;
+  int64_t sizes[3], sizes_of_sums[3];
 };
 
 /* Tiles of the forward on tensor cores, one row per head dimension and size of a block's shared memory: of the rows
@@ -113,8 +114,7 @@ constexpr AttentionTile attention_tiles[] = {
 // The widest head dimension that the units of this build take in 16 bits; float32 always takes 256.
 int attention_widest_head_dim();
 
-cudaError_t attention_bias_backward(const AttentionBiasGradParams& params, cudaStream_t stream);
-cudaError_t attention_head_backward(const AttentionHeadGradParams& params, cudaStream_t stream);
+cudaError_t attention_add_parts(const AttentionPartsParams& params, cudaStream_t stream);
 cudaError_t attention_backward(const AttentionGradParams& params, DType dtype, cudaStream_t stream);
 cudaError_t attention_forward(const AttentionParams& params, DType dtype, cudaStream_t stream);
 

@@ -1,13 +1,12 @@
-// Gradients of what stands beside query, key and value: biases, ALiBi slopes and sinks, each a sum over the dimensions
-// in which its argument was broadcast, in one order and in two floats.
+// Gradients of what stands beside query, key and value, where it was broadcast: sums of parts in one order.
 //
-//   dbias = sum of dS        dslope = -sum of dS * distance        dsink = -sum of exp(sink - lse) * delta
+//   dbias = sum of dS        dslope = -sum of dS * distance        dsink = -sum of P_sink * delta
 //
-// dS comes from its owners in attention_backward.cuh, one float for every pair of the problem: as large as a bias that
-// is broadcast nowhere. Memory for it is taken where such a gradient is wanted, and nowhere else.
-#include "cuda/attention_softmax.cuh"
+// The owners in attention_backward.cuh leave one float per row, or per column, of each head of each sequence: as many
+// as lse has, or as there are keys. A bias with rows and columns of its own has no parts (attention_backward_bias.cuh).
+#include "cuda/attention.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/lines.cuh"
+#include "cuda/reduce.cuh"
 
 namespace transfuse::cuda {
 
@@ -15,74 +14,46 @@ namespace {
 
 constexpr int threads = 256;
 
-// A thread adds the pairs that one element of the bias was used for.
-__global__ void __launch_bounds__(threads)
-    attention_bias_grad_kernel(const __grid_constant__ AttentionBiasGradParams g) {
-  int64_t at = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
-  if (at >= g.bias_sizes[0] * g.bias_sizes[1] * g.bias_sizes[2] * g.bias_sizes[3]) return;
-  float* to = g.grad_bias + at;
-  int64_t strides[4], repeats[4], first = 0, stride = 1;
+// `lanes` threads add what belongs to one sum, every lanes-th part in order, in two floats.
+template <int lanes>
+__global__ void __launch_bounds__(threads) attention_add_parts_kernel(const __grid_constant__ AttentionPartsParams g) {
+  __shared__ Exchange<Pair, lanes> exchange;
+  const int64_t number = (static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x) / lanes;
+  const bool exists = number < g.sizes_of_sums[0] * g.sizes_of_sums[1] * g.sizes_of_sums[2];
+  int64_t left = exists ? number : 0, first = 0, stride = 1, strides[3], repeats[3];
 #pragma unroll
-  for (int d = 3; d >= 0; --d) {
-    first += at % g.bias_sizes[d] * stride;
-    at /= g.bias_sizes[d];
-    repeats[d] = g.bias_sizes[d] == g.sizes[d] ? 1 : g.sizes[d];
+  for (int d = 2; d >= 0; --d) {
+    first += left % g.sizes_of_sums[d] * stride;
+    left /= g.sizes_of_sums[d];
+    repeats[d] = g.sizes_of_sums[d] == g.sizes[d] ? 1 : g.sizes[d];
     strides[d] = stride;
     stride *= g.sizes[d];
   }
   Pair sum = {0, 0};
-  for (int64_t b = 0; b < repeats[0]; ++b)
-    for (int64_t h = 0; h < repeats[1]; ++h)
-      for (int64_t q = 0; q < repeats[2]; ++q)
-        for (int64_t k = 0; k < repeats[3]; ++k)
-          sum = sum + g.grad_scores[first + b * strides[0] + h * strides[1] + q * strides[2] + k * strides[3]];
-  *to = to_float(sum);
+  for (int64_t part = threadIdx.x % lanes; part < repeats[0] * repeats[1] * repeats[2]; part += lanes) {
+    const int64_t inner = part / repeats[2];
+    const int64_t before = inner / repeats[1] * strides[0] + inner % repeats[1] * strides[1];
+    sum = sum + g.parts[first + before + part % repeats[2] * strides[2]];
+  }
+  sum = reduce<lanes>(sum, Add{}, exchange);
+  if (exists && threadIdx.x % lanes == 0) g.sums[number] = to_float(sum);
 }
 
-// A block adds what one head of one sequence has: of its slope where there are dS, else of its sink.
-__global__ void __launch_bounds__(threads)
-    attention_head_grad_kernel(const __grid_constant__ AttentionHeadGradParams g) {
-  __shared__ Exchange<Pair, threads> exchange;
-  const AttentionParams& p = g.problem;
-  const int head = static_cast<int>(blockIdx.x % p.num_heads);
-  const AttentionSequence s = sequence_of(p, blockIdx.x / p.num_heads);
-  Pair sum = {0, 0};
-  if (g.grad_scores) {
-    const float* scores = g.grad_scores + static_cast<int64_t>(blockIdx.x) * p.max_seqlen_q * p.max_seqlen_k;
-    for (int64_t pair = threadIdx.x; pair < static_cast<int64_t>(s.seqlen_q) * s.seqlen_k; pair += threads) {
-      const int query = static_cast<int>(pair / s.seqlen_k), key = static_cast<int>(pair % s.seqlen_k);
-      const float away = distance(p, s, query, key);
-      sum = sum + two_product(scores[static_cast<int64_t>(query) * p.max_seqlen_k + key], -away);
-    }
-  } else if (p.sinks[head] != -attention_infinity) {
-    for (int64_t query = threadIdx.x; query < s.seqlen_q; query += threads) {
-      const float lse = row_of<float>(g.lse, s.batch, head, s.query_row + query)[0];
-      const float delta = row_of<float>(g.delta, s.batch, head, s.query_row + query)[0];
-      const double above = static_cast<double>(p.sinks[head]) - lse;
-      sum = sum + two_product(above == above ? exp_of_difference(above) : lse, -delta);
-    }
-  }
-  sum = reduce<threads>(sum, Add{}, exchange);
-  if (threadIdx.x == 0) g.grad[blockIdx.x] = to_float(sum);
+template <int lanes>
+cudaError_t add_parts(const AttentionPartsParams& g, int64_t sums, cudaStream_t stream) {
+  const int64_t blocks = (sums * lanes + threads - 1) / threads;
+  if (blocks > most_blocks) return cudaErrorInvalidConfiguration;
+  return launch(attention_add_parts_kernel<lanes>, dim3(static_cast<unsigned>(blocks)), dim3(threads), 0, stream, g);
 }
 
 }  // namespace
 
-cudaError_t attention_bias_backward(const AttentionBiasGradParams& g, cudaStream_t stream) {
-  const int64_t elements = g.bias_sizes[0] * g.bias_sizes[1] * g.bias_sizes[2] * g.bias_sizes[3];
-  const int64_t blocks = (elements + threads - 1) / threads;
-  if (blocks > most_blocks) return cudaErrorInvalidConfiguration;
-  return launch(attention_bias_grad_kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), 0, stream, g);
-}
-
-cudaError_t attention_head_backward(const AttentionHeadGradParams& g, cudaStream_t stream) {
-  const AttentionParams& p = g.problem;
-  const int64_t blocks = p.num_sequences * p.num_heads;
-  if (blocks > most_blocks) return cudaErrorInvalidConfiguration;
-  const cudaError_t error =
-      launch(attention_head_grad_kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), 0, stream, g);
-  if (error != cudaSuccess || !g.total) return error;
-  return add_lines<float>({g.grad, g.total, p.num_sequences, p.num_heads, true}, stream);
+cudaError_t attention_add_parts(const AttentionPartsParams& g, cudaStream_t stream) {
+  constexpr int64_t many_parts = 1024;
+  const int64_t parts = g.sizes[0] * g.sizes[1] * g.sizes[2];
+  const int64_t sums = g.sizes_of_sums[0] * g.sizes_of_sums[1] * g.sizes_of_sums[2];
+  if (parts == 0 || sums == 0) return cudaSuccess;
+  return parts / sums >= many_parts ? add_parts<threads>(g, sums, stream) : add_parts<warp_size>(g, sums, stream);
 }
 
 }  // namespace transfuse::cuda

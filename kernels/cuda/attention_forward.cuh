@@ -146,7 +146,7 @@ struct ForwardBlock {
           ProductsOperand<typename Policy::KeyTile>(stage_of(first_key_tile, stage)), key, Policy::general);
       row_maxima(scores, maxima);
     }
-    take_weights(scores, rows[t], maxima, p.logit_scale * exp_log2e, factors);
+    take_weights(scores, rows[t], maxima, p.exp2_scale, factors);
     if constexpr (Policy::general) {
       if (p.dropout_seed) {
         const ScoreRow places[2] = {score_row(p, task, tile_row(t, 0)), score_row(p, task, tile_row(t, 1))};

@@ -2,7 +2,7 @@
 // dimension and type (cmake/attention_unit.cu.in).
 #pragma once
 
-#include "cuda/attention_backward.cuh"
+#include "cuda/attention_backward_bias.cuh"
 
 namespace transfuse::cuda {
 
@@ -48,7 +48,19 @@ cudaError_t attention_forward_of(const AttentionParams& p, bool general, cudaStr
   return error == cudaSuccess ? launch_row<T, head_dim, row>(p, general, target, stream) : error;
 }
 
-// dO * O first, which both of the others need.
+template <class T, int head_dim>
+cudaError_t launch_grad_bias(const AttentionGradParams& g, cudaStream_t stream) {
+  using Policy = AttentionGradBiasPolicy<T, head_dim>;
+  const AttentionParams& p = g.problem;
+  const int64_t key_tiles = (p.max_seqlen_k + Policy::keys - 1) / Policy::keys;
+  const int64_t query_tiles = (p.max_seqlen_q + Policy::queries - 1) / Policy::queries;
+  const int64_t blocks = key_tiles * query_tiles * g.grad_bias_batch * g.grad_bias_heads;
+  if (blocks > most_blocks) return cudaErrorInvalidConfiguration;
+  return launch(attention_grad_bias_kernel<Policy>, dim3(static_cast<unsigned>(blocks)), dim3(Policy::threads),
+                Policy::shared_bytes, stream, g);
+}
+
+// In order: each takes what the one before leaves of the rows.
 template <class Policy>
 cudaError_t launch_backward(const AttentionGradParams& g, cudaStream_t stream) {
   const AttentionParams& p = g.problem;
@@ -65,8 +77,10 @@ cudaError_t launch_backward(const AttentionGradParams& g, cudaStream_t stream) {
   error = launch(attention_grad_query_kernel<Policy>, grid(of_queries), dim3(Policy::threads), Policy::shared_bytes,
                  stream, g);
   if (error != cudaSuccess) return error;
-  return launch(attention_grad_key_kernel<Policy>, grid(of_keys), dim3(Policy::threads), Policy::shared_bytes, stream,
-                g);
+  error = launch(attention_grad_key_kernel<Policy>, grid(of_keys), dim3(Policy::threads), Policy::shared_bytes, stream,
+                 g);
+  if (error != cudaSuccess || !g.grad_bias.data || g.whole_grad_bias) return error;
+  return launch_grad_bias<typename Policy::T, Policy::head_dim>(g, stream);
 }
 
 template <class T, int head_dim>

@@ -37,13 +37,6 @@ __device__ __forceinline__ void load_four(const float* from, float (&x)[4]) {
   x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
 }
 
-// exp(scale * difference) for difference <= 0, <= 1 ULP, since the product is not rounded; below e^-88 it is 0.
-__device__ __forceinline__ float exp_scaled(float difference, float scale) {
-  const float x = difference * scale;
-  const float rest = fmaf(difference, scale, -x);
-  return exp_nonpositive(x, x > exp_lowest ? rest : 0.0f);
-}
-
 // x / divisor rounded once, from the divisor's reciprocal.
 __device__ __forceinline__ float quotient(float x, float divisor, float reciprocal) {
   const float rounded = x * reciprocal;

@@ -10,6 +10,13 @@
 
 namespace transfuse::cuda {
 
+// exp(scale * difference) for difference <= 0, <= 1 ULP, since the product is not rounded; below e^-88 it is 0.
+__device__ __forceinline__ float exp_scaled(float difference, float scale) {
+  const float x = difference * scale;
+  const float rest = fmaf(difference, scale, -x);
+  return exp_nonpositive(x, x > exp_lowest ? rest : 0.0f);
+}
+
 // Of the two rows of a fragment that a thread has; `sum` is the thread's own part until the end.
 struct SoftmaxRows {
   float maximum[2], sum[2], anchor[2];  // maximum is relative to the anchor

@@ -14,7 +14,7 @@ import transfuse
 from transfuse import scaled_dot_product_attention, varlen_attention
 from transfuse.dispatch import dtype_name
 from transfuse.promises.cases import GRADIENT_SLACK
-from transfuse.testing import assert_close
+from transfuse.testing import assert_close, draw
 
 # Factor -> its levels; a case has one of each, and every two levels of two factors meet in some case.
 FACTORS = {
@@ -25,7 +25,7 @@ FACTORS = {
     "causal": (None, "top_left", "bottom_right"),
     "window": (None, (9, None), (20, 3)),
     "mask": (None, "rows", "keys"),
-    "bias": (None, "float32", "dtype", "broadcast"),
+    "bias": (None, "float32", "dtype", "batch", "heads", "keys", "rows"),
     "softcap": (None, 3.0),
     "alibi": (None, "heads", "batch"),
     "sinks": (False, True),
@@ -61,6 +61,7 @@ def pairwise(factors, seed=0):
 
 
 CASES = pairwise(FACTORS)
+EXTRAS = ("attn_bias", "alibi_slopes", "sinks")  # what may want a gradient beside query, key and value
 
 
 def laid_out(tensor, layout):
@@ -79,13 +80,13 @@ def arguments(case, seed=0, batch=2):
     dtype, (len_q, len_k), (heads, kv_heads) = case["dtype"], case["lengths"], case["heads"]
     head_dim, value_head_dim = case["head_dims"]
 
-    def draw(*shape, of=dtype):
+    def drawn(*shape, of=dtype):
         return torch.randn(*shape, generator=generator).to(of)
 
     tensors = (
-        draw(batch, heads, len_q, head_dim),
-        draw(batch, kv_heads, len_k, head_dim),
-        draw(batch, kv_heads, len_k, value_head_dim),
+        drawn(batch, heads, len_q, head_dim),
+        drawn(batch, kv_heads, len_k, head_dim),
+        drawn(batch, kv_heads, len_k, value_head_dim),
     )
     options = {"enable_gqa": True, "window": case["window"], "softcap": case["softcap"]}
     if case["causal"]:
@@ -94,13 +95,15 @@ def arguments(case, seed=0, batch=2):
         shape = (1, 1, 1, len_k) if case["mask"] == "keys" else (batch, 1, len_q, len_k)
         options["attn_mask"] = torch.rand(shape, generator=generator) < 0.8
     if case["bias"]:
-        shape = (heads, 1, len_k) if case["bias"] == "broadcast" else (batch, heads, len_q, len_k)
-        options["attn_bias"] = draw(*shape, of=torch.float32 if case["bias"] == "float32" else dtype)
+        whole = (batch, heads, len_q, len_k)
+        broadcast = {"batch": (0,), "heads": (1,), "keys": (0, 2), "rows": (0, 1, 3)}.get(case["bias"], ())
+        shape = [1 if dim in broadcast else size for dim, size in enumerate(whole)]
+        options["attn_bias"] = drawn(*shape, of=torch.float32 if case["bias"] == "float32" else dtype)
     if case["alibi"]:
         shape = (batch, heads) if case["alibi"] == "batch" else (heads,)
-        options["alibi_slopes"] = draw(*shape, of=torch.float32).abs() / 8
+        options["alibi_slopes"] = drawn(*shape, of=torch.float32).abs() / 8
     if case["sinks"]:
-        options["sinks"] = draw(heads, of=torch.float32)
+        options["sinks"] = drawn(heads, of=torch.float32)
     if case["seqlens_k"]:
         options["seqlens_k"] = torch.tensor([len_k, len_k // 3])
     options["dropout_p"] = case["dropout"]
@@ -119,42 +122,85 @@ def words_of(case):
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: f"{number}-{words_of(CASES[number])}")
 def test_features_meet(number):
+    """Output, lse and every gradient."""
     case = CASES[number]
     tensors, options = arguments(case, number)
-    torch.manual_seed(number)
-    with emulated_ops.EmulatedKernels(seed=number + 1) as mode:
-        output, lse = scaled_dot_product_attention(*tensors, return_lse=True, **options)
-    assert mode.calls == 1
-    torch.manual_seed(number)
-    with transfuse.use_backend("reference"):
-        exact = scaled_dot_product_attention(*(t.double() for t in tensors), return_lse=True, **widened(options))
-    terms = case["lengths"][1]
-    assert_close(output, exact[0], terms, "output", slack=2.0 if case["dropout"] else 1.0)
-    assert_close(lse, exact[1], terms, "lse")
-
-
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: f"{number}-{words_of(CASES[number])}")
-def test_gradients_of_features_meet(number):
-    case = CASES[number]
-    tensors, options = arguments(case, number)
-    generator = torch.Generator().manual_seed(number)
-
-    def gradients(tensors, options):
-        torch.manual_seed(number)
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        results = scaled_dot_product_attention(*leaves, return_lse=True, **options)
-        return torch.autograd.grad(results, leaves, [grad.to(result) for grad, result in zip(grads, results)])
-
     batch, heads, len_q, _ = tensors[0].shape
+    generator = torch.Generator().manual_seed(number)
     grads = torch.randn(batch, heads, len_q, case["head_dims"][1], generator=generator).to(case["dtype"])
     grads = grads, torch.randn(batch, heads, len_q, generator=generator)
+
+    def results(tensors, options):
+        torch.manual_seed(number)
+        extras = {name: options[name].detach().requires_grad_() for name in EXTRAS if name in options}
+        leaves = [*(t.detach().requires_grad_() for t in tensors), *extras.values()]
+        found = scaled_dot_product_attention(*leaves[:3], return_lse=True, **options | extras)
+        of_leaves = torch.autograd.grad(found, leaves, [grad.to(t) for grad, t in zip(grads, found, strict=True)])
+        return dict(zip(("output", "lse", "query", "key", "value", *extras), (*found, *of_leaves), strict=True))
+
     with emulated_ops.EmulatedKernels(seed=number + 1) as mode:
-        found = gradients(tensors, options)
+        found = results(tensors, options)
     assert mode.calls == 2
     with transfuse.use_backend("reference"):
-        exact = gradients([t.double() for t in tensors], widened(options))
-    for name, grad, expected in zip(("query", "key", "value"), found, exact, strict=True):
-        assert_close(grad, expected, sum(case["lengths"]), name, slack=GRADIENT_SLACK * (2 if case["dropout"] else 1))
+        exact = results([t.double() for t in tensors], widened(options))
+    for name, result in found.items():
+        is_grad = name not in ("output", "lse")
+        assert result.dtype == (torch.float32 if name == "lse" else options.get(name, tensors[0]).dtype)
+        terms = sum(case["lengths"]) if is_grad else case["lengths"][1]
+        slack = (GRADIENT_SLACK if is_grad else 1.0) * (2 if case["dropout"] and name != "lse" else 1)
+        assert_close(result, exact[name], terms, name, slack=slack)
+
+
+@pytest.mark.parametrize("dtype", emulated_ops.DTYPES, ids=dtype_name)
+def test_sums_of_score_gradients_cancel(dtype):
+    """A constant added to a row of scores changes no weight: what output gives such a bias is 0, whatever rounding did
+    to output and lse; and at logits of 1e4 lse is rounded by 5e-4."""
+    for logit in (1.0, 1e4):
+        query, key, value, grad = (draw(1, 2, 70, 64, seed=i) for i in range(4))
+        leaves = [(query * logit**0.5).to(dtype), (key * logit**0.5).to(dtype), value.to(dtype)]
+        bias = torch.zeros(1, 2, 70, 1, dtype=torch.float32, requires_grad=True)
+        with emulated_ops.EmulatedKernels(seed=7):
+            output = scaled_dot_product_attention(*leaves, attn_bias=bias)
+            (found,) = torch.autograd.grad(output, bias, grad.to(dtype))
+        assert found.abs().max() < 1e-5, f"logits {logit}: {found.abs().max()}"
+
+
+def test_a_row_in_two_parts_has_the_gradients_of_the_whole():
+    """Ring attention: each part of the keys is given lse and output of the whole row."""
+    generator = torch.Generator().manual_seed(8)
+    query, key, value, grad = (torch.randn(1, 2, n, 24, generator=generator) for n in (9, 40, 40, 9))
+    options = (24**-0.5, False, False, -1, -1, 0.0, 0.0)
+    none = (None,) * 6
+    raw = torch.ops.transfuse
+    for dtype in emulated_ops.DTYPES:
+        q, k, v, g = (t.to(dtype) for t in (query, key, value, grad))
+
+        def gradients(keys, output, lse):
+            part = (k[:, :, keys], v[:, :, keys])
+            return raw.attention_backward(g, None, q, *part, output, lse, *none, *options, [1] * 4, *[False] * 3)
+
+        with emulated_ops.EmulatedKernels(seed=8):
+            saved = raw.attention_forward(q, k, v, *none, *options)
+            whole, first, second = (
+                gradients(keys, *saved) for keys in (slice(None), slice(0, 16), slice(16, None))
+            )  # fmt: skip
+        assert_close(first[0] + second[0], whole[0], 64, "query", slack=4.0)
+        for index, what in ((1, "key"), (2, "value")):
+            assert_close(torch.cat((first[index], second[index]), 2), whole[index], 64, what, slack=4.0)
+
+
+@pytest.mark.parametrize("dtype", emulated_ops.DTYPES, ids=dtype_name)
+def test_logits_beyond_the_precision_of_lse_have_gradients(dtype):
+    """Scores of 1e12 (float16: 2e9): exp(score - lse) would overflow; the weights are those of equal scores."""
+    size = 133120.0 if dtype != torch.float16 else 32768.0
+    query = torch.full((1, 1, 5, 16), size, dtype=dtype).requires_grad_()
+    key = torch.full((1, 1, 33, 16), size, dtype=dtype).requires_grad_()
+    value = torch.randn(1, 1, 33, 16, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+    with emulated_ops.EmulatedKernels(seed=9):
+        output = scaled_dot_product_attention(query, key, value)
+        grads = torch.autograd.grad(output, (query, key, value), torch.ones_like(output))
+    assert all(grad.isfinite().all() for grad in grads)
+    assert_close(grads[2], torch.full_like(grads[2], 5 / 33), 33, "value", slack=4.0)
 
 
 @pytest.mark.parametrize("dtype", emulated_ops.DTYPES, ids=dtype_name)

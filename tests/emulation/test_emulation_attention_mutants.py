@@ -53,7 +53,7 @@ MUTANTS = (
     ),
     KernelMutant(
         "odd rows taken as whole vectors",
-        "attention.cu",
+        "attention_alignment.cuh",
         "whole(t.head) &&\n      whole(t.row)",
         "whole(t.head)",
         ("misaligned access",),
@@ -127,7 +127,7 @@ def _mutated(mutant):
         path = folder / "cuda" / file
         path.write_text(replaced(path.read_text(), old, new))
     (folder / "unit.cu").write_text(UNIT)
-    kernels = [folder / "cuda" / "attention.cu", folder / "unit.cu"]
+    kernels = [folder / "cuda" / "attention.cu", folder / "cuda" / "attention_extra_grads.cu", folder / "unit.cu"]
     defines = (f"-DTRANSFUSE_ATTENTION_HEAD_DIMS=TRANSFUSE_UNIT({HEAD_DIM})",)
     return emulated_ops.compiled("attention", MUTANT_NAMESPACE, kernels, [folder], defines)
 

@@ -1,8 +1,8 @@
 """What transfuse's GPU kernels will be measured against: the peers, their shapes, and how each is called.
 
-Sizes follow what the field quotes: 16384 tokens and 2048 channels in every attention case (heads = 2048 / head_dim),
-16384 rows in every row kernel, bfloat16. Causal FLOPs count half; a backward counts 2.5 forwards (five products of
-which the forward does two). Backward is timed alone, on a graph that is kept.
+Sizes follow what the field quotes: 16384 tokens (or one longer sequence) and 2048 channels in every attention case
+(heads = 2048 / head_dim), 16384 rows in every row kernel, bfloat16. Causal FLOPs count half; a backward counts 2.5
+forwards (five products of which the forward does two). Backward is timed alone, on a graph that is kept.
 """
 
 
@@ -21,8 +21,7 @@ SDPA_PEERS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 OWN_BACKENDS = {"transfuse cuda": "cuda", "transfuse triton": "triton"}
-OWN_ATTENTION = "transfuse triton"
-SEQLENS = (4096, 1024, 16384, 512, 2048, 8192)  # the most telling first: a deadline cuts the end
+SEQLENS = (4096, 1024, 16384, 512, 2048, 8192, 32768)  # the most telling first: a deadline cuts the end
 HEAD_DIMS = (128, 64, 256)
 BIAS_SEQLENS = (4096, 512, 2048, 8192)
 COLUMNS = (768, 384, 1024, 4096, 2048, 8192)
@@ -69,7 +68,7 @@ def _attention_shape(run, seqlen, head_dim, gqa=False):
     if gqa:
         return {"batch": 1, "heads": 64, "kv_heads": 8, "seqlen": seqlen, "head_dim": head_dim}
     heads = CHANNELS // head_dim
-    return {"batch": TOKENS // seqlen, "heads": heads, "kv_heads": heads, "seqlen": seqlen, "head_dim": head_dim}
+    return {"batch": max(1, TOKENS // seqlen), "heads": heads, "kv_heads": heads, "seqlen": seqlen, "head_dim": head_dim}
 
 
 def _qkv(run, shape):
@@ -165,23 +164,27 @@ def sdpa_bias(run):
 
 
 def own_attention(run):
-    """Ours on the same shapes. Triton compiles at first use, so each head size meets its kinds before the next."""
-    state = True if run.dry else transfuse.backends()["triton"]
-    if state is not True:
-        run.add(op="attention", peer=OWN_ATTENTION, status="skipped", reason=state)
-        return
-    for head_dim in (128, 64):
-        for causal, kind in ((False, "none"), (True, "none"), (False, "bias [1,H,L,L]"), (False, "bias [B,H,L,L]")):
-            for seqlen in (8192, 4096) if kind == "none" else (4096, 2048):
-                shape = _attention_shape(run, seqlen, head_dim)
-                with run.guarded(op="attention", peer=OWN_ATTENTION, variant=kind, shape=shape):
-                    bias = _bias(run, shape, kind)
-                    tensors = _qkv(run, shape) + ([] if bias is None else [bias])
-                    _sdpa_rows(run, OWN_ATTENTION, shape, tensors, causal, kind)
+    """Ours on the same shapes, CUDA beside Triton: every kind and head size at one length, then at the others."""
+    peers = _there(run, OWN_BACKENDS, op="attention")
+    kinds = ((False, "none"), (True, "none"), (False, "bias [1,H,L,L]"), (False, "bias [B,H,L,L]"))
+    seqlens = {kind: BIAS_SEQLENS if kind != "none" else SEQLENS for _, kind in kinds}
+    for rank in range(len(SEQLENS)):
+        for head_dim in HEAD_DIMS:
+            for causal, kind in kinds:
+                for seqlen in seqlens[kind][rank : rank + 1]:
+                    _own_rows(run, peers, _attention_shape(run, seqlen, head_dim), causal, kind)
 
 
-def _own_sdpa(run, query, key, value, bias, mask, causal, gqa):
-    with transfuse.use_backend("auto" if run.dry else OWN_BACKENDS[OWN_ATTENTION]):
+def _own_rows(run, peers, shape, causal, kind):
+    with run.guarded(op="attention", peer="transfuse", variant=kind, shape=shape):
+        bias = _bias(run, shape, kind)
+        tensors = _qkv(run, shape) + ([] if bias is None else [bias])
+        for peer in peers:
+            _sdpa_rows(run, peer, shape, tensors, causal, kind)
+
+
+def _own_sdpa(run, peer, query, key, value, bias, mask, causal, gqa):
+    with transfuse.use_backend("auto" if run.dry else OWN_BACKENDS[peer]):
         return transfuse.scaled_dot_product_attention(
             query, key, value, mask, is_causal=causal, enable_gqa=gqa, attn_bias=bias
         )
@@ -189,8 +192,8 @@ def _own_sdpa(run, query, key, value, bias, mask, causal, gqa):
 
 def _sdpa_rows(run, peer, shape, tensors, causal, kind, mask=None, gqa=False):
     def forward(query, key, value, bias=None):
-        if peer == OWN_ATTENTION:
-            return _own_sdpa(run, query, key, value, bias, mask, causal, gqa)
+        if peer in OWN_BACKENDS:
+            return _own_sdpa(run, peer, query, key, value, bias, mask, causal, gqa)
         if mask is not None:
             bias = mask.expand(-1, -1, query.shape[2], -1)
         elif bias is not None:
@@ -201,7 +204,7 @@ def _sdpa_rows(run, peer, shape, tensors, causal, kind, mask=None, gqa=False):
     bias = tensors[3] if len(tensors) > 3 else None
     exact = None if mask is not None or gqa else lambda output: _rms_error(output, *tensors[:3], bias, causal)
     words = ("causal" if causal else "", "" if kind == "none" else kind, "gqa" if gqa else "")
-    name = peer if peer == OWN_ATTENTION else f"sdpa {peer}"
+    name = peer if peer in OWN_BACKENDS else f"sdpa {peer}"
     facts = {"op": "attention", "peer": name, "variant": ", ".join(filter(None, words)), "shape": shape}
     _directions(run, forward, tensors, exact=exact, flops=_flops(shape, causal), **facts)
 
@@ -241,7 +244,7 @@ def _varlen_rows(run, varlen_attn, longest, heads, head_dim):
 
 def decode(run):
     """One new token of each entry against its cache: ours, contiguous and in pages, and torch on the filled slice."""
-    own = _there(run, ("transfuse cuda", "transfuse triton"))
+    own = _there(run, OWN_BACKENDS, op="decode_attention")
     for batch, keys in DECODE_SIZES:
         shape = {"batch": batch, "heads": DECODE_HEADS, "kv_heads": DECODE_KV_HEADS, "keys": keys,
                  "head_dim": DECODE_HEAD_DIM}  # fmt: skip
@@ -402,7 +405,7 @@ def small_rows(run):
                 _row_rows(run, op, peer, *((2, 6) if run.dry else (rows, columns)), timer=run.time_with_host)
 
 
-def _there(run, peers):
+def _there(run, peers, op="all"):
     """The peers that this machine has; a backend of ours that it has not is a row with its reason."""
     available, there = transfuse.backends(), []
     for peer in peers:
@@ -410,7 +413,7 @@ def _there(run, peers):
         if state is True:
             there.append(peer)
         else:
-            run.add(op="all", peer=peer, status="skipped", reason=state)
+            run.add(op=op, peer=peer, status="skipped", reason=state)
     return there
 
 
