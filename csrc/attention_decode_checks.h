@@ -1,5 +1,5 @@
-// Checks of decode_attention's raw ops, one home for the CPU and a GPU. Values of lengths and block tables are the CPU's
-// to look at: on a GPU the kernels clamp them.
+// Checks of decode_attention's raw ops, one home for the CPU and a GPU. Values of lengths and block tables are the
+// CPU's to look at: on a GPU the kernels clamp them.
 #pragma once
 
 #include <optional>

@@ -12,8 +12,8 @@
 // softmax: 52 for R = 4, 92 for R = 8, and 16 rows would no longer wait for memory. mma.m16n8k16 takes up to 16 rows at
 // the same price: two instructions per key, 4 clocks of the tensor cores at 1024 products per clock, and a few dozen
 // for copies, fragments and softmax. In float32 a key has 57 clocks, or 226 instructions; 8 rows of plain FMA take 64
-// for the products and about as many for operands and softmax, and IEEE products are what float32 promises. Counted, not
-// measured.
+// for the products and about as many for operands and softmax, and IEEE products are what float32 promises. Counted,
+// not measured.
 //
 // Policy: a row's arithmetic is that of its own keys; keys that no row of the tile sees are not read, and a group, warp
 // or part without a key changes no bit. What the tables hold is not trusted: lengths are clamped to the cache, block

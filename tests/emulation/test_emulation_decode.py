@@ -159,7 +159,7 @@ def raw_forward(query, key, value, seqlens, table, num_new=0):
 @pytest.mark.parametrize("integers", [torch.int32, torch.int64])
 @in_every_dtype
 def test_tables_are_clamped(dtype, integers):
-    """Lengths and blocks that do not exist, far beyond too: no access out of bounds, and other entries keep their bits."""
+    """Lengths and blocks that do not exist, far beyond too: no access out of bounds, other entries keep their bits."""
     query, keys, values, seqlens, _ = arguments(plain(dtype=dtype, lengths=(60, 60), heads=(4, 2)))
     (pages, table), (value_pages, _) = (in_pages(cache, 16) for cache in (keys, values))
     far = torch.iinfo(integers).max

@@ -1,4 +1,4 @@
-"""The CPU's own tests of the row ops and of decoding once more, on the emulated CUDA kernels: shapes, strides, masks."""
+"""The CPU's own tests of the row ops and of decoding once more, on emulated CUDA kernels: shapes, strides, masks."""
 
 import os
 import re

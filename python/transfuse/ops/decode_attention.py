@@ -73,14 +73,15 @@ def decode_attention(
 
     Numerics: float64 throughout on the CPU, float32 sums on a GPU, one rounding at the end. A row with no key gives
         output 0, lse -inf (with a sink: output 0, lse = the sink). A NaN in a valid key gives NaN. Keys are summed in
-        chunks counted from the entry's own first key (of 256; in the CUDA kernels of more above 16384 keys), so the bits
-        depend neither on the batch, the threads, the layout of the cache, nor its block_size.
+        chunks counted from the entry's own first key (of 256; in the CUDA kernels of more above 16384 keys), so the
+        bits depend neither on the batch, the threads, the layout of the cache, nor its block_size.
         Autocast: query and the new keys and values are cast to the cache's dtype, and the cache never.
 
     Raises:
         ValueError: shapes, options, and on the CPU lengths and block numbers out of range (the first bad entry is
-        named; on a GPU they are clamped, and new keys without a place are left out); nothing has been written then. TypeError: types and dtypes. RuntimeError: devices; an argument that
-        requires grad, under enabled grad; appending inside torch.func transforms.
+        named; on a GPU they are clamped, and new keys without a place are left out); nothing has been written then.
+        TypeError: types and dtypes. RuntimeError: devices; an argument that requires grad, under enabled grad;
+        appending inside torch.func transforms.
 
     Source: split keys as in Flash-Decoding (Dao et al., 2023), pages as in vLLM (Kwon et al., 2023).
     """
