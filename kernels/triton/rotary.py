@@ -117,10 +117,11 @@ def rotary_forward(input, cos, sin, interleaved, inverse):
     launch(
         rotary_forward_kernel, grid, tile.launch, input.device, input=input, input_batch=input.stride(0),
         input_head=input.stride(1), input_token=input.stride(2), input_col=input.stride(3), cos=cos,
-        cos_batch=cos_batch, cos_token=cos_token, cos_col=cos_col, sin=sin, sin_batch=sin_batch,
-        sin_token=sin_token, sin_col=sin_col, output=output, output_batch=output.stride(0), output_head=output.stride(1), output_token=output.stride(2), rows=rows, inner=heads if heads_inner else length,
-        outer=length if heads_inner else heads, head_dim=head_dim, pairs=pairs, HEADS_INNER=heads_inner,
-        INTERLEAVED=interleaved, INVERSE=inverse, ROWS=tile.rows, PAIRS=tile.cols,
+        cos_batch=cos_batch, cos_token=cos_token, cos_col=cos_col, sin=sin, sin_batch=sin_batch, sin_token=sin_token,
+        sin_col=sin_col, output=output, output_batch=output.stride(0), output_head=output.stride(1),
+        output_token=output.stride(2), rows=rows, inner=heads if heads_inner else length, outer=length if heads_inner
+        else heads, head_dim=head_dim, pairs=pairs, HEADS_INNER=heads_inner, INTERLEAVED=interleaved, INVERSE=inverse,
+        ROWS=tile.rows, PAIRS=tile.cols,
     )  # fmt: skip
     return output
 
