@@ -11,15 +11,13 @@ Policy: a program owns some columns and goes down the rows of its chunk, so that
 gradient stays in registers. The gradient of the bias is a sum by chunks, then over chunks (rows.py).
 """
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 
 from .gelu_far import CUT_ERF, CUT_TANH, erf_slope, erf_tail, tanh_slope, tanh_tail
 from .gelu_tables import NUM_COEFFICIENTS, NUM_SEGMENTS, SEGMENTS
-from .launch import Launch, launch
+from .launch import Launch, is_recording, launch
 from .rows import RowTile, add_lines, on_boundary, tile_of_elements
 from .versions import fma, narrowed, widened
 
@@ -174,6 +172,13 @@ def gelu_backward_kernel(
         tl.store(bias_lines + chunk * columns + col, tl.sum(part, axis=0), mask=col < columns)
 
 
+@triton.jit
+def gelu_table_kernel(table, numbers, COUNT: tl.constexpr):
+    """Floats that arrive as arguments, one after the other."""
+    for i in tl.static_range(COUNT):
+        tl.store(table + i, numbers[i])
+
+
 # ---- host ----
 
 FORWARD_TILE = RowTile(1024, 1, Launch(8, spill_bytes=8))
@@ -182,10 +187,38 @@ _COLUMNS = 2048  # of a tensor without bias, which has no columns of its own
 _MOST_CHUNKS, _LEAST_TILES = 1024, 4
 
 
-@lru_cache(maxsize=None)
+_TABLE_LAUNCH = Launch(1)
+_tables: dict[tuple[bool, bool, torch.device], torch.Tensor] = {}
+
+
+def _is_captured(device: torch.device) -> bool:
+    """Whether the device's current stream is being captured in a graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def _table(tanh: bool, backward: bool, device: torch.device) -> torch.Tensor:
+    """The coefficients on a device.
+
+    A kernel writes them, out of its own arguments: a copy from the host cannot be captured in a CUDA graph, and the
+    first call may lie in one. There the table is the graph's: written at each replay, in memory of the graph's own, so
+    it is not kept for others.
+    """
+    found = _tables.get((tanh, backward, device))
+    if found is not None:
+        return found
     rows = SEGMENTS["tanh" if tanh else "erf", "backward" if backward else "forward"]
-    return torch.tensor(rows, dtype=torch.float32).to(device)
+    numbers = tuple(x for row in rows for x in row)
+    table = torch.empty(len(numbers), dtype=torch.float32, device=device)
+    launch(gelu_table_kernel, (1,), _TABLE_LAUNCH, device, table=table, numbers=numbers, COUNT=len(numbers))
+    if is_recording() or _is_captured(device):
+        return table
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # other streams read it without waiting for this one
+    _tables[tanh, backward, device] = table
+    return table
 
 
 def gelu_forward(input, bias, tanh):

@@ -117,6 +117,11 @@ def recording(architecture: Architecture) -> Iterator[Recording]:
         _recording = before
 
 
+def is_recording() -> bool:
+    """Whether launches are written down and not run, so that what they would write is not there."""
+    return _recording is not None
+
+
 # (a row of a table, what is taken in its place)
 _trial: tuple[object, object] | None = None
 
