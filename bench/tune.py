@@ -77,9 +77,8 @@ def source_of(row, indent=""):
 # ---- parity ----
 
 
-def results_of(decision, work, candidate, device):
-    """What the op gives with a row in the place of the present one, its tensors in order."""
-    call = work.prepare(Source(device))
+def results_of(decision, call, candidate):
+    """What a prepared work gives with a row in the place of the present one, its tensors in order."""
     with launch.trying(decision.present, candidate):
         found = call()
     return [tensor for tensor in found if tensor is not None and tensor.numel() > 0]
@@ -127,41 +126,41 @@ class QueueClock:
         return self.before.elapsed_time(self.after) / 1e3
 
 
-def launches_of(decision, work, candidate, device, architecture):
-    """(all recorded launches of one call, those that take the row): with the candidate in its place."""
-    call = work.prepare(Source(device))
+def launches_of(decision, call, candidate, architecture):
+    """(all recorded launches of a prepared work, those that take the row): with the candidate in its place."""
     with launch.trying(decision.present, candidate), launch.recording(architecture) as recorded:
         call()
     return recorded.calls, [one for one in recorded.calls if one.row is launch_of(candidate)]
 
 
-def _contender(decision, candidate, device, architecture, clock):
+def _contender(decision, calls, candidate, device, architecture, clock):
     """A callable for take_turns: the kernels that the row launches, of one work after the other."""
     device, kernels = torch.device(device), []
-    for work in decision.works:
-        every, own = launches_of(decision, work, candidate, device, architecture)
-        for call in every * WARM_CALLS:  # what the timed ones read is what others of the op wrote
-            launch.run(call, device)
+    for call in calls:
+        every, own = launches_of(decision, call, candidate, architecture)
+        for one in every * WARM_CALLS:  # what the timed ones read is what others of the op wrote
+            launch.run(one, device)
         kernels.append(own)
 
     def run(block):
-        for call in kernels[block]:
-            launch.run(call, device)
+        for one in kernels[block]:
+            launch.run(one, device)
 
     return lambda block: clock(lambda: run(block))
 
 
 def measure(decision, device, architecture, clock, rounds=ROUNDS):
     """(turns.Rounds of the present row and its candidates by name, rows by name, refusals by name)."""
-    present = [results_of(decision, work, decision.present, device) for work in decision.works]
-    contenders = {PRESENT: _contender(decision, decision.present, device, architecture, clock)}
+    calls = [work.prepare(Source(device)) for work in decision.works]
+    present = [results_of(decision, call, decision.present) for call in calls]
+    contenders = {PRESENT: _contender(decision, calls, decision.present, device, architecture, clock)}
     rows, refused = {PRESENT: decision.present}, {}
     for candidate in decision.candidates:
         name = difference(decision.present, candidate)
         try:
-            for work, before in zip(decision.works, present, strict=True):
-                compare(decision, work, candidate, before, results_of(decision, work, candidate, device))
-            contenders[name] = _contender(decision, candidate, device, architecture, clock)
+            for work, call, before in zip(decision.works, calls, present, strict=True):
+                compare(decision, work, candidate, before, results_of(decision, call, candidate))
+            contenders[name] = _contender(decision, calls, candidate, device, architecture, clock)
             rows[name] = candidate
         except Refused as reason:
             refused[name] = str(reason)
@@ -217,7 +216,7 @@ def resources(decision, candidate, architecture, target=None):
 
     found = []
     for work in decision.works:
-        _, own = launches_of(decision, work, candidate, "meta", architecture)
+        _, own = launches_of(decision, work.prepare(Source("meta")), candidate, architecture)
         found += [compiled(call, target or architecture) for call in own]
     return tuple(max(getattr(one, key) or 0 for one in found) for key in ("registers", "spills", "shared_bytes"))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import tune
-from tune_decisions import Sizes, decisions
+from tune_decisions import Sizes, Source, decisions
 
 from transfuse.kernels.triton import attention_problem, launch, masked_softmax, norm, rows
 from transfuse.promises.cases import OPS
@@ -37,9 +37,10 @@ def test_a_candidate_reaches_its_kernel_and_no_table(architecture):
     for decision in decisions(OPS, architecture, SMALL):
         seen = [decision.present]
         for work in decision.works:
+            call = work.prepare(Source("meta"))
+            before, _ = tune.launches_of(decision, call, decision.present, architecture)
             for candidate in decision.candidates:
-                before, _ = tune.launches_of(decision, work, decision.present, "meta", architecture)
-                recorded, own = tune.launches_of(decision, work, candidate, "meta", architecture)
+                recorded, own = tune.launches_of(decision, call, candidate, architecture)
                 changed = tune.difference(decision.present, candidate)
                 assert own, f"{decision.name}: {changed} does not reach {work.name}"
                 assert len(recorded) == len(before)
