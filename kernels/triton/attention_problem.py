@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .attention_scores import Problem, Strided
 from .exp import LOG2E
-from .launch import NOT_MEASURED, Architecture, Launch, architecture_of
+from .launch import NOT_MEASURED, Architecture, Launch, architecture_of, taken
 from .versions import INTERPRETED
 
 _FARTHEST = 2**30  # a window's side beyond every position: what lies further is unbounded
@@ -234,7 +234,7 @@ def choose_tile(kind: str, wide: bool, columns: int, architecture: Architecture)
             and tile.shared_bytes <= architecture.shared_bytes
         )  # fmt: skip
 
-    return next(tile for tile in (INTERPRETED_TILES if INTERPRETED else TILES) if fits(tile))
+    return taken(next(tile for tile in (INTERPRETED_TILES if INTERPRETED else TILES) if fits(tile)))
 
 
 def tile_options(kind: str, query: Tensor, value: Tensor) -> tuple[dict, Launch]:
