@@ -38,7 +38,9 @@ struct NormForwardParams {
   int64_t rows, cols;
   SplitDouble eps;
   bool float_parameters;  // weight and bias are float32 beside a 16-bit input
-  bool whole_vectors;     // found by the launcher
+  // Found by the launcher.
+  bool whole_vectors;
+  float inverse_cols;
 };
 
 // The gradients of weight and bias are sums over rows. Rows are cut into chunks whose number depends on theirs alone,
@@ -57,7 +59,10 @@ struct NormBackwardParams {
   void* grad_bias;       // the same
   int64_t rows, cols, chunks;
   SplitDouble eps;
-  bool float_parameters, whole_vectors;
+  bool float_parameters;
+  // Found by the launcher.
+  bool whole_vectors;
+  float inverse_cols;
 };
 
 constexpr int64_t norm_row_values = 4;

@@ -24,6 +24,7 @@ cudaError_t norm_forward(NormForwardParams p, DType dtype, cudaStream_t stream) 
   if (p.rows == 0 || p.cols == 0) return cudaSuccess;
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
+    p.inverse_cols = static_cast<float>(1.0 / static_cast<double>(p.cols));
     p.whole_vectors = rows_are_whole<T>(p.input, p.cols) && rows_are_whole<T>(p.residual, p.cols) &&
                       rows_are_whole<T>({p.sum, p.cols}, p.cols) && rows_are_whole<T>({p.output, p.cols}, p.cols) &&
                       parameters_are_whole<T>(p.weight, p.cols, p.float_parameters) &&
@@ -46,6 +47,7 @@ cudaError_t norm_backward(NormBackwardParams p, DType dtype, cudaStream_t stream
   if (p.cols == 0) return cudaSuccess;
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
+    p.inverse_cols = static_cast<float>(1.0 / static_cast<double>(p.cols));
     p.whole_vectors = rows_are_whole<T>(p.input, p.cols) && rows_are_whole<T>(p.grad_output, p.cols) &&
                       rows_are_whole<T>(p.grad_sum, p.cols) && rows_are_whole<T>({p.grad_input, p.cols}, p.cols) &&
                       parameters_are_whole<T>(p.weight, p.cols, p.float_parameters);

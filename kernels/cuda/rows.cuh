@@ -29,13 +29,10 @@ struct HeldRow {
   static constexpr int n = width<T>;
   static constexpr bool whole = Policy::whole;
   Packed held[Policy::vectors];
-  int64_t cols;
-  int lane;
+  int cols, lane;
 
-  __device__ __forceinline__ HeldRow(int64_t cols, int lane) : cols(cols), lane(lane) {}
-  __device__ __forceinline__ int64_t begin(int v) const {
-    return (static_cast<int64_t>(v) * Policy::threads + lane) * n;
-  }
+  __device__ __forceinline__ HeldRow(int64_t cols, int lane) : cols(static_cast<int>(cols)), lane(lane) {}
+  __device__ __forceinline__ int begin(int v) const { return (v * Policy::threads + lane) * n; }
   __device__ __forceinline__ bool holds(int v) const { return begin(v) < cols; }
 
   __device__ __forceinline__ void load(const T* row, bool valid) {
@@ -51,8 +48,7 @@ struct HeldRow {
       if (!holds(v)) continue;
       float x[n];
       unpack<T>(held[v], x);
-      const int64_t left = cols - begin(v);
-      f(x, begin(v), left < n ? static_cast<int>(left) : n);
+      f(x, begin(v), whole ? n : min(cols - begin(v), n));
     }
   }
 };
