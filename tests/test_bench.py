@@ -1,5 +1,6 @@
 """The harness tells the truth: intervals cover, drift cancels, nothing is timed before parity, rows keep their form."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -288,6 +289,20 @@ def test_gpu_dry_run_walks_every_case(tmp_path, capsys):
     assert {peer for peer, _ in small} == {"transfuse cuda", "torch eager"} and {status for _, status in small} == {"ok"}
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"{len(rows)} rows in {tmp_path / 'gpu.json'}; parity failures of transfuse: 0"
+
+
+def test_gpu_circumstances_are_compared_with_a_plain_call(tmp_path, monkeypatch):
+    """Those that need no GPU, on the CPU; a circumstance that changes a bit fails the op, one that raises is an error."""
+    run = gpu_rows.Run(tmp_path, budget_s=60, dry=True)
+    monkeypatch.setattr(gpu, "use_backend", lambda name: contextlib.nullcontext())
+    chosen = {name: gpu.CIRCUMSTANCES[name] for name in ("in a fresh thread", "as a compiled first call")}
+    chosen |= {"wrong": lambda call, x: call(x) + 1, "raises": lambda call, x: call(x, x, x, x, x)}
+    monkeypatch.setattr(gpu, "CIRCUMSTANCES", chosen)
+    with run.within("parity", 60):
+        for op in gpu.CALLS:
+            gpu.check_circumstances(run, op)
+    run.close()
+    assert [row["status"] for row in run.rows] == ["ok", "ok", "failed", "error"] * len(gpu.CALLS)
 
 
 def test_gpu_budget_is_kept(tmp_path):

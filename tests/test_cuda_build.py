@@ -81,6 +81,57 @@ def test_import_needs_no_gpu_and_the_reason_is_told():
         )
 
 
+def _loaded_beside(driver, tmp_path):
+    """What loading the package says of a driver, given in C."""
+    (tmp_path / "driver.c").write_text(driver)
+    subprocess.run(["gcc", "-shared", "-fPIC", tmp_path / "driver.c", "-o", tmp_path / "libcuda.so.1"], check=True)
+    code = "import torch; torch.version.cuda = '13.0'\nfrom transfuse import extension; print(extension.cuda_unavailable)"
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(ROOT / "python")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_driver_is_asked_for_its_version_and_not_initialised(tmp_path):
+    """A process that has called cuInit cannot fork and use CUDA, nor choose its GPUs any more."""
+    driver = "#include <stdlib.h>\nint cuInit(unsigned flags) { abort(); }\nint cuDriverGetVersion(int* v) { *v = %s; return 0; }"
+    assert _loaded_beside(driver % 13000, tmp_path) == ""
+    words = "the NVIDIA driver serves CUDA 12.8, the module needs 13.0"
+    assert _loaded_beside(driver % 12080, tmp_path) == words
+    assert _loaded_beside("int nothing;", tmp_path) == "no NVIDIA driver is installed"
+
+
+@pytest.fixture
+def gpu_of_sm_90(monkeypatch):
+    """As on a machine with an H100, up to the launch."""
+    monkeypatch.setattr(extension, "cuda_unavailable", "")
+    monkeypatch.setattr(extension, "cuda_architectures", ("8.0", "9.0a"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5) if device == "cuda:1" else (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "T4")
+    monkeypatch.setattr(dispatch, "_choices", {})
+
+
+def _problem(device):
+    return dispatch.Problem("layer_norm", device, torch.bfloat16, False)
+
+
+def test_the_first_call_may_be_a_compiled_one(gpu_of_sm_90):
+    """The choice is traced with the call: nothing on its way may break the graph."""
+    implementations = (dispatch.Implementation("cuda", dispatch.cuda_reasons, lambda x: x + 1),)
+
+    def call(x):
+        chosen = dispatch.select("layer_norm", implementations, ("cuda:0", x.dtype), lambda: _problem("cuda:0"))
+        return chosen.run(x)
+
+    assert torch.compile(call, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
+
+
+def test_each_gpu_is_asked_for_itself(gpu_of_sm_90):
+    assert dispatch.cuda_reasons(_problem("cuda:0")) == ()
+    words = "T4 has compute capability 7.5, the kernels are built for 8.0, 9.0a"
+    assert dispatch.cuda_reasons(_problem("cuda:1")) == (words,)
+
+
 def test_unloadable_module_is_told(tmp_path):
     """A _C_cuda that the loader refuses leaves the package usable, with the loader's words as the reason."""
     package = tmp_path / "transfuse"

@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(gelu_threads, 2) gelu_kernel(const __grid_cons
 
   const int threads = threads_of_row((p.columns + n - 1) / n), groups = gelu_threads / threads;
   const int group = static_cast<int>(threadIdx.x) / threads;
-  const int64_t column = (static_cast<int64_t>(blockIdx.y) * threads + threadIdx.x % threads) * n;
+  const int64_t column = (static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x % threads) * n;
   const bool has_columns = column < p.columns;
   float bias[n], bias_part[n] = {};
 #pragma unroll
@@ -240,8 +240,8 @@ __global__ void __launch_bounds__(gelu_threads, 2) gelu_kernel(const __grid_cons
   }
 
   const int64_t rows = (p.size + p.columns - 1) / p.columns;
-  const int64_t end = rows * (blockIdx.x + 1) / p.chunks;
-  for (int64_t row = rows * blockIdx.x / p.chunks + group; row < end; row += groups) {
+  const int64_t end = rows * (blockIdx.y + 1) / p.chunks;
+  for (int64_t row = rows * blockIdx.y / p.chunks + group; row < end; row += groups) {
     const int64_t first = row * p.columns, length = p.size - first < p.columns ? p.size - first : p.columns;
     if (column >= length) continue;
     float x[n], grad[n];
@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(gelu_threads, 2) gelu_kernel(const __grid_cons
   for (int i = 0; i < n; ++i) table[i * gelu_threads + threadIdx.x] = bias_part[i];
   __syncthreads();
   if (group != 0 || !has_columns) return;
-  float* line = p.bias_lines + static_cast<int64_t>(blockIdx.x) * p.columns;
+  float* line = p.bias_lines + static_cast<int64_t>(blockIdx.y) * p.columns;
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     float total = bias_part[i];
@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(gelu_threads, 2) gelu_kernel(const __grid_cons
 template <class Direction, class T, bool whole>
 cudaError_t launch_gelu(const GeluParams& p, cudaStream_t stream) {
   const int64_t vectors = (p.columns + width<T> - 1) / width<T>, threads = threads_of_row(vectors);
-  const dim3 grid(static_cast<unsigned>(p.chunks), static_cast<unsigned>((vectors + threads - 1) / threads));
+  const dim3 grid(static_cast<unsigned>((vectors + threads - 1) / threads), static_cast<unsigned>(p.chunks));
   const auto kernel = p.tanh ? gelu_kernel<Direction, Tanh, T, whole> : gelu_kernel<Direction, Erf, T, whole>;
   return launch(kernel, grid, dim3(gelu_threads), 0, stream, p);
 }

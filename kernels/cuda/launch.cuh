@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <cstdint>
 
 namespace transfuse::cuda {
 
@@ -19,6 +20,8 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 #endif
 }
 
+// Along x; 65,535 along y and z.
+constexpr int64_t most_blocks = 0x7FFFFFFF;
 // A block may have this much without asking the driver first.
 constexpr size_t shared_bytes_unasked = 48 * 1024;
 
@@ -59,10 +62,7 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_
   config.numAttrs = cluster_blocks > 1 ? 1 : 0;
   Params copy = params;
   void* arguments[] = {&copy};
-  const cudaError_t status = cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
-  // A refused launch stays in the runtime's last-error slot, where torch would find it and blame the next op.
-  if (status != cudaSuccess) static_cast<void>(cudaGetLastError());
-  return status;
+  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
 #endif
 }
 

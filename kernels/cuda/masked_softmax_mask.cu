@@ -22,11 +22,12 @@ __device__ __forceinline__ int64_t row_offset(int64_t index, int dims, const int
   return offset;
 }
 
-// blockIdx.x: a chunk of a row of the mask; blockIdx.y: keys.
+// blockIdx.x: keys of a row of the mask; blockIdx.y: a chunk of its repeats.
 template <class T>
 __global__ void __launch_bounds__(mask_grad_threads) mask_grad_kernel(const __grid_constant__ MaskGradParams p) {
-  const int64_t mask_row = blockIdx.x / p.chunks, chunk = blockIdx.x % p.chunks;
-  const int64_t key = static_cast<int64_t>(blockIdx.y) * mask_grad_threads + threadIdx.x;
+  const int64_t blocks_of_row = (p.keys + mask_grad_threads - 1) / mask_grad_threads, chunk = blockIdx.y;
+  const int64_t mask_row = blockIdx.x / blocks_of_row;
+  const int64_t key = blockIdx.x % blocks_of_row * mask_grad_threads + threadIdx.x;
   if (key >= p.keys) return;
   const int64_t base = row_offset(mask_row, p.base_dims, p.base_sizes, p.base_strides);
   float sum = 0;
@@ -53,8 +54,9 @@ __global__ void __launch_bounds__(mask_grad_threads) mask_grad_keys_kernel(const
 }  // namespace
 
 cudaError_t masked_softmax_mask_backward(const MaskGradParams& p, DType dtype, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(p.mask_rows * p.chunks),
-                  static_cast<unsigned>((p.keys + mask_grad_threads - 1) / mask_grad_threads));
+  const int64_t blocks = p.mask_rows * ((p.keys + mask_grad_threads - 1) / mask_grad_threads);
+  if (blocks > most_blocks) return cudaErrorInvalidConfiguration;
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.chunks));
   cudaError_t error = with_type(dtype, [&](auto type) {
     return launch(mask_grad_kernel<decltype(type)>, grid, dim3(mask_grad_threads), 0, stream, p);
   });

@@ -122,6 +122,8 @@ __global__ void __launch_bounds__(Policy::block, backward_blocks<Policy>)
   for (int64_t first = rows.begin; first < rows.end; first += Policy::rows_per_block) {
     const int64_t row = first + threadIdx.x / Policy::threads;
     const bool valid = row < rows.end;  // threads without a row stay for the shuffles
+    // The one reduction of such a row must not hand over anew before every warp has taken the last row's.
+    if (!Norm::centered && Policy::threads > warp_size && p.grad_input == nullptr) __syncthreads();
     x.load(row_of<T>(p.input, row), valid);
     grad_output.load(row_of<T>(p.grad_output, row), valid);
     const Normalization by = normalization_of<Norm::centered, Policy::threads>(x, p.cols, p.eps, exchange);

@@ -32,7 +32,7 @@ class Problem:
     """What an implementation decides on. Each op subclasses it with its own shapes and flags."""
 
     op: str
-    device: str
+    device: str  # as it prints: "cpu", "cuda:1"
     dtype: torch.dtype
     requires_grad: bool
 
@@ -149,22 +149,22 @@ def cuda_reasons(problem: Problem, dtypes: Sequence[torch.dtype] = CUDA_DTYPES) 
     reasons = []
     if extension.cuda_unavailable:
         reasons.append(extension.cuda_unavailable)
-    if problem.device != "cuda":
+    if problem.device.partition(":")[0] != "cuda":
         reasons.append(f"device is {problem.device}, the kernel takes cuda")
     if problem.dtype not in dtypes:
         reasons.append(f"dtype is {dtype_name(problem.dtype)}, the kernel takes {', '.join(map(dtype_name, dtypes))}")
-    if not reasons and unserved_gpu():
-        reasons.append(unserved_gpu())
+    if not reasons and (reason := unserved_gpu(problem.device)):
+        reasons.append(reason)
     return tuple(reasons)
 
 
-def unserved_gpu() -> str:
-    """Why the current GPU cannot run the architectures that _C_cuda was built for; nothing where it can."""
-    built = extension._C_cuda.build_info()["architectures"]
-    major, minor = torch.cuda.get_device_capability()
+def unserved_gpu(device: str = "cuda") -> str:
+    """Why a GPU cannot run the architectures that _C_cuda was built for; nothing where it can."""
+    built = extension.cuda_architectures
+    major, minor = torch.cuda.get_device_capability(device)
     if any(serves(name, major, minor) for name in built):
         return ""
-    name = torch.cuda.get_device_name()
+    name = torch.cuda.get_device_name(device)
     return f"{name} has compute capability {major}.{minor}, the kernels are built for {', '.join(built)}"
 
 
@@ -190,7 +190,7 @@ def select(op: str, implementations: Sequence[Implementation], key: tuple, make_
     Args:
         op: op stem.
         implementations: the op's ordered list.
-        key: hashable facts the choice depends on (device type, dtype, flags), never batch or size.
+        key: hashable facts the choice depends on (device, dtype, flags), never batch or size.
         make_problem: builds the Problem on a miss.
     Raises:
         RuntimeError: the backend asked for cannot run the problem, or TRANSFUSE_STRICT=1 forbids the fallback.
@@ -240,6 +240,11 @@ _tell_fallback._dynamo_marked_constant = True
 
 def _reason_lines(passed_over: list[tuple[str, tuple[str, ...]]]) -> str:
     return "\n".join(f"  {name}: {'; '.join(reasons)}" for name, reasons in passed_over)
+
+
+def forget_choices() -> None:
+    """Has every choice made anew at its next call (tests)."""
+    _choices.clear()
 
 
 def fallback_counts() -> dict[tuple[str, str], int]:

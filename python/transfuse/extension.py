@@ -8,6 +8,7 @@ from transfuse import env
 
 cpu_unavailable: str = ""  # why the compiled CPU kernels cannot run here; empty when they can
 cuda_unavailable: str = ""  # the same of the CUDA kernels; whether there is a GPU is asked later, by whoever needs one
+cuda_architectures: tuple[str, ...] = ()  # what the CUDA kernels were built for: "8.0", "9.0a", "12.0+PTX"
 _C = None
 _C_cuda = None
 
@@ -22,7 +23,7 @@ else:
 
 def _load_cuda() -> str:
     """Loads _C_cuda where torch has CUDA; returns the reason why its kernels cannot run, or nothing."""
-    global _C_cuda
+    global _C_cuda, cuda_architectures
     if _C is None:
         return cpu_unavailable  # the schemas of the raw ops are its
     built = _C.build_info()["cuda"]
@@ -34,6 +35,7 @@ def _load_cuda() -> str:
         from transfuse import _C_cuda
     except ImportError as error:
         return f"the compiled module transfuse._C_cuda cannot be loaded: {error}"
+    cuda_architectures = _C_cuda.build_info()["architectures"]
     return _C_cuda.driver_unusable()
 
 

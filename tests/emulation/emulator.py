@@ -11,6 +11,7 @@ Compiled libraries are kept in build/emulation under the hash of everything that
 """
 
 import ctypes
+import fcntl
 import hashlib
 import mmap
 import os
@@ -86,8 +87,11 @@ def _hash(*parts):
 
 def _made(target, command):
     """The file, made by the command if it is not there; under another name first, so that none is half made."""
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it
+        if target.exists():
+            return target
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             unfinished = Path(folder) / target.name
             done = subprocess.run([str(part) for part in (*command, "-o", unfinished)], capture_output=True, text=True)

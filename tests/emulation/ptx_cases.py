@@ -360,7 +360,7 @@ def main():
         print("emulated only:  ", ", ".join(EMULATED_ONLY))
         return 0
     if shutil.which("nvcc") is None:
-        print("PTX cases: skipped, there is no nvcc")
+        print("PTX cases: not run, there is no nvcc on the PATH")
         return 0
     passed = failed = 0
     with tempfile.TemporaryDirectory() as folder:

@@ -5,6 +5,7 @@ GPU. Every access of every thread is checked on the way (README.md), and the ord
 promise to promise.
 """
 
+import itertools
 import zlib
 
 import emulated_ops
@@ -77,6 +78,26 @@ def test_no_bit_depends_on_the_order_of_blocks_and_threads(op, dtype):
                 found.append((forward, *gradients_of(case.ours, inputs, grad_output)()))
         for other in found[1:]:
             assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True)), case.name
+
+
+@pytest.mark.parametrize("cols", [40, 2048])
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+def test_gradients_wanted_in_part(op, cols):
+    """Each gradient alone and in pairs: the bits that it has beside all others."""
+    dtype, rows = torch.bfloat16, 11
+    x, grad_output = torch.randn(2, rows, cols).to(dtype)
+    weights = [torch.randn(cols).to(dtype) for _ in range(2 if op == "layer_norm" else 1)]
+    backward = getattr(torch.ops.transfuse, f"{op}_backward").default
+
+    def gradients(wanted, seed):
+        with emulated_ops.EmulatedKernels(seed):
+            return backward(grad_output, None, x, *weights, 1, 1e-5, *wanted)
+
+    every = gradients([True] * (1 + len(weights)), 0)
+    for wanted in itertools.product((False, True), repeat=len(every)):
+        for seed in (1, 2):
+            for found, whole, is_wanted in zip(gradients(wanted, seed), every, wanted, strict=True):
+                assert torch.equal(found, whole) if is_wanted else found.numel() == 0
 
 
 def _gelu_inputs(dtype):

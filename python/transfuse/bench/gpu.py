@@ -12,12 +12,13 @@ Exit codes: 0 done, 1 a backend of ours missed parity, 2 there is no GPU here.
 import argparse
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 import transfuse
-from transfuse import env
+from transfuse import dispatch, env
 from transfuse.bench import gpu_peers, gpu_rows
 from transfuse.dispatch import dtype_name, use_backend
 from transfuse.promises import agreement, check, every
@@ -73,21 +74,25 @@ def check_backends(run):
                 reason=outcome.reason or (outcome.figure.detail if outcome.status == "failed" else ""),
             )
     if available["cuda"] is True:
-        for op in ("gelu", "layer_norm", "masked_softmax"):
+        for op in CALLS:
             check_past_int32(run, op)
+            check_circumstances(run, op)
+
+
+# Ops on [rows, columns] that take every row alone.
+CALLS = {
+    "gelu": transfuse.gelu,
+    "layer_norm": lambda x: transfuse.layer_norm(x, x.shape[-1:]),
+    "masked_softmax": transfuse.masked_softmax,
+}
 
 
 def check_past_int32(run, op):
     """An op on more than 2^32 elements: its last rows have the bits that they have alone."""
-    columns = 1024
+    columns, call = 1024, CALLS[op]
     rows = PAST_INT32 // columns + 1
     shape = {"rows": rows, "columns": columns}
     facts = {"op": op, "peer": "transfuse cuda", "variant": "numel beyond 2^32", "shape": shape}
-    call = {
-        "gelu": transfuse.gelu,
-        "layer_norm": lambda x: transfuse.layer_norm(x, (columns,)),
-        "masked_softmax": transfuse.masked_softmax,
-    }[op]
     with run.guarded(**facts), use_backend("cuda"):
         x = torch.zeros(rows, columns, dtype=torch.bfloat16, device=run.device)
         last = x[-3:].normal_()
@@ -95,6 +100,66 @@ def check_past_int32(run, op):
         reason = "" if same else "the last rows differ from the same rows alone"
         run.add(**facts, status="ok" if same else "failed", reason=reason)
     torch.cuda.empty_cache()
+
+
+def _in_a_graph(call, x):
+    """Captured on other values, replayed on x."""
+    graph, given = torch.cuda.CUDAGraph(), torch.zeros_like(x)
+    with torch.cuda.graph(graph):
+        output = call(given)
+    given.copy_(x)
+    graph.replay()
+    return output
+
+
+def _on_a_side_stream(call, x):
+    """Behind a long copy on the stream, whose result it reads."""
+    stream, source = torch.cuda.Stream(), torch.zeros(1 << 28, dtype=torch.int8, device=x.device)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        late = torch.empty_like(x)
+        source.clone()
+        late.copy_(x)
+        output = call(late)
+    stream.synchronize()
+    return output
+
+
+def _in_a_thread(call, x):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call, x).result()
+
+
+def _compiled(call, x):
+    torch._dynamo.reset()
+    dispatch.forget_choices()
+    return torch.compile(call, fullgraph=True, backend="aot_eager")(x)
+
+
+def _on_the_last_gpu(call, x):
+    """Where there are several, while the first one is current."""
+    return call(x.to(f"cuda:{torch.cuda.device_count() - 1}")).to(x.device)
+
+
+CIRCUMSTANCES = {
+    "captured in a CUDA graph": _in_a_graph,
+    "on a side stream": _on_a_side_stream,
+    "in a fresh thread": _in_a_thread,
+    "as a compiled first call": _compiled,
+    "on the last GPU": _on_the_last_gpu,
+}
+
+
+def check_circumstances(run, op):
+    """The same bits however an op is called."""
+    with use_backend("cuda"):
+        x = torch.randn(300, 768, device=run.device).bfloat16()
+        for variant, circumstance in CIRCUMSTANCES.items():
+            facts = {"op": op, "peer": "transfuse cuda", "variant": variant, "shape": {"rows": 300, "columns": 768}}
+            with run.guarded(**facts):
+                same = torch.equal(circumstance(CALLS[op], x), CALLS[op](x))
+                reason = "" if same else "the bits differ from those of a plain call"
+                run.add(**facts, status="ok" if same else "failed", reason=reason)
 
 
 def table(rows):

@@ -37,10 +37,10 @@ def ceilings(run):
     _matmul(run, 16 if run.dry else 8192)
 
 
-def _copy(run, size):
+def _copy(run, size, shape=None):
     source, target = _random(run, size), torch.empty(size, device=run.device, dtype=torch.bfloat16)
-    shape, moved = {"elements": size}, source.nbytes + target.nbytes
-    facts = {"op": "copy", "peer": "torch", "shape": shape, "direction": "forward"}
+    moved = source.nbytes + target.nbytes
+    facts = {"op": "copy", "peer": "torch", "shape": shape or {"elements": size}, "direction": "forward"}
     run.measure(lambda: lambda: target.copy_(source), moved=moved, **facts)
 
 
@@ -306,10 +306,13 @@ def row_kernels(run):
     state = True if run.dry else transfuse.backends()["cuda"]
     if state is not True:
         run.add(op="all", peer=OWN, status="skipped", reason=state)
+    sizes = [(8, columns // 64) if run.dry else (ROWS, columns) for columns in COLUMNS]
+    for rows, columns in sizes:  # what a kernel on as many bytes can reach: a small one pays for its start and end
+        _copy(run, rows * columns, {"rows": rows, "columns": columns})
     for peer in (*((OWN,) if state is True else ()), "torch eager", "torch.compile"):
-        for columns in COLUMNS:
+        for rows, columns in sizes:
             for op in ROW_OPS:
-                _row_rows(run, op, peer, *((8, columns // 64) if run.dry else (ROWS, columns)))
+                _row_rows(run, op, peer, rows, columns)
 
 
 def small_rows(run):

@@ -78,11 +78,11 @@ class GeluProblem(dispatch.Problem):
 
 
 def _problem(input: Tensor, bias: Tensor | None) -> GeluProblem:
-    return GeluProblem("gelu", input.device.type, input.dtype, wants_grad(input, bias), None if bias is None else bias.dtype)
+    return GeluProblem("gelu", str(input.device), input.dtype, wants_grad(input, bias), None if bias is None else bias.dtype)
 
 
 def _key(input: Tensor) -> tuple:
-    return input.device.type, input.dtype
+    return input.device, input.dtype
 
 
 def _run_compiled(input, bias, tanh):

@@ -111,11 +111,11 @@ def _problem(op, input, weight, bias, residual=None) -> LayerNormProblem:
     parameter = weight if weight is not None else bias
     parameter_dtype = None if parameter is None else parameter.dtype
     requires_grad = wants_grad(input, residual, weight, bias)
-    return LayerNormProblem(op, input.device.type, input.dtype, requires_grad, parameter_dtype)
+    return LayerNormProblem(op, str(input.device), input.dtype, requires_grad, parameter_dtype)
 
 
 def _key(input: Tensor) -> tuple:
-    return input.device.type, input.dtype
+    return input.device, input.dtype
 
 
 def _run_compiled(input, weight, bias, ndim, eps):

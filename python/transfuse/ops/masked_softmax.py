@@ -123,11 +123,11 @@ class MaskedSoftmaxProblem(dispatch.Problem):
 
 def _problem(input: Tensor, mask: Tensor | None, is_causal: bool) -> MaskedSoftmaxProblem:
     mask_dtype = None if mask is None else mask.dtype
-    return MaskedSoftmaxProblem("masked_softmax", input.device.type, input.dtype, wants_grad(input, mask), mask_dtype, bool(is_causal))
+    return MaskedSoftmaxProblem("masked_softmax", str(input.device), input.dtype, wants_grad(input, mask), mask_dtype, bool(is_causal))
 
 
 def _key(input: Tensor, mask: Tensor | None) -> tuple:
-    return input.device.type, input.dtype, None if mask is None else mask.dtype
+    return input.device, input.dtype, None if mask is None else mask.dtype
 
 
 def _run_compiled(input, mask, scale, causal, bottom_right):

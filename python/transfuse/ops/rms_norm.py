@@ -111,11 +111,11 @@ class RMSNormProblem(dispatch.Problem):
 
 def _problem(op, input, weight, residual=None) -> RMSNormProblem:
     parameter_dtype = None if weight is None else weight.dtype
-    return RMSNormProblem(op, input.device.type, input.dtype, wants_grad(input, residual, weight), parameter_dtype)
+    return RMSNormProblem(op, str(input.device), input.dtype, wants_grad(input, residual, weight), parameter_dtype)
 
 
 def _key(input: Tensor) -> tuple:
-    return input.device.type, input.dtype
+    return input.device, input.dtype
 
 
 def _run_compiled(input, weight, ndim, eps):

@@ -47,7 +47,7 @@ def rotary(input: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False
         Su et al.: RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021, https://arxiv.org/abs/2104.09864
     """
     _check(input, cos, sin, interleaved)
-    chosen = dispatch.select(_OP, IMPLEMENTATIONS, (input.device.type, input.dtype), lambda: _problem(input, cos, sin))
+    chosen = dispatch.select(_OP, IMPLEMENTATIONS, (input.device, input.dtype), lambda: _problem(input, cos, sin))
     return chosen.run(input, cos, sin, interleaved)
 
 
@@ -93,7 +93,7 @@ class RotaryProblem(dispatch.Problem):
 def _problem(input: Tensor, cos: Tensor, sin: Tensor) -> RotaryProblem:
     requires_grad = wants_grad(input, cos, sin)
     return RotaryProblem(
-        _OP, input.device.type, input.dtype, requires_grad, tuple(input.shape), tuple(cos.shape), cos.dtype
+        _OP, str(input.device), input.dtype, requires_grad, tuple(input.shape), tuple(cos.shape), cos.dtype
     )
 
 
