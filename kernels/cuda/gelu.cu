@@ -328,7 +328,7 @@ cudaError_t run_gelu(const GeluParams& p, DType dtype, cudaStream_t stream) {
     }
     // Without rows too: the gradient of the bias is then the sum of no lines.
     if (error != cudaSuccess || p.bias_lines == nullptr) return error;
-    return add_lines<T>({p.bias_lines, p.grad_bias, p.chunks, p.columns, p.float_bias}, stream);
+    return add_lines<T>({{{p.bias_lines, p.grad_bias}}, p.chunks, p.columns, p.float_bias}, stream);
   });
 }
 

@@ -1,8 +1,8 @@
 // Masked softmax of rows: y_j = exp(s_j - m) / sum, s = scale * x + mask over the valid keys of the row, 0 elsewhere.
 //
-// Of float32 a score is carried as two floats, so that neither scale * x, nor the mask's addition, nor s - m loses a bit
-// that exp would magnify: at logits around 100 a rounded score alone costs 60 ULP of its weight. The weights are summed
-// in two floats and the quotient is one rounding: error <= 3 ULP per element. 16-bit rows do with less:
+// Of float32 a score is carried as two floats, so that neither scale * x, nor the mask's addition, nor s - m loses a
+// bit that exp would magnify: at logits around 100 a rounded score alone costs 60 ULP of its weight. The weights are
+// summed in two floats and the quotient is one rounding: error <= 3 ULP per element. 16-bit rows do with less:
 // masked_softmax_16_bit.cuh.
 //
 // Rows by their largest score m:  no valid key: 0.  m NaN or infinite: NaN at the valid keys.  |m| > 2^20: the second

@@ -1,5 +1,5 @@
-// The rows of masked_softmax as memory holds them: where a row's mask begins, how many of its keys may be seen, and what
-// the mask says about a vector of them.
+// The rows of masked_softmax as memory holds them: where a row's mask begins, how many of its keys may be seen, and
+// what the mask says about a vector of them.
 #pragma once
 
 #include "cuda/masked_softmax.cuh"
@@ -24,7 +24,8 @@ struct SoftmaxRow {
 
 template <class T>
 __device__ __forceinline__ const void* mask_at(const MaskedSoftmaxParams& p, int64_t offset) {
-  const int64_t item = p.mask_kind == MaskKind::keep ? 1 : p.mask_kind == MaskKind::additive ? sizeof(T) : sizeof(float);
+  const int64_t item_of_bias = p.mask_kind == MaskKind::additive ? sizeof(T) : sizeof(float);
+  const int64_t item = p.mask_kind == MaskKind::keep ? 1 : item_of_bias;
   return static_cast<const uint8_t*>(p.mask) + offset * item;  // of no mask: never read
 }
 

@@ -43,8 +43,8 @@ struct NormForwardParams {
   float inverse_cols;
 };
 
-// The gradients of weight and bias are sums over rows. Rows are cut into chunks whose number depends on theirs alone,
-// one per block of a persistent grid; a block adds its rows in order to its own line, and a second kernel adds the
+// The gradients of weight and bias are sums over rows. Rows are cut into chunks whose number depends on theirs and their
+// length, one per block of a persistent grid; a block adds its rows in order to its own line, and a second kernel adds the
 // lines.
 struct NormBackwardParams {
   NormRows grad_output;  // [rows, cols] dtype
@@ -67,9 +67,12 @@ struct NormBackwardParams {
 
 constexpr int64_t norm_row_values = 4;
 
-// At least four rows to a chunk: each writes lines of partial sums. 512 chunks keep every GPU of today busy and cost
-// wide batches a few percent of traffic.
-constexpr int64_t norm_chunks(int64_t rows) { return rows < 4 * 512 ? (rows + 3) / 4 : 512; }
+// At least four rows to a chunk: each writes lines of partial sums. As many as 132 multiprocessors hold blocks of rows
+// of so many bytes, on every GPU: there one wave, elsewhere about one.
+constexpr int64_t norm_chunks(int64_t rows, int64_t row_bytes) {
+  const int64_t most = row_bytes <= 8192 ? 3 * 132 : 132;  // norm_backward.cuh: blocks of 128 or 512 threads
+  return rows < 4 * most ? (rows + 3) / 4 : most;
+}
 // Rows whose gradients no block holds in registers beside its parts of the sums over rows.
 constexpr int64_t norm_gradient_cols = 8192;
 constexpr bool norm_gradient_is_wide(int64_t cols) { return cols > norm_gradient_cols; }

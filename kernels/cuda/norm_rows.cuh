@@ -5,8 +5,8 @@
 // Policy: a row stays in the registers of its threads from the one read to the one write. Its statistics are sums over
 // deviations from its rounded mean, which is far closer to the mean than a standard deviation even at mean/std 1e6, and
 // what the deviations' own mean is off by is corrected; a row for which that would not do (constant, beyond float's
-// range, not finite) takes them in double. The sums are two floats for float32, whose results round twice: what x - mean
-// loses is carried along. For 16-bit rows a float does, 2^-20 of a result being a hundredth of its last place.
+// range, not finite) takes them in double. The sums are two floats for float32, whose results round twice: what
+// x - mean loses is carried along. For 16-bit rows a float does, 2^-20 of a result being a hundredth of its last place.
 // Parameters are read with the row, ahead of the reductions. Rows wider than a block's registers are read three times.
 //
 // The sums over a row's threads have one tree per row length; nothing depends on the batch.
