@@ -43,9 +43,9 @@ struct NormForwardParams {
   float inverse_cols;
 };
 
-// The gradients of weight and bias are sums over rows. Rows are cut into chunks whose number depends on theirs and their
-// length, one per block of a persistent grid; a block adds its rows in order to its own line, and a second kernel adds the
-// lines.
+// The gradients of weight and bias are sums over rows. Rows are cut into chunks whose number depends on theirs and
+// their length, one per block of a persistent grid; a block adds its rows in order to its own line, and a second kernel
+// adds the lines.
 struct NormBackwardParams {
   NormRows grad_output;  // [rows, cols] dtype
   NormRows grad_sum;     // the same; null: no gradient reaches the normalised x past the norm
