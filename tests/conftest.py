@@ -10,6 +10,9 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+# In a process of its own: Triton reads TRITON_INTERPRET when it is imported.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["triton"]
+
 
 def pytest_addoption(parser):
     parser.addoption("--table", metavar="F", help="write what passed and how long it took, by file, there (make test FULL=1)")

@@ -7,7 +7,7 @@ import pytest
 import test_attention as suite
 import torch
 
-from transfuse import explain, scaled_dot_product_attention, use_backend
+from transfuse import explain, extension, scaled_dot_product_attention, use_backend
 from transfuse.dispatch import TransfuseWarning, fallback_counts
 from transfuse.ops import attention as page
 from transfuse.reference.attention import attention_reference
@@ -101,7 +101,7 @@ RAW_REFUSALS = (
 
 @pytest.mark.parametrize("message, args", RAW_REFUSALS, ids=[message for message, _ in RAW_REFUSALS])
 def test_the_raw_op_checks_before_it_touches_memory(message, args):
-    if not page.extension.cpu_unavailable:
+    if not extension.cpu_unavailable:
         arguments = (*args, *[None] * (9 - len(args)), 1.0, False, False, -1, -1, 0.0, 0.0)
         with pytest.raises(ValueError, match=re.escape(message)):
             torch.ops.transfuse.attention_forward(*arguments)

@@ -286,7 +286,8 @@ def test_gpu_dry_run_walks_every_case(tmp_path, capsys):
     kernels = {row["op"] for row in rows if row["section"] == "row_kernels" and row["status"] == "ok"}
     assert {"layer_norm", "rms_norm", "softmax", "gelu", "add_layer_norm", "bias_gelu", "rotary"} <= kernels
     small = [(row["peer"], row["status"]) for row in rows if row["section"] == "small_rows"]
-    assert {peer for peer, _ in small} == {"transfuse cuda", "torch eager"} and {status for _, status in small} == {"ok"}
+    assert {peer for peer, _ in small} == {"transfuse cuda", "transfuse triton", "torch eager"}
+    assert {status for _, status in small} == {"ok"}
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"{len(rows)} rows in {tmp_path / 'gpu.json'}; parity failures of transfuse: 0"
 
@@ -300,7 +301,7 @@ def test_gpu_circumstances_are_compared_with_a_plain_call(tmp_path, monkeypatch)
     monkeypatch.setattr(gpu, "CIRCUMSTANCES", chosen)
     with run.within("parity", 60):
         for op in gpu.CALLS:
-            gpu.check_circumstances(run, op)
+            gpu.check_circumstances(run, op, "cuda")
     run.close()
     assert [row["status"] for row in run.rows] == ["ok", "ok", "failed", "error"] * len(gpu.CALLS)
 

@@ -155,6 +155,40 @@ def test_backends_name_themselves_or_a_reason():
     assert all(value is True or (isinstance(value, str) and value) for value in found.values())
 
 
+def _triton_problem(device="cuda", dtype=torch.float32):
+    return dispatch.Problem("double", device, dtype, False)
+
+
+def test_triton_names_its_reasons(monkeypatch):
+    def say_capability(*capability):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+
+    reasons = dispatch.triton_reasons
+    say_capability(7, 5)
+    assert reasons(_triton_problem()) == ("a GPU has compute capability 7.5, the kernels take 8.0 and newer",)
+    assert dispatch.backends()["triton"] == reasons(_triton_problem())[0]
+    say_capability(12, 0)
+    assert reasons(_triton_problem()) == () and dispatch.backends()["triton"] is True
+    assert reasons(_triton_problem("cuda:1", torch.bfloat16)) == ()
+    assert "dtype is float64" in reasons(_triton_problem(dtype=torch.float64))[0]
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert reasons(_triton_problem("cpu")) == ("device is cpu, the kernel takes cuda (cpu under TRITON_INTERPRET=1)",)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert reasons(_triton_problem("cpu")) == ()
+    monkeypatch.setattr(dispatch.extension, "find_spec", lambda name: None)
+    assert reasons(_triton_problem()) == ("triton is not installed (pip install triton)",)
+    assert dispatch.backends()["triton"] == "triton is not installed (pip install triton)"
+
+
+def test_what_is_automatic_on_one_device_alone():
+    only_cuda = Implementation("triton", supports_all, abs, automatic="cuda")
+    assert only_cuda.is_automatic_on("cuda") and not only_cuda.is_automatic_on("cpu")
+    assert Implementation("cpu", supports_all, abs).is_automatic_on("cpu")
+    assert not Implementation("torch", supports_all, abs, automatic=False).is_automatic_on("cpu")
+
+
 def test_compile_follows_the_setting():
     compiled = torch.compile(double, fullgraph=True, backend="eager")
     x = torch.ones(3)

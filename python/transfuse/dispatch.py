@@ -45,13 +45,17 @@ class Implementation:
         name: backend name, one of ``env.BACKENDS`` without "auto".
         unsupported: Problem -> reasons why it cannot run; empty when it can.
         run: executes the op, with autograd, on the op's normalised positional arguments.
-        automatic: taken by "auto"; False for what runs only when asked for by name.
+        automatic: taken by "auto"; False for what runs only when asked for by name, a device type for what is taken
+            there alone.
     """
 
     name: str
     unsupported: Callable[[Any], tuple[str, ...]]
     run: Callable[..., Any]
-    automatic: bool = True
+    automatic: bool | str = True
+
+    def is_automatic_on(self, device: str) -> bool:
+        return self.automatic is True or self.automatic == device
 
 
 _default: str = env.get("TRANSFUSE_BACKEND")  # read once: the environment costs a microsecond per look
@@ -119,7 +123,7 @@ def backends() -> dict[str, bool | str]:
     gpu = "" if torch.cuda.is_available() else "torch sees no GPU"
     return {
         "cuda": extension.cuda_unavailable or gpu or unserved_gpu() or True,
-        "triton": "the Triton kernels are not built yet" + (f"; {gpu}" if gpu else ""),
+        "triton": extension.triton_missing() or (not env.triton_is_interpreted() and _unfit_gpu()) or True,
         "cpu": extension.cpu_unavailable or True,
         "torch": True,
         "reference": True,
@@ -156,6 +160,39 @@ def cuda_reasons(problem: Problem, dtypes: Sequence[torch.dtype] = CUDA_DTYPES) 
     if not reasons and (reason := unserved_gpu(problem.device)):
         reasons.append(reason)
     return tuple(reasons)
+
+
+TRITON_DTYPES = CUDA_DTYPES
+OLDEST_GPU = (8, 0)  # what the Triton kernels are compiled and tested for
+
+
+def triton_reasons(problem: Problem, dtypes: Sequence[torch.dtype] = TRITON_DTYPES) -> tuple[str, ...]:
+    """The reasons every Triton kernel shares: Triton, device (the CPU where Triton interprets), dtype, the GPU's age."""
+    reasons = []
+    if extension.triton_missing():
+        reasons.append(extension.triton_missing())
+    device = problem.device.partition(":")[0]
+    if device == "cpu" and not env.triton_is_interpreted():
+        reasons.append("device is cpu, the kernel takes cuda (cpu under TRITON_INTERPRET=1)")
+    elif device not in ("cpu", "cuda"):
+        reasons.append(f"device is {problem.device}, the kernel takes cuda")
+    if problem.dtype not in dtypes:
+        reasons.append(f"dtype is {dtype_name(problem.dtype)}, the kernel takes {', '.join(map(dtype_name, dtypes))}")
+    if not reasons and extension.triton_unavailable():
+        reasons.append(extension.triton_unavailable())
+    if not reasons and device == "cuda" and (reason := _unfit_gpu(problem.device)):
+        reasons.append(reason)
+    return tuple(reasons)
+
+
+def _unfit_gpu(device: str = "cuda") -> str:
+    """Why the Triton kernels do not take a GPU, or nothing; AMD's capability counts otherwise."""
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) >= OLDEST_GPU:
+        return ""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, the kernels take 8.0 and newer"
 
 
 def unserved_gpu(device: str = "cuda") -> str:
@@ -206,7 +243,7 @@ def _choose(op: str, implementations: Sequence[Implementation], full_key: tuple,
     wanted = full_key[0]
     passed_over: list[tuple[str, tuple[str, ...]]] = []
     for implementation in implementations:
-        if wanted == "auto" and not implementation.automatic or wanted not in ("auto", implementation.name):
+        if wanted == "auto" and not implementation.is_automatic_on(problem.device) or wanted not in ("auto", implementation.name):
             continue
         reasons = implementation.unsupported(problem)
         if reasons:
@@ -288,7 +325,7 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> Explanation:
     rows, chosen = [], False
     for implementation in implementations:
         reasons = implementation.unsupported(problem)
-        if wanted == "auto" and not implementation.automatic:
+        if wanted == "auto" and not implementation.is_automatic_on(problem.device):
             reasons += (f"runs only under use_backend({implementation.name!r})",)
         elif wanted not in ("auto", implementation.name):
             reasons += (f"use_backend({wanted!r}) is in force",)

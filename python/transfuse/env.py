@@ -43,3 +43,8 @@ def get(name: str) -> str | bool:
     if text not in allowed:
         raise ValueError(f"environment: {name} is {text!r}, expected one of {', '.join(allowed)}")
     return text == "1" if variable.kind == "flag" else text
+
+
+def triton_is_interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU: its own TRITON_INTERPRET, read as Triton reads it."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")

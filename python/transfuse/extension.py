@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
+
 import torch
 
 from transfuse import env
@@ -40,3 +43,21 @@ def _load_cuda() -> str:
 
 
 cuda_unavailable = _load_cuda()
+
+
+def triton_missing() -> str:
+    """Why there is no Triton here, or nothing; finds it without importing it."""
+    spec = find_spec("triton")
+    return "" if spec is not None and spec.origin is not None else "triton is not installed (pip install triton)"
+
+
+@cache
+def triton_unavailable() -> str:
+    """Why the Triton kernels cannot be loaded here, or nothing. Imports triton, half a second: ask only to run them."""
+    if triton_missing():
+        return triton_missing()
+    try:
+        from transfuse.kernels.triton import versions  # noqa: F401
+    except ImportError as error:
+        return f"the Triton kernels cannot be loaded: {error}"
+    return ""

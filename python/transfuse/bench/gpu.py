@@ -12,6 +12,7 @@ Exit codes: 0 done, 1 a backend of ours missed parity, 2 there is no GPU here.
 import argparse
 import json
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,26 +32,34 @@ SECTIONS = (
     ("sdpa", 110),
     ("sdpa_bias", 90),
     ("varlen", 15),
-    ("row_kernels", 120),
+    ("own_attention", 100),
+    ("row_kernels", 150),
     ("small_rows", 20),
     ("flex", 140),
     ("models", 30),
 )
 
 
-# Ops that kernels/cuda has: their promises on numerics, determinism and layout are checked too, with the hard families.
-CUDA_OPS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "gelu", "masked_softmax", "rotary")
+# Ops that kernels/cuda and kernels/triton have: their promises on numerics, determinism and layout are checked too, with
+# the hard families.
+ROW_OPS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "gelu", "masked_softmax", "rotary")
 HARD_SECTIONS = (2, 3, 4)
 PAST_INT32 = (1 << 32) + 8  # elements: beyond every 32-bit offset
 
 
-def promises_of(backend):
-    """What a backend is held to: agreement with the float64 reference, and every promise of its ops."""
+ATTENTION_OPS = ("attention", "varlen_attention", "decode_attention")  # kernels/triton alone has them
+ATTENTION_SECTIONS = (1, 2)
+
+
+def promises_of_gpus(backend):
+    """What our backends are held to: agreement with the float64 reference, and every promise of the row ops; of
+    attention those about masks and numerics, last, since Triton compiles a kernel for each set of features."""
     found = list(agreement.PROMISES)
-    if backend == "cuda":
-        hard = (promise for promise in every() if promise.op in CUDA_OPS and promise.section in HARD_SECTIONS)
-        found += [promise for promise in hard if not promise.slow and promise not in found]
-    return found
+    hard = [promise for promise in every() if promise.op in ROW_OPS and promise.section in HARD_SECTIONS]
+    if backend == "triton":
+        of_attention = [p for p in every() if p.op in ATTENTION_OPS and p.section in ATTENTION_SECTIONS]
+        hard += [promise for promise in of_attention if not promise.id.endswith(".compiled")]
+    return found + [promise for promise in hard if not promise.slow and promise not in found]
 
 
 def check_backends(run):
@@ -60,7 +69,11 @@ def check_backends(run):
         if available[backend] is not True:
             run.add(op="all", peer=f"transfuse {backend}", status="skipped", reason=available[backend])
             continue
-        for promise in promises_of(backend):
+        for promise in promises_of_gpus(backend):
+            if time.monotonic() > run.section_end:
+                reason = "the section's time was used up"
+                run.add(op=promise.op, peer=f"transfuse {backend}", variant=promise.id, status="skipped", reason=reason)
+                continue
             outcome = check(promise, backend, run.device)
             run.add(
                 op=promise.op,
@@ -73,10 +86,10 @@ def check_backends(run):
                 rms_error=outcome.figure and outcome.figure.worst,
                 reason=outcome.reason or (outcome.figure.detail if outcome.status == "failed" else ""),
             )
-    if available["cuda"] is True:
-        for op in CALLS:
-            check_past_int32(run, op)
-            check_circumstances(run, op)
+    for backend in env.GPU_BACKENDS:
+        for op in CALLS if available[backend] is True else ():
+            check_past_int32(run, op, backend)
+            check_circumstances(run, op, backend)
 
 
 # Ops on [rows, columns] that take every row alone.
@@ -87,13 +100,13 @@ CALLS = {
 }
 
 
-def check_past_int32(run, op):
+def check_past_int32(run, op, backend):
     """An op on more than 2^32 elements: its last rows have the bits that they have alone."""
     columns, call = 1024, CALLS[op]
     rows = PAST_INT32 // columns + 1
     shape = {"rows": rows, "columns": columns}
-    facts = {"op": op, "peer": "transfuse cuda", "variant": "numel beyond 2^32", "shape": shape}
-    with run.guarded(**facts), use_backend("cuda"):
+    facts = {"op": op, "peer": f"transfuse {backend}", "variant": "numel beyond 2^32", "shape": shape}
+    with run.guarded(**facts), use_backend(backend):
         x = torch.zeros(rows, columns, dtype=torch.bfloat16, device=run.device)
         last = x[-3:].normal_()
         same = torch.equal(call(x)[-3:], call(last.clone()))
@@ -150,12 +163,13 @@ CIRCUMSTANCES = {
 }
 
 
-def check_circumstances(run, op):
+def check_circumstances(run, op, backend):
     """The same bits however an op is called."""
-    with use_backend("cuda"):
+    with use_backend(backend):
         x = torch.randn(300, 768, device=run.device).bfloat16()
+        shape = dict(zip(("rows", "columns"), x.shape, strict=True))
         for variant, circumstance in CIRCUMSTANCES.items():
-            facts = {"op": op, "peer": "transfuse cuda", "variant": variant, "shape": {"rows": 300, "columns": 768}}
+            facts = {"op": op, "peer": f"transfuse {backend}", "variant": variant, "shape": shape}
             with run.guarded(**facts):
                 same = torch.equal(circumstance(CALLS[op], x), CALLS[op](x))
                 reason = "" if same else "the bits differ from those of a plain call"
@@ -195,7 +209,7 @@ def run_all(run):
         "backends: "
         + ", ".join(f"{name}: {'yes' if state is True else state}" for name, state in transfuse.backends().items())
     )
-    with run.within("parity", 150):
+    with run.within("parity", 170):
         check_backends(run)
     for section, seconds in SECTIONS:
         with run.within(section, seconds):

@@ -5,6 +5,7 @@ Sizes follow what the field quotes: 16384 tokens and 2048 channels in every atte
 which the forward does two). Backward is timed alone, on a graph that is kept.
 """
 
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,6 +20,8 @@ SDPA_PEERS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+OWN_BACKENDS = {"transfuse cuda": "cuda", "transfuse triton": "triton"}
+OWN_ATTENTION = "transfuse triton"
 SEQLENS = (4096, 1024, 16384, 512, 2048, 8192)  # the most telling first: a deadline cuts the end
 HEAD_DIMS = (128, 64, 256)
 BIAS_SEQLENS = (4096, 512, 2048, 8192)
@@ -157,8 +160,33 @@ def sdpa_bias(run):
                 _sdpa_rows(run, peer, shape, tensors, False, "padding mask [B,1,1,L]", mask=keep)
 
 
+def own_attention(run):
+    """Ours on the same shapes. Triton compiles at first use, so each head size meets its kinds before the next."""
+    state = True if run.dry else transfuse.backends()["triton"]
+    if state is not True:
+        run.add(op="attention", peer=OWN_ATTENTION, status="skipped", reason=state)
+        return
+    for head_dim in (128, 64):
+        for causal, kind in ((False, "none"), (True, "none"), (False, "bias [1,H,L,L]"), (False, "bias [B,H,L,L]")):
+            for seqlen in (8192, 4096) if kind == "none" else (4096, 2048):
+                shape = _attention_shape(run, seqlen, head_dim)
+                with run.guarded(op="attention", peer=OWN_ATTENTION, variant=kind, shape=shape):
+                    bias = _bias(run, shape, kind)
+                    tensors = _qkv(run, shape) + ([] if bias is None else [bias])
+                    _sdpa_rows(run, OWN_ATTENTION, shape, tensors, causal, kind)
+
+
+def _own_sdpa(run, query, key, value, bias, mask, causal, gqa):
+    with transfuse.use_backend("auto" if run.dry else OWN_BACKENDS[OWN_ATTENTION]):
+        return transfuse.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=causal, enable_gqa=gqa, attn_bias=bias
+        )
+
+
 def _sdpa_rows(run, peer, shape, tensors, causal, kind, mask=None, gqa=False):
     def forward(query, key, value, bias=None):
+        if peer == OWN_ATTENTION:
+            return _own_sdpa(run, query, key, value, bias, mask, causal, gqa)
         if mask is not None:
             bias = mask.expand(-1, -1, query.shape[2], -1)
         elif bias is not None:
@@ -169,7 +197,8 @@ def _sdpa_rows(run, peer, shape, tensors, causal, kind, mask=None, gqa=False):
     bias = tensors[3] if len(tensors) > 3 else None
     exact = None if mask is not None or gqa else lambda output: _rms_error(output, *tensors[:3], bias, causal)
     words = ("causal" if causal else "", "" if kind == "none" else kind, "gqa" if gqa else "")
-    facts = {"op": "attention", "peer": f"sdpa {peer}", "variant": ", ".join(filter(None, words)), "shape": shape}
+    name = peer if peer == OWN_ATTENTION else f"sdpa {peer}"
+    facts = {"op": "attention", "peer": name, "variant": ", ".join(filter(None, words)), "shape": shape}
     _directions(run, forward, tensors, exact=exact, flops=_flops(shape, causal), **facts)
 
 
@@ -298,18 +327,14 @@ OWN_ROW_OPS = {
     "gelu_tanh": lambda x: transfuse.gelu(x, approximate="tanh"),
     "rotary": _by_heads(lambda x, cos, sin: transfuse.rotary(x, cos, sin)),
 }
-OWN = "transfuse cuda"
 
 
 def row_kernels(run):
-    """Ours, torch's own kernels, then torch.compile's (seconds of compiling each, so a deadline cuts those)."""
-    state = True if run.dry else transfuse.backends()["cuda"]
-    if state is not True:
-        run.add(op="all", peer=OWN, status="skipped", reason=state)
+    """Ours and torch's own kernels, then those that compile first, ours and torch.compile's: a deadline cuts these."""
     sizes = [(8, columns // 64) if run.dry else (ROWS, columns) for columns in COLUMNS]
     for rows, columns in sizes:  # what a kernel on as many bytes can reach: a small one pays for its start and end
         _copy(run, rows * columns, {"rows": rows, "columns": columns})
-    for peer in (*((OWN,) if state is True else ()), "torch eager", "torch.compile"):
+    for peer in _there(run, ("transfuse cuda", "torch eager", "transfuse triton", "torch.compile")):
         for rows, columns in sizes:
             for op in ROW_OPS:
                 _row_rows(run, op, peer, rows, columns)
@@ -317,18 +342,28 @@ def row_kernels(run):
 
 def small_rows(run):
     """Sizes at which the host decides: what a call costs with Python and launch, ours beside torch's."""
-    state = True if run.dry else transfuse.backends()["cuda"]
-    if state is not True:
-        run.add(op="all", peer=OWN, status="skipped", reason=state)
+    peers = _there(run, ("transfuse cuda", "transfuse triton", "torch eager"))
     for rows, columns in SMALL_SIZES:
         for op in ROW_OPS:
-            for peer in (*((OWN,) if state is True else ()), "torch eager"):
+            for peer in peers:
                 _row_rows(run, op, peer, *((2, 6) if run.dry else (rows, columns)), timer=run.time_with_host)
+
+
+def _there(run, peers):
+    """The peers that this machine has; a backend of ours that it has not is a row with its reason."""
+    available, there = transfuse.backends(), []
+    for peer in peers:
+        state = available[OWN_BACKENDS[peer]] if peer in OWN_BACKENDS and not run.dry else True
+        if state is True:
+            there.append(peer)
+        else:
+            run.add(op="all", peer=peer, status="skipped", reason=state)
+    return there
 
 
 def _row_rows(run, op, peer, rows, columns, timer=None):
     function, row_inputs, weights, *moves = ROW_OPS[op]
-    function = OWN_ROW_OPS[op] if peer == OWN else function
+    function = OWN_ROW_OPS[op] if peer in OWN_BACKENDS else function
     tensors = [_random(run, rows, columns) for _ in range(row_inputs)] + [_random(run, columns) for _ in range(weights)]
     if op == "rotary":
         tensors.append(_random(run, rows, min(ROTARY_DIM, columns)))  # the angles, sine and cosine side by side
@@ -344,16 +379,17 @@ def _row_rows(run, op, peer, rows, columns, timer=None):
         "forward": lambda: forward,
         "backward": lambda: gradients_of(call, tensors, torch.randn_like(tensors[0])),
     }
-    for direction, moved in zip(("forward", "backward"), moves, strict=True):
-        run.measure(
-            prepare[direction],
-            moved=moved * rows * columns * 2,
-            timer=timer,
-            op=op,
-            peer=peer,
-            direction=direction,
-            shape={"rows": rows, "columns": columns},
-        )
+    with transfuse.use_backend("auto" if run.dry else OWN_BACKENDS.get(peer, "auto")):
+        for direction, moved in zip(("forward", "backward"), moves, strict=True):
+            run.measure(
+                prepare[direction],
+                moved=moved * rows * columns * 2,
+                timer=timer,
+                op=op,
+                peer=peer,
+                direction=direction,
+                shape={"rows": rows, "columns": columns},
+            )
 
 
 def models(run):

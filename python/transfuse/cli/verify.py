@@ -149,6 +149,8 @@ def _write_junit(path, outcomes, seconds):
 def run(arguments):
     if arguments.model:
         raise NotImplementedError("verify: --model is not implemented yet; from Python: transfuse.verify(model, batch)")
+    if arguments.device:
+        check_device("verify", arguments.device)
     state = transfuse.backends().get(arguments.backend, True)
     if state is not True:
         raise ValueError(f"verify: --backend is {arguments.backend!r}, which is not available: {state}")

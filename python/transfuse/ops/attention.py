@@ -3,18 +3,21 @@
     output = softmax(scale * query @ key^T + bias, over the keys that take part) @ value
 
 Read in this order: scaled_dot_product_attention (the contract), IMPLEMENTATIONS (who runs it), AttentionFunction
-(autograd around the raw op), the fake kernels. csrc/attention.cpp and kernels/cpu/attention.cpp come next.
+(autograd around the raw op), the raw ops. Then csrc/attention.cpp and kernels/cpu/attention.cpp, or
+kernels/triton/attention.py.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from transfuse import dispatch, extension
+from transfuse import dispatch
 from transfuse.autograd import distinct, refuse_tangents, wants_grad
 from transfuse.checks import check_alignment, check_flag, check_scale
 from transfuse.ops import attention_checks as checks
+from transfuse.raw_ops import RAW_OPS, raw_op
 from transfuse.reference.attention import attention_reference
 
 _OP = "attention"
@@ -106,21 +109,20 @@ class AttentionProblem(dispatch.Problem):
     features: tuple[str, ...]  # of dropout_p, window, softcap, alibi_slopes, sinks
 
 
-def _cpu_unsupported(problem: AttentionProblem) -> tuple[str, ...]:
-    reasons = dispatch.cpu_reasons(problem)
-    for name, size in (("head_dim", problem.query_shape[-1]), ("value's head_dim", problem.value_shape[-1])):
-        if size > checks.MAX_HEAD_DIM:
-            reasons += (f"{name} is {size}, the kernel takes up to {checks.MAX_HEAD_DIM}",)
-    return reasons
+def _unsupported(reasons_of_backend, problem: AttentionProblem) -> tuple[str, ...]:
+    reasons = reasons_of_backend(problem)
+    return reasons + checks.head_dim_reasons(problem.query_shape[-1], problem.value_shape[-1])
 
 
-def _run_cpu(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right, features):
+def _run_kernels(kind, query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right, features):
+    if kind == "triton" and seqlens_k is not None:
+        checks.check_length_values(_OP, "seqlens_k", seqlens_k, key.shape[2])
     alibi_slopes, sinks, dropout_seed, *options = checks.kernel_options(features, query.device)
     tensors = (query, key, value, bias, mask, seqlens_k, alibi_slopes, sinks, dropout_seed)
     refuse_tangents(_OP, query, key, value, bias, alibi_slopes, sinks)
     if wants_grad(query, key, value, bias, alibi_slopes, sinks):
-        return AttentionFunction.apply(*distinct(*tensors), scale, is_causal, bottom_right, *options)
-    return _forward(*tensors, scale, is_causal, bottom_right, *options)
+        return AttentionFunction.apply(*distinct(*tensors), scale, is_causal, bottom_right, *options, kind)
+    return _forward(*tensors, scale, is_causal, bottom_right, *options, kind)
 
 
 def _run_reference(query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right, features):
@@ -134,14 +136,18 @@ def _run_reference(query, key, value, bias, mask, seqlens_k, scale, is_causal, b
 
 
 IMPLEMENTATIONS = (
-    dispatch.Implementation("cpu", _cpu_unsupported, _run_cpu),
+    dispatch.Implementation(
+        "triton", partial(_unsupported, dispatch.triton_reasons), partial(_run_kernels, "triton"), automatic="cuda"
+    ),
+    dispatch.Implementation("cpu", partial(_unsupported, dispatch.cpu_reasons), partial(_run_kernels, "compiled")),
     dispatch.Implementation("reference", dispatch.supports_all, _run_reference),
 )
 
 
 def _forward(query, key, value, bias, mask, seqlens_k, *rest):
-    """`rest`: alibi_slopes, sinks, dropout_seed, then the numbers from scale to dropout_p."""
-    return torch.ops.transfuse.attention_forward.default(
+    """`rest`: alibi_slopes, sinks, dropout_seed, the numbers from scale to dropout_p, the kind of kernel."""
+    *rest, kind = rest
+    return RAW_OPS[kind]["attention_forward"](
         query, key, value, _expand(bias, query, key), _expand(mask, query, key), seqlens_k, *rest
     )
 
@@ -171,9 +177,9 @@ class AttentionFunction(torch.autograd.Function):
 
 
 def _backward(grad_output, grad_lse, query, key, value, output, lse, bias, mask, *rest):
-    *rest, need_bias, need_alibi_slopes, need_sinks = rest
+    *rest, kind, need_bias, need_alibi_slopes, need_sinks = rest
     bias_shape = [1, 1, 1, 1] if bias is None else list(bias.shape)
-    return torch.ops.transfuse.attention_backward.default(
+    return RAW_OPS[kind]["attention_backward"](
         grad_output, grad_lse, query, key, value, output, lse, _expand(bias, query, key), _expand(mask, query, key),
         *rest, bias_shape, need_bias, need_alibi_slopes, need_sinks,
     )
@@ -342,17 +348,28 @@ def _explain_problem(
 scaled_dot_product_attention.explain_problem = _explain_problem
 
 
-if not extension.cpu_unavailable:
+# ---- raw ops: csrc/attention.cpp, kernels/triton/attention.py ----
+# What is declared with them: shapes, dtypes and layout without data.
 
-    @torch.library.register_fake("transfuse::attention_forward")
-    def _attention_forward_fake(query, key, value, *rest):
-        batch, heads, len_q, _ = query.shape
-        output = query.new_empty(batch, len_q, heads, value.shape[3]).transpose(1, 2)
-        return output, query.new_empty(batch, heads, len_q, dtype=checks.statistics_dtype(query))
 
-    @torch.library.register_fake("transfuse::attention_backward")
-    def _attention_backward_fake(
-        grad_output, grad_lse, query, key, value, output, lse, bias, mask, seqlens_k, alibi_slopes, sinks, *rest
-    ):
-        grads = [tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2) for tensor in (query, key, value)]
-        return *grads, *checks.fake_extra_grads(query, bias, alibi_slopes, sinks, *rest[-4:])
+@raw_op(
+    "attention",
+    "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? seqlens_k, "
+    f"Tensor? alibi_slopes, Tensor? sinks, Tensor? dropout_seed, {checks.SCHEMA_OPTIONS}) -> (Tensor, Tensor)",
+)
+def _(query, key, value, *rest):
+    batch, heads, len_q, _ = query.shape
+    output = query.new_empty(batch, len_q, heads, value.shape[3]).transpose(1, 2)
+    return output, query.new_empty(batch, heads, len_q, dtype=checks.statistics_dtype(query))
+
+
+@raw_op(
+    "attention_backward",
+    "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+    "Tensor output, Tensor lse, Tensor? bias, Tensor? mask, Tensor? seqlens_k, Tensor? alibi_slopes, Tensor? sinks, "
+    f"Tensor? dropout_seed, {checks.SCHEMA_OPTIONS}, {checks.SCHEMA_NEEDS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _(grad_output, grad_lse, query, key, value, output, lse, bias, mask, seqlens_k, alibi_slopes, sinks, *rest):
+    grads = [tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2) for tensor in (query, key, value)]
+    return *grads, *checks.fake_extra_grads(query, bias, alibi_slopes, sinks, *rest[-4:])

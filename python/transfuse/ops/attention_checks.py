@@ -92,6 +92,20 @@ def kernel_options(features: dict, device: torch.device) -> tuple:
     return features.get("alibi_slopes"), features.get("sinks"), seed, left, right, softcap, dropout_p
 
 
+# The same numbers, and what a backward takes beside them, as csrc/attention.cpp declares them.
+SCHEMA_OPTIONS = (
+    "float scale, bool causal, bool bottom_right, int window_left, int window_right, float softcap, float dropout_p"
+)
+SCHEMA_NEEDS = "int[] bias_shape, bool need_bias_grad, bool need_alibi_grad, bool need_sinks_grad"
+
+
+def head_dim_reasons(head_dim: int, value_head_dim: int) -> tuple[str, ...]:
+    """Why no kernel takes heads of these sizes."""
+    sizes = (("head_dim", head_dim), ("value's head_dim", value_head_dim))
+    wide = ((name, size) for name, size in sizes if size > MAX_HEAD_DIM)
+    return tuple(f"{name} is {size}, the kernel takes up to {MAX_HEAD_DIM}" for name, size in wide)
+
+
 NUM_TENSORS = 9  # of both Functions: query, key, value, three of the layout and masks, alibi_slopes, sinks, dropout_seed
 
 

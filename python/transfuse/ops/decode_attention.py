@@ -3,20 +3,23 @@
     cache[b, :, cache_seqlens[b] : cache_seqlens[b] + Lnew] = new_key[b], new_value[b]
     output[b] = attention(query[b], the valid keys of b, causal, bottom-right)
 
-Read decode_attention and IMPLEMENTATIONS; then csrc/attention_decode.cpp and kernels/cpu/attention_decode.cpp.
+Read decode_attention and IMPLEMENTATIONS; then csrc/attention_decode.cpp and kernels/cpu/attention_decode.cpp, or
+kernels/triton/attention_decode.py.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from transfuse import dispatch, extension
+from transfuse import dispatch
 from transfuse.autograd import refuse_tangents
 from transfuse.checks import check_scale, check_tensor
 from transfuse.dispatch import dtype_name
 from transfuse.ops import attention_checks as checks
+from transfuse.raw_ops import RAW_OPS, raw_op
 from transfuse.reference.decode_attention import decode_attention_reference
 
 _OP = "decode_attention"
@@ -68,10 +71,10 @@ def decode_attention(
         The last query stands at the last valid key (after appending), each other one a position before, and no query
         sees a later key. With new_key None the queries are those of the last Lq cached keys.
 
-    Numerics: float64 throughout, one rounding at the end. A row with no key gives output 0, lse -inf (with a sink:
-        output 0, lse = the sink). A NaN in a valid key gives NaN. Keys are summed in chunks of 256 counted from the
-        entry's own first key, so the bits depend neither on the batch, the threads, the layout of the cache, nor its
-        block_size.
+    Numerics: float64 throughout on the CPU, float32 sums on a GPU, one rounding at the end. A row with no key gives
+        output 0, lse -inf (with a sink: output 0, lse = the sink). A NaN in a valid key gives NaN. Keys are summed in
+        chunks of 256 counted from the entry's own first key, so the bits depend neither on the batch, the threads, the
+        layout of the cache, nor its block_size.
         Autocast: query and the new keys and values are cast to the cache's dtype, and the cache never.
 
     Raises:
@@ -107,25 +110,23 @@ class DecodeAttentionProblem(dispatch.Problem):
     features: tuple[str, ...]  # of window, softcap, alibi_slopes, sinks
 
 
-def _cpu_unsupported(problem: DecodeAttentionProblem) -> tuple[str, ...]:
-    reasons = dispatch.cpu_reasons(problem)
-    for name, size in (("head_dim", problem.query_shape[-1]), ("value's head_dim", problem.value_cache_shape[-1])):
-        if size > checks.MAX_HEAD_DIM:
-            reasons += (f"{name} is {size}, the kernel takes up to {checks.MAX_HEAD_DIM}",)
-    return reasons
+def _unsupported(reasons_of_backend, problem: DecodeAttentionProblem) -> tuple[str, ...]:
+    reasons = reasons_of_backend(problem)
+    return reasons + checks.head_dim_reasons(problem.query_shape[-1], problem.value_cache_shape[-1])
 
 
-def _run_cpu(query, key_cache, value_cache, seqlens, new_key, new_value, block_table, bias, scale, features):
-    refuse_tangents(_OP, query, key_cache, value_cache, new_key, new_value, bias, features.get("alibi_slopes"), features.get("sinks"))
+def _run_kernels(kind, query, key_cache, value_cache, seqlens, new_key, new_value, block_table, bias, scale, features):
+    per_head = (features.get("alibi_slopes"), features.get("sinks"))
+    refuse_tangents(_OP, query, key_cache, value_cache, new_key, new_value, bias, *per_head)
+    if kind == "triton":
+        _check_values(key_cache, seqlens, new_key, block_table)
     if new_key is not None:
-        torch.ops.transfuse.decode_attention_append.default(
-            key_cache, value_cache, seqlens, block_table, new_key, new_value
-        )
+        RAW_OPS[kind]["decode_attention_append"](key_cache, value_cache, seqlens, block_table, new_key, new_value)
         if not torch.compiler.is_compiling():
             increment_version((key_cache, value_cache))  # autograd refuses what it saved of them before
     left = features.get("window", (None, None))[0]
     slopes, sinks = (_float64(features.get(name)) for name in ("alibi_slopes", "sinks"))
-    return torch.ops.transfuse.decode_attention_forward.default(
+    return RAW_OPS[kind]["decode_attention_forward"](
         query, key_cache, value_cache, seqlens, block_table, bias, slopes, sinks,
         0 if new_key is None else new_key.shape[2], scale, -1 if left is None else min(left, _FARTHEST),
         features.get("softcap", 0.0),
@@ -145,7 +146,10 @@ def _run_reference(query, key_cache, value_cache, seqlens, new_key, new_value, b
 
 
 IMPLEMENTATIONS = (
-    dispatch.Implementation("cpu", _cpu_unsupported, _run_cpu),
+    dispatch.Implementation(
+        "triton", partial(_unsupported, dispatch.triton_reasons), partial(_run_kernels, "triton"), automatic="cuda"
+    ),
+    dispatch.Implementation("cpu", partial(_unsupported, dispatch.cpu_reasons), partial(_run_kernels, "compiled")),
     dispatch.Implementation("reference", dispatch.supports_all, _run_reference),
 )
 
@@ -313,18 +317,29 @@ def _explain_problem(
 decode_attention.explain_problem = _explain_problem
 
 
-if not extension.cpu_unavailable:
+# ---- raw ops: csrc/attention_decode.cpp, kernels/triton/attention_decode.py ----
+# What is declared with them: shapes, dtypes and layout without data.
 
-    @torch.library.register_fake("transfuse::decode_attention_append")
-    def _decode_attention_append_fake(key_cache, value_cache, cache_seqlens, block_table, new_key, new_value):
-        return None
 
-    @torch.library.register_fake("transfuse::decode_attention_forward")
-    def _decode_attention_forward_fake(
-        query, key_cache, value_cache, cache_seqlens, block_table, bias, alibi_slopes, sinks, num_new, scale,
-        window_left, softcap,
-    ):
-        batch, heads, length, _ = query.shape
-        output = query.new_empty(batch, length, heads, value_cache.shape[3]).transpose(1, 2)
-        lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        return output, query.new_empty(batch, heads, length, dtype=lse_dtype)
+@raw_op(
+    "attention_decode",
+    "decode_attention_append(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor cache_seqlens, Tensor? block_table,"
+    " Tensor new_key, Tensor new_value) -> ()",
+)
+def _(key_cache, value_cache, cache_seqlens, block_table, new_key, new_value):
+    return None
+
+
+@raw_op(
+    "attention_decode",
+    "decode_attention_forward(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_seqlens,"
+    " Tensor? block_table, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, int num_new, float scale,"
+    " int window_left, float softcap) -> (Tensor output, Tensor lse)",
+)
+def _(
+    query, key_cache, value_cache, cache_seqlens, block_table, bias, alibi_slopes, sinks, num_new, scale, window_left,
+    softcap,
+):
+    batch, heads, length, _ = query.shape
+    output = query.new_empty(batch, length, heads, value_cache.shape[3]).transpose(1, 2)
+    return output, query.new_empty(batch, heads, length, dtype=checks.statistics_dtype(query))

@@ -1,18 +1,20 @@
-"""gelu: the public function, what runs it, and its gradient. The arithmetic is kernels/cpu/gelu.cpp and
-kernels/cuda/gelu.cu.
+"""gelu: the public function, what runs it, and its gradient. The arithmetic is kernels/cpu/gelu.cpp,
+kernels/cuda/gelu.cu and kernels/triton/gelu.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from transfuse import dispatch, extension
+from transfuse import dispatch
 from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
 from transfuse.checks import check_tensor
-from transfuse.dispatch import Implementation, cpu_reasons, cuda_reasons, dtype_name, supports_all
+from transfuse.dispatch import Implementation, cpu_reasons, cuda_reasons, dtype_name, supports_all, triton_reasons
+from transfuse.raw_ops import RAW_OPS, raw_op
 from transfuse.reference.gelu import gelu_reference
 
 
@@ -85,11 +87,11 @@ def _key(input: Tensor) -> tuple:
     return input.device, input.dtype
 
 
-def _run_compiled(input, bias, tanh):
+def _run_kernels(kind, input, bias, tanh):
     refuse_tangents("gelu", input, bias)
     if wants_grad(input, bias):
-        return GeluFunction.apply(*distinct(input, bias), tanh)
-    return torch.ops.transfuse.gelu_forward.default(input, bias, tanh)
+        return GeluFunction.apply(*distinct(input, bias), tanh, kind)
+    return RAW_OPS[kind]["gelu_forward"](input, bias, tanh)
 
 
 def _run_torch(input, bias, tanh):
@@ -102,8 +104,9 @@ def _run_reference(input, bias, tanh):
 
 
 IMPLEMENTATIONS = (
-    Implementation("cuda", cuda_reasons, _run_compiled),
-    Implementation("cpu", cpu_reasons, _run_compiled),
+    Implementation("cuda", cuda_reasons, partial(_run_kernels, "compiled")),
+    Implementation("triton", triton_reasons, partial(_run_kernels, "triton"), automatic="cuda"),
+    Implementation("cpu", cpu_reasons, partial(_run_kernels, "compiled")),
     Implementation("torch", supports_all, _run_torch, automatic=False),
     Implementation("reference", supports_all, _run_reference),
 )
@@ -126,12 +129,12 @@ class GeluFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, bias, tanh):
-        return torch.ops.transfuse.gelu_forward.default(input, bias, tanh)
+    def forward(input, bias, tanh, kind):
+        return RAW_OPS[kind]["gelu_forward"](input, bias, tanh)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, bias, ctx.tanh = inputs
+        input, bias, ctx.tanh, ctx.kind = inputs
         ctx.save_for_backward(input, bias)
 
     @staticmethod
@@ -139,20 +142,23 @@ class GeluFunction(torch.autograd.Function):
         input, bias = ctx.saved_tensors
         needs_input, needs_bias = ctx.needs_input_grad[:2]
         arguments = (grad_output, input, bias, ctx.tanh, needs_bias)
-        grad_input, grad_bias = first_derivative("gelu", torch.ops.transfuse.gelu_backward.default, *arguments)
-        return grad_input if needs_input else None, grad_bias if needs_bias else None, None
+        grad_input, grad_bias = first_derivative("gelu", RAW_OPS[ctx.kind]["gelu_backward"], *arguments)
+        return grad_input if needs_input else None, grad_bias if needs_bias else None, None, None
 
 
+# ---- raw ops: csrc/gelu.cpp, csrc/cuda_gelu.cpp, kernels/triton/gelu.py; shapes and dtypes without data ----
 
-# ---- fake kernels: shapes and dtypes without data ----
 
-if extension._C is not None:
+@raw_op("gelu", "gelu_forward(Tensor input, Tensor? bias, bool tanh) -> Tensor")
+def _(input, bias, tanh):
+    return input.new_empty(input.shape)
 
-    @torch.library.register_fake("transfuse::gelu_forward")
-    def _(input, bias, tanh):
-        return input.new_empty(input.shape)
 
-    @torch.library.register_fake("transfuse::gelu_backward")
-    def _(grad_output, input, bias, tanh, need_bias_grad):
-        like = input if bias is None else bias
-        return input.new_empty(input.shape), like.new_empty(bias.shape if need_bias_grad else (0,))
+@raw_op(
+    "gelu",
+    "gelu_backward(Tensor grad_output, Tensor input, Tensor? bias, bool tanh, bool need_bias_grad)"
+    " -> (Tensor grad_input, Tensor grad_bias)",
+)
+def _(grad_output, input, bias, tanh, need_bias_grad):
+    like = input if bias is None else bias
+    return input.new_empty(input.shape), like.new_empty(bias.shape if need_bias_grad else (0,))

@@ -2,22 +2,24 @@
 
 The page of an op has five parts, and this is the shortest one to learn them from: the functions with their contract;
 the checks (here in norm_checks.py, shared with rms_norm); the Problem and IMPLEMENTATIONS, most wanted first; autograd,
-outside the raw op; and the fake kernels that let torch.compile and torch.export see through it. The arithmetic is
-kernels/cpu/layer_norm.cpp and kernels/cuda/layer_norm.cu.
+outside the raw op; and the raw ops, with the fake kernels that let torch.compile and torch.export see through it. The arithmetic is
+kernels/cpu/layer_norm.cpp, kernels/cuda/layer_norm.cu and kernels/triton/layer_norm.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from transfuse import dispatch, extension
+from transfuse import dispatch
 from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
-from transfuse.dispatch import Implementation, cpu_reasons, cuda_reasons, supports_all
+from transfuse.dispatch import Implementation, cpu_reasons, cuda_reasons, supports_all, triton_reasons
 from transfuse.ops.norm_checks import autocast, check_norm, check_residual
+from transfuse.raw_ops import RAW_OPS, raw_op
 from transfuse.reference.layer_norm import add_layer_norm_reference, layer_norm_reference
 
 
@@ -118,11 +120,11 @@ def _key(input: Tensor) -> tuple:
     return input.device, input.dtype
 
 
-def _run_compiled(input, weight, bias, ndim, eps):
+def _run_kernels(kind, input, weight, bias, ndim, eps):
     refuse_tangents("layer_norm", input, weight, bias)
     if wants_grad(input, weight, bias):
-        return LayerNormFunction.apply(*distinct(input, weight, bias), ndim, eps)
-    return _forward(input, weight, bias, ndim, eps)
+        return LayerNormFunction.apply(*distinct(input, weight, bias), ndim, eps, kind)
+    return RAW_OPS[kind]["layer_norm_forward"](input, weight, bias, ndim, eps)
 
 
 def _run_torch(input, weight, bias, ndim, eps):
@@ -133,11 +135,11 @@ def _run_reference(input, weight, bias, ndim, eps):
     return layer_norm_reference(input, input.shape[-ndim:], weight, bias, eps)
 
 
-def _add_compiled(input, residual, weight, bias, ndim, eps):
+def _add_kernels(kind, input, residual, weight, bias, ndim, eps):
     refuse_tangents("add_layer_norm", input, residual, weight, bias)
     if wants_grad(input, residual, weight, bias):
-        return AddLayerNormFunction.apply(*distinct(input, residual, weight, bias), ndim, eps)
-    return _add_forward(input, residual, weight, bias, ndim, eps)
+        return AddLayerNormFunction.apply(*distinct(input, residual, weight, bias), ndim, eps, kind)
+    return RAW_OPS[kind]["add_layer_norm_forward"](input, residual, weight, bias, ndim, eps)
 
 
 def _add_torch(input, residual, weight, bias, ndim, eps):
@@ -150,14 +152,16 @@ def _add_reference(input, residual, weight, bias, ndim, eps):
 
 
 IMPLEMENTATIONS = (
-    Implementation("cuda", cuda_reasons, _run_compiled),
-    Implementation("cpu", cpu_reasons, _run_compiled),
+    Implementation("cuda", cuda_reasons, partial(_run_kernels, "compiled")),
+    Implementation("triton", triton_reasons, partial(_run_kernels, "triton"), automatic="cuda"),
+    Implementation("cpu", cpu_reasons, partial(_run_kernels, "compiled")),
     Implementation("torch", supports_all, _run_torch, automatic=False),
     Implementation("reference", supports_all, _run_reference),
 )
 ADD_IMPLEMENTATIONS = (
-    Implementation("cuda", cuda_reasons, _add_compiled),
-    Implementation("cpu", cpu_reasons, _add_compiled),
+    Implementation("cuda", cuda_reasons, partial(_add_kernels, "compiled")),
+    Implementation("triton", triton_reasons, partial(_add_kernels, "triton"), automatic="cuda"),
+    Implementation("cpu", cpu_reasons, partial(_add_kernels, "compiled")),
     Implementation("torch", supports_all, _add_torch, automatic=False),
     Implementation("reference", supports_all, _add_reference),
 )
@@ -189,18 +193,18 @@ class LayerNormFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, weight, bias, ndim, eps):
-        return _forward(input, weight, bias, ndim, eps)
+    def forward(input, weight, bias, ndim, eps, kind):
+        return RAW_OPS[kind]["layer_norm_forward"](input, weight, bias, ndim, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, weight, bias, ctx.ndim, ctx.eps = inputs
+        input, weight, bias, ctx.ndim, ctx.eps, ctx.kind = inputs
         ctx.save_for_backward(input, weight, bias)
 
     @staticmethod
     def backward(ctx, grad_output):
         wanted = ctx.needs_input_grad[:3]
-        return (*_gradients("layer_norm", ctx, grad_output, None, wanted), None, None)
+        return (*_gradients("layer_norm", ctx, grad_output, None, wanted), None, None, None)
 
 
 class AddLayerNormFunction(torch.autograd.Function):
@@ -209,53 +213,63 @@ class AddLayerNormFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, residual, weight, bias, ndim, eps):
-        return _add_forward(input, residual, weight, bias, ndim, eps)
+    def forward(input, residual, weight, bias, ndim, eps, kind):
+        return RAW_OPS[kind]["add_layer_norm_forward"](input, residual, weight, bias, ndim, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, _, weight, bias, ctx.ndim, ctx.eps = inputs
+        _, _, weight, bias, ctx.ndim, ctx.eps, ctx.kind = inputs
         ctx.save_for_backward(output[1], weight, bias)
         ctx.set_materialize_grads(False)  # an output that is not used costs no pass over zeros
 
     @staticmethod
     def backward(ctx, grad_output, grad_sum):
         if grad_output is None:
-            return grad_sum, grad_sum, None, None, None, None
+            return grad_sum, grad_sum, None, None, None, None, None
         needs_input, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         wanted = (needs_input or needs_residual, needs_weight, needs_bias)
         grad, grad_weight, grad_bias = _gradients("add_layer_norm", ctx, grad_output, grad_sum, wanted)
-        return grad, grad, grad_weight, grad_bias, None, None
+        return grad, grad, grad_weight, grad_bias, None, None, None
 
 
 def _gradients(op, ctx, grad_output, grad_sum, wanted):
     """Gradients of what was normalised, weight and bias; None where not wanted."""
     x, weight, bias = ctx.saved_tensors
     arguments = (grad_output, grad_sum, x, weight, bias, ctx.ndim, ctx.eps, *wanted)
-    grads = first_derivative(op, _backward, *arguments)
+    grads = first_derivative(op, RAW_OPS[ctx.kind]["layer_norm_backward"], *arguments)
     return tuple(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True))
 
 
-# ---- the raw ops of csrc/layer_norm.cpp and csrc/cuda_layer_norm.cpp ----
-# Their fake kernels: shapes and dtypes without data.
+# ---- raw ops: csrc/layer_norm.cpp, csrc/cuda_layer_norm.cpp, kernels/triton/layer_norm.py ----
+# What is declared with them: shapes and dtypes without data.
 
-if extension._C is not None:
-    _forward = torch.ops.transfuse.layer_norm_forward.default
-    _add_forward = torch.ops.transfuse.add_layer_norm_forward.default
-    _backward = torch.ops.transfuse.layer_norm_backward.default
 
-    @torch.library.register_fake("transfuse::layer_norm_forward")
-    def _(input, weight, bias, normalized_ndim, eps):
-        return input.new_empty(input.shape)
+@raw_op(
+    "layer_norm",
+    "layer_norm_forward(Tensor input, Tensor? weight, Tensor? bias, int normalized_ndim, float eps) -> Tensor",
+)
+def _(input, weight, bias, normalized_ndim, eps):
+    return input.new_empty(input.shape)
 
-    @torch.library.register_fake("transfuse::add_layer_norm_forward")
-    def _(input, residual, weight, bias, normalized_ndim, eps):
-        return input.new_empty(input.shape), input.new_empty(input.shape)
 
-    @torch.library.register_fake("transfuse::layer_norm_backward")
-    def _(grad_output, grad_sum, input, weight, bias, normalized_ndim, eps, need_input, need_weight, need_bias):
-        parameter = weight if weight is not None else bias
-        dtype = torch.float32 if parameter is None else parameter.dtype
-        shape = input.shape[input.dim() - normalized_ndim :]
-        grads = (input.new_empty(shape if needed else (0,), dtype=dtype) for needed in (need_weight, need_bias))
-        return input.new_empty(input.shape if need_input else (0,)), *grads
+@raw_op(
+    "layer_norm",
+    "add_layer_norm_forward(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, int normalized_ndim,"
+    " float eps) -> (Tensor, Tensor)",
+)
+def _(input, residual, weight, bias, normalized_ndim, eps):
+    return input.new_empty(input.shape), input.new_empty(input.shape)
+
+
+@raw_op(
+    "layer_norm",
+    "layer_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor input, Tensor? weight, Tensor? bias,"
+    " int normalized_ndim, float eps, bool need_input, bool need_weight, bool need_bias)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def _(grad_output, grad_sum, input, weight, bias, normalized_ndim, eps, need_input, need_weight, need_bias):
+    parameter = weight if weight is not None else bias
+    dtype = torch.float32 if parameter is None else parameter.dtype
+    shape = input.shape[input.dim() - normalized_ndim :]
+    grads = (input.new_empty(shape if needed else (0,), dtype=dtype) for needed in (need_weight, need_bias))
+    return input.new_empty(input.shape if need_input else (0,)), *grads

@@ -1,19 +1,21 @@
 """masked_softmax: the public function, what runs it, and its gradient.
 
-The arithmetic is kernels/cpu/masked_softmax.cpp and kernels/cuda/masked_softmax.cu.
+The arithmetic is kernels/cpu/masked_softmax.cpp, kernels/cuda/masked_softmax.cu and kernels/triton/masked_softmax.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from transfuse import dispatch, extension
+from transfuse import dispatch
 from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
 from transfuse.checks import check_alignment, check_flag, check_scale, check_tensor
-from transfuse.dispatch import Implementation, cpu_reasons, cuda_reasons, dtype_name, supports_all
+from transfuse.dispatch import Implementation, cpu_reasons, cuda_reasons, dtype_name, supports_all, triton_reasons
+from transfuse.raw_ops import RAW_OPS, raw_op
 from transfuse.reference.masked_softmax import masked_softmax_reference
 
 
@@ -41,11 +43,11 @@ def masked_softmax(
     Returns:
         Tensor of input's shape and dtype. Differentiable once (the reference backend: any number of times).
     Numerics:
-        float32: within 3 ULP per element at any logit size, a row sums to 1 within 1e-6; a row of one valid key is exactly 1
+        float32: within 3 ULP per element at any logit size (Triton: 4), a row sums to 1 within 1e-6; a row of one valid key is exactly 1
         there; a row of none is 0, forward and backward. A NaN or +inf in a valid score, or -inf in all of them, gives NaN at
         the row's valid keys. bfloat16 and float16: one rounding of the float32 result. float64: within 4 ULP, a row sums to
         1 within 1e-14. Every row is computed alone, so its bits depend neither on the batch nor on threads; excluded keys at
-        its end change none. The gradient of a mask is summed in float64 in a fixed order. On a GPU autocast runs it in
+        its end change none. The gradient of a mask is summed in float64, on a GPU in float32, in a fixed order. On a GPU autocast runs it in
         float32, on the CPU in input's dtype, as torch does.
     Raises:
         TypeError: an argument of the wrong type or dtype. ValueError: a wrong shape, dim, scale or alignment. RuntimeError:
@@ -130,17 +132,17 @@ def _key(input: Tensor, mask: Tensor | None) -> tuple:
     return input.device, input.dtype, None if mask is None else mask.dtype
 
 
-def _run_compiled(input, mask, scale, causal, bottom_right):
+def _run_kernels(kind, input, mask, scale, causal, bottom_right):
     refuse_tangents("masked_softmax", input, mask)
     if wants_grad(input, mask):
-        return MaskedSoftmaxFunction.apply(*distinct(input, mask), scale, causal, bottom_right)
-    return _forward(input, mask, scale, causal, bottom_right)
+        return MaskedSoftmaxFunction.apply(*distinct(input, mask), scale, causal, bottom_right, kind)
+    return _forward(kind, input, mask, scale, causal, bottom_right)
 
 
-def _forward(input, mask, scale, causal, bottom_right):
+def _forward(kind, input, mask, scale, causal, bottom_right):
     if mask is not None:
         mask = mask.expand(input.shape)
-    return torch.ops.transfuse.masked_softmax_forward.default(input, mask, scale, causal, bottom_right)
+    return RAW_OPS[kind]["masked_softmax_forward"](input, mask, scale, causal, bottom_right)
 
 
 def _run_torch(input, mask, scale, causal, bottom_right):
@@ -160,8 +162,9 @@ def _run_torch(input, mask, scale, causal, bottom_right):
 
 
 IMPLEMENTATIONS = (
-    Implementation("cuda", cuda_reasons, _run_compiled),
-    Implementation("cpu", cpu_reasons, _run_compiled),
+    Implementation("cuda", cuda_reasons, partial(_run_kernels, "compiled")),
+    Implementation("triton", triton_reasons, partial(_run_kernels, "triton"), automatic="cuda"),
+    Implementation("cpu", cpu_reasons, partial(_run_kernels, "compiled")),
     Implementation("torch", supports_all, _run_torch, automatic=False),
     Implementation("reference", supports_all, masked_softmax_reference),
 )
@@ -184,44 +187,48 @@ class MaskedSoftmaxFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, mask, scale, causal, bottom_right):
-        return _forward(input, mask, scale, causal, bottom_right)
+    def forward(input, mask, scale, causal, bottom_right, kind):
+        return _forward(kind, input, mask, scale, causal, bottom_right)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, mask, ctx.scale, _, _ = inputs
+        _, mask, ctx.scale, _, _, ctx.kind = inputs
         ctx.save_for_backward(output, mask if ctx.needs_input_grad[1] else None)
 
     @staticmethod
     def backward(ctx, grad_output):
         output, mask = ctx.saved_tensors
-        arguments = (grad_output, output, mask, ctx.scale, ctx.needs_input_grad[0])
-        return *first_derivative("masked_softmax", _backward, *arguments), None, None, None
+        arguments = (ctx.kind, grad_output, output, mask, ctx.scale, ctx.needs_input_grad[0])
+        return *first_derivative("masked_softmax", _backward, *arguments), None, None, None, None
 
 
-
-def _backward(grad_output, output, mask, scale, needs_input):
+def _backward(kind, grad_output, output, mask, scale, needs_input):
     """Gradients of input and of an additive mask; None where not wanted."""
     grad_input = grad_mask = None
     if needs_input:
-        grad_input = torch.ops.transfuse.masked_softmax_backward.default(grad_output, output, scale)
+        grad_input = RAW_OPS[kind]["masked_softmax_backward"](grad_output, output, scale)
     if mask is not None:
-        grad_mask = torch.ops.transfuse.masked_softmax_mask_backward.default(grad_output, output, mask).to(mask.dtype)
+        grad_mask = RAW_OPS[kind]["masked_softmax_mask_backward"](grad_output, output, mask).to(mask.dtype)
     return grad_input, grad_mask
 
 
-# ---- fake kernels: shapes and dtypes without data ----
+# ---- raw ops: csrc/masked_softmax.cpp, csrc/cuda_masked_softmax.cpp, kernels/triton/masked_softmax.py ----
+# What is declared with them: shapes and dtypes without data.
 
-if extension._C is not None:
 
-    @torch.library.register_fake("transfuse::masked_softmax_forward")
-    def _(input, mask, scale, causal, bottom_right):
-        return input.new_empty(input.shape)
+@raw_op(
+    "masked_softmax",
+    "masked_softmax_forward(Tensor input, Tensor? mask, float scale, bool causal, bool bottom_right) -> Tensor",
+)
+def _(input, mask, scale, causal, bottom_right):
+    return input.new_empty(input.shape)
 
-    @torch.library.register_fake("transfuse::masked_softmax_backward")
-    def _(grad_output, output, scale):
-        return output.new_empty(output.shape)
 
-    @torch.library.register_fake("transfuse::masked_softmax_mask_backward")
-    def _(grad_output, output, mask):
-        return output.new_empty(mask.shape, dtype=torch.float64 if output.dtype == torch.float64 else torch.float32)
+@raw_op("masked_softmax", "masked_softmax_backward(Tensor grad_output, Tensor output, float scale) -> Tensor")
+def _(grad_output, output, scale):
+    return output.new_empty(output.shape)
+
+
+@raw_op("masked_softmax", "masked_softmax_mask_backward(Tensor grad_output, Tensor output, Tensor mask) -> Tensor")
+def _(grad_output, output, mask):
+    return output.new_empty(mask.shape, dtype=torch.float64 if output.dtype == torch.float64 else torch.float32)

@@ -1,21 +1,23 @@
 """rms_norm and add_rms_norm: the public functions, what runs them, and their gradient.
 
-The sister of ops/layer_norm.py, with neither mean nor bias. The arithmetic is kernels/cpu/rms_norm.cpp and
-kernels/cuda/rms_norm.cu.
+The sister of ops/layer_norm.py, with neither mean nor bias. The arithmetic is kernels/cpu/rms_norm.cpp,
+kernels/cuda/rms_norm.cu and kernels/triton/rms_norm.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from transfuse import dispatch, extension
+from transfuse import dispatch
 from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
-from transfuse.dispatch import Implementation, cpu_reasons, cuda_reasons, supports_all
+from transfuse.dispatch import Implementation, cpu_reasons, cuda_reasons, supports_all, triton_reasons
 from transfuse.ops.norm_checks import autocast, check_norm, check_residual
+from transfuse.raw_ops import RAW_OPS, raw_op
 from transfuse.reference.rms_norm import add_rms_norm_reference, default_eps, rms_norm_reference
 
 
@@ -118,11 +120,11 @@ def _key(input: Tensor) -> tuple:
     return input.device, input.dtype
 
 
-def _run_compiled(input, weight, ndim, eps):
+def _run_kernels(kind, input, weight, ndim, eps):
     refuse_tangents("rms_norm", input, weight)
     if wants_grad(input, weight):
-        return RMSNormFunction.apply(*distinct(input, weight), ndim, eps)
-    return _forward(input, weight, ndim, eps)
+        return RMSNormFunction.apply(*distinct(input, weight), ndim, eps, kind)
+    return RAW_OPS[kind]["rms_norm_forward"](input, weight, ndim, eps)
 
 
 def _run_torch(input, weight, ndim, eps):
@@ -133,11 +135,11 @@ def _run_reference(input, weight, ndim, eps):
     return rms_norm_reference(input, input.shape[-ndim:], weight, eps)
 
 
-def _add_compiled(input, residual, weight, ndim, eps):
+def _add_kernels(kind, input, residual, weight, ndim, eps):
     refuse_tangents("add_rms_norm", input, residual, weight)
     if wants_grad(input, residual, weight):
-        return AddRMSNormFunction.apply(*distinct(input, residual, weight), ndim, eps)
-    return _add_forward(input, residual, weight, ndim, eps)
+        return AddRMSNormFunction.apply(*distinct(input, residual, weight), ndim, eps, kind)
+    return RAW_OPS[kind]["add_rms_norm_forward"](input, residual, weight, ndim, eps)
 
 
 def _add_torch(input, residual, weight, ndim, eps):
@@ -150,14 +152,16 @@ def _add_reference(input, residual, weight, ndim, eps):
 
 
 IMPLEMENTATIONS = (
-    Implementation("cuda", cuda_reasons, _run_compiled),
-    Implementation("cpu", cpu_reasons, _run_compiled),
+    Implementation("cuda", cuda_reasons, partial(_run_kernels, "compiled")),
+    Implementation("triton", triton_reasons, partial(_run_kernels, "triton"), automatic="cuda"),
+    Implementation("cpu", cpu_reasons, partial(_run_kernels, "compiled")),
     Implementation("torch", supports_all, _run_torch, automatic=False),
     Implementation("reference", supports_all, _run_reference),
 )
 ADD_IMPLEMENTATIONS = (
-    Implementation("cuda", cuda_reasons, _add_compiled),
-    Implementation("cpu", cpu_reasons, _add_compiled),
+    Implementation("cuda", cuda_reasons, partial(_add_kernels, "compiled")),
+    Implementation("triton", triton_reasons, partial(_add_kernels, "triton"), automatic="cuda"),
+    Implementation("cpu", cpu_reasons, partial(_add_kernels, "compiled")),
     Implementation("torch", supports_all, _add_torch, automatic=False),
     Implementation("reference", supports_all, _add_reference),
 )
@@ -189,18 +193,18 @@ class RMSNormFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, weight, ndim, eps):
-        return _forward(input, weight, ndim, eps)
+    def forward(input, weight, ndim, eps, kind):
+        return RAW_OPS[kind]["rms_norm_forward"](input, weight, ndim, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, weight, ctx.ndim, ctx.eps = inputs
+        input, weight, ctx.ndim, ctx.eps, ctx.kind = inputs
         ctx.save_for_backward(input, weight)
 
     @staticmethod
     def backward(ctx, grad_output):
         wanted = ctx.needs_input_grad[:2]
-        return (*_gradients("rms_norm", ctx, grad_output, None, wanted), None, None)
+        return (*_gradients("rms_norm", ctx, grad_output, None, wanted), None, None, None)
 
 
 class AddRMSNormFunction(torch.autograd.Function):
@@ -209,50 +213,57 @@ class AddRMSNormFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, residual, weight, ndim, eps):
-        return _add_forward(input, residual, weight, ndim, eps)
+    def forward(input, residual, weight, ndim, eps, kind):
+        return RAW_OPS[kind]["add_rms_norm_forward"](input, residual, weight, ndim, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, _, weight, ctx.ndim, ctx.eps = inputs
+        _, _, weight, ctx.ndim, ctx.eps, ctx.kind = inputs
         ctx.save_for_backward(output[1], weight)
         ctx.set_materialize_grads(False)  # an output that is not used costs no pass over zeros
 
     @staticmethod
     def backward(ctx, grad_output, grad_sum):
         if grad_output is None:
-            return grad_sum, grad_sum, None, None, None
+            return grad_sum, grad_sum, None, None, None, None
         needs_input, needs_residual, needs_weight = ctx.needs_input_grad[:3]
         wanted = (needs_input or needs_residual, needs_weight)
         grad, grad_weight = _gradients("add_rms_norm", ctx, grad_output, grad_sum, wanted)
-        return grad, grad, grad_weight, None, None
+        return grad, grad, grad_weight, None, None, None
 
 
 def _gradients(op, ctx, grad_output, grad_sum, wanted):
     """Gradients of what was normalised and of weight; None where not wanted."""
     x, weight = ctx.saved_tensors
-    grads = first_derivative(op, _backward, grad_output, grad_sum, x, weight, ctx.ndim, ctx.eps, *wanted)
+    backward = RAW_OPS[ctx.kind]["rms_norm_backward"]
+    grads = first_derivative(op, backward, grad_output, grad_sum, x, weight, ctx.ndim, ctx.eps, *wanted)
     return tuple(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True))
 
 
-# ---- the raw ops of csrc/rms_norm.cpp and csrc/cuda_rms_norm.cpp ----
-# Their fake kernels: shapes and dtypes without data.
+# ---- raw ops: csrc/rms_norm.cpp, csrc/cuda_rms_norm.cpp, kernels/triton/rms_norm.py ----
+# What is declared with them: shapes and dtypes without data.
 
-if extension._C is not None:
-    _forward = torch.ops.transfuse.rms_norm_forward.default
-    _add_forward = torch.ops.transfuse.add_rms_norm_forward.default
-    _backward = torch.ops.transfuse.rms_norm_backward.default
 
-    @torch.library.register_fake("transfuse::rms_norm_forward")
-    def _(input, weight, normalized_ndim, eps):
-        return input.new_empty(input.shape)
+@raw_op("rms_norm", "rms_norm_forward(Tensor input, Tensor? weight, int normalized_ndim, float eps) -> Tensor")
+def _(input, weight, normalized_ndim, eps):
+    return input.new_empty(input.shape)
 
-    @torch.library.register_fake("transfuse::add_rms_norm_forward")
-    def _(input, residual, weight, normalized_ndim, eps):
-        return input.new_empty(input.shape), input.new_empty(input.shape)
 
-    @torch.library.register_fake("transfuse::rms_norm_backward")
-    def _(grad_output, grad_sum, input, weight, normalized_ndim, eps, need_input, need_weight):
-        dtype = torch.float32 if weight is None else weight.dtype
-        shape = input.shape[input.dim() - normalized_ndim :] if need_weight else (0,)
-        return input.new_empty(input.shape if need_input else (0,)), input.new_empty(shape, dtype=dtype)
+@raw_op(
+    "rms_norm",
+    "add_rms_norm_forward(Tensor input, Tensor residual, Tensor? weight, int normalized_ndim, float eps)"
+    " -> (Tensor, Tensor)",
+)
+def _(input, residual, weight, normalized_ndim, eps):
+    return input.new_empty(input.shape), input.new_empty(input.shape)
+
+
+@raw_op(
+    "rms_norm",
+    "rms_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor input, Tensor? weight, int normalized_ndim,"
+    " float eps, bool need_input, bool need_weight) -> (Tensor, Tensor)",
+)
+def _(grad_output, grad_sum, input, weight, normalized_ndim, eps, need_input, need_weight):
+    dtype = torch.float32 if weight is None else weight.dtype
+    shape = input.shape[input.dim() - normalized_ndim :] if need_weight else (0,)
+    return input.new_empty(input.shape if need_input else (0,)), input.new_empty(shape, dtype=dtype)

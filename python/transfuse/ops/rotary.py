@@ -1,18 +1,20 @@
-"""rotary: position embedding by rotation of pairs of columns. The arithmetic is kernels/cpu/rotary.cpp and
-kernels/cuda/rotary.cu.
+"""rotary: position embedding by rotation of pairs of columns. The arithmetic is kernels/cpu/rotary.cpp,
+kernels/cuda/rotary.cu and kernels/triton/rotary.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from transfuse import dispatch, extension
+from transfuse import dispatch
 from transfuse.autograd import distinct, first_derivative, refuse_tangents, wants_grad
 from transfuse.checks import check_flag, check_tensor
-from transfuse.dispatch import Implementation, cpu_reasons, cuda_reasons, dtype_name, supports_all
+from transfuse.dispatch import Implementation, cpu_reasons, cuda_reasons, dtype_name, supports_all, triton_reasons
+from transfuse.raw_ops import RAW_OPS, raw_op
 from transfuse.reference.rotary import rotary_reference
 
 _OP = "rotary"
@@ -97,16 +99,16 @@ def _problem(input: Tensor, cos: Tensor, sin: Tensor) -> RotaryProblem:
     )
 
 
-def _run_compiled(input, cos, sin, interleaved):
+def _run_kernels(kind, input, cos, sin, interleaved):
     refuse_tangents(_OP, input, cos, sin)
     shape = input.shape
     if len(shape) != 4:
         input = input.unsqueeze(-3) if len(shape) < 4 else input.flatten(1, -3)
         input = input.unsqueeze(0) if len(shape) == 2 else input
     if wants_grad(input, cos, sin):
-        output = RotaryFunction.apply(*distinct(input, cos, sin), interleaved, False)
+        output = RotaryFunction.apply(*distinct(input, cos, sin), interleaved, False, kind)
     else:
-        output = _forward(input, cos, sin, interleaved, False)
+        output = RAW_OPS[kind]["rotary_forward"](input, cos, sin, interleaved, False)
     return output if len(shape) == 4 else output.reshape(shape)
 
 
@@ -115,8 +117,9 @@ def _run_reference(input, cos, sin, interleaved):
 
 
 IMPLEMENTATIONS = (
-    Implementation("cuda", cuda_reasons, _run_compiled),
-    Implementation("cpu", cpu_reasons, _run_compiled),
+    Implementation("cuda", cuda_reasons, partial(_run_kernels, "compiled")),
+    Implementation("triton", triton_reasons, partial(_run_kernels, "triton"), automatic="cuda"),
+    Implementation("cpu", cpu_reasons, partial(_run_kernels, "compiled")),
     Implementation("reference", supports_all, _run_reference),
 )
 
@@ -129,14 +132,6 @@ def _explain(input, cos, sin, *, interleaved=False):
 rotary.explain_problem = _explain
 
 
-def _forward(*arguments):
-    return torch.ops.transfuse.rotary_forward.default(*arguments)
-
-
-def _backward(*arguments):
-    return torch.ops.transfuse.rotary_backward.default(*arguments)
-
-
 # ---- autograd: outside the raw op, entered only when a gradient is wanted ----
 
 
@@ -146,12 +141,12 @@ class RotaryFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, cos, sin, interleaved, inverse):
-        return _forward(input, cos, sin, interleaved, inverse)
+    def forward(input, cos, sin, interleaved, inverse, kind):
+        return RAW_OPS[kind]["rotary_forward"](input, cos, sin, interleaved, inverse)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, cos, sin, ctx.interleaved, ctx.inverse = inputs
+        input, cos, sin, ctx.interleaved, ctx.inverse, ctx.kind = inputs
         ctx.save_for_backward(input if any(ctx.needs_input_grad[1:3]) else None, cos, sin)
 
     @staticmethod
@@ -159,24 +154,29 @@ class RotaryFunction(torch.autograd.Function):
         input, cos, sin = ctx.saved_tensors
         grad_input = grad_cos = grad_sin = None
         if ctx.needs_input_grad[0]:
-            grad_input = RotaryFunction.apply(grad_output, cos, sin, ctx.interleaved, not ctx.inverse)
+            grad_input = RotaryFunction.apply(grad_output, cos, sin, ctx.interleaved, not ctx.inverse, ctx.kind)
         if input is not None:
             arguments = (grad_output, input, cos, ctx.interleaved, ctx.inverse)
-            grad_cos, grad_sin = first_derivative(_OP, _backward, *arguments)
-        return grad_input, grad_cos, grad_sin, None, None
+            grad_cos, grad_sin = first_derivative(_OP, RAW_OPS[ctx.kind]["rotary_backward"], *arguments)
+        return grad_input, grad_cos, grad_sin, None, None, None
 
 
-# ---- fake kernels: shapes, dtypes and layout without data ----
+# ---- raw ops: csrc/rotary.cpp, csrc/cuda_rotary.cpp, kernels/triton/rotary.py ----
+# What is declared with them: shapes, dtypes and layout without data.
 
-if extension._C is not None:
 
-    @torch.library.register_fake("transfuse::rotary_forward")
-    def _(input, cos, sin, interleaved, inverse):
-        batch, heads, length, head_dim = input.shape
-        if input.stride(1) < input.stride(2):
-            return input.new_empty(batch, length, heads, head_dim).transpose(1, 2)
-        return input.new_empty(batch, heads, length, head_dim)
+@raw_op("rotary", "rotary_forward(Tensor input, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor")
+def _(input, cos, sin, interleaved, inverse):
+    batch, heads, length, head_dim = input.shape
+    if input.stride(1) < input.stride(2):
+        return input.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+    return input.new_empty(batch, heads, length, head_dim)
 
-    @torch.library.register_fake("transfuse::rotary_backward")
-    def _(grad_output, input, cos, interleaved, inverse):
-        return cos.new_empty(cos.shape), cos.new_empty(cos.shape)
+
+@raw_op(
+    "rotary",
+    "rotary_backward(Tensor grad_output, Tensor input, Tensor cos, bool interleaved, bool inverse)"
+    " -> (Tensor grad_cos, Tensor grad_sin)",
+)
+def _(grad_output, input, cos, interleaved, inverse):
+    return cos.new_empty(cos.shape), cos.new_empty(cos.shape)

@@ -7,14 +7,16 @@ run it, so a packed sequence gives bit for bit what it gives in a padded batch.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from transfuse import dispatch, extension
+from transfuse import dispatch
 from transfuse.autograd import distinct, refuse_tangents, wants_grad
 from transfuse.checks import check_alignment, check_flag, check_scale
 from transfuse.ops import attention_checks as checks
+from transfuse.raw_ops import RAW_OPS, raw_op
 from transfuse.reference.varlen_attention import varlen_attention_reference
 
 _OP = "varlen_attention"
@@ -92,30 +94,34 @@ class VarlenAttentionProblem(dispatch.Problem):
     features: tuple[str, ...]  # of attn_bias, dropout_p, window, softcap, alibi_slopes, sinks
 
 
-def _cpu_unsupported(problem: VarlenAttentionProblem) -> tuple[str, ...]:
-    reasons = dispatch.cpu_reasons(problem)
-    for name, size in (("head_dim", problem.query_shape[-1]), ("value's head_dim", problem.value_shape[-1])):
-        if size > checks.MAX_HEAD_DIM:
-            reasons += (f"{name} is {size}, the kernel takes up to {checks.MAX_HEAD_DIM}",)
-    return reasons
+def _unsupported(reasons_of_backend, problem: VarlenAttentionProblem) -> tuple[str, ...]:
+    reasons = reasons_of_backend(problem)
+    return reasons + checks.head_dim_reasons(problem.query_shape[-1], problem.value_shape[-1])
 
 
-def _run_cpu(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right, features):
+def _run_kernels(kind, query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right, features):
+    if kind == "triton":
+        _check_offset_values(query, key, cu_q, cu_k, max_q, max_k)
     alibi_slopes, sinks, dropout_seed, *options = checks.kernel_options(features, query.device)
     bias = features.get("attn_bias")
     if bias is not None and bias.dim() < 4:
         bias = bias[(None,) * (4 - bias.dim())]
     tensors = (query, key, value, cu_q, cu_k, bias, alibi_slopes, sinks, dropout_seed)
-    options = (max_q, max_k, scale, is_causal, bottom_right, *options)
+    options = (max_q, max_k, scale, is_causal, bottom_right, *options, kind)
     refuse_tangents(_OP, query, key, value, bias, alibi_slopes, sinks)
     if wants_grad(query, key, value, bias, alibi_slopes, sinks):
         return VarlenAttentionFunction.apply(*distinct(*tensors), *options)
     return _forward(*tensors, *options)
 
 
-def _run_reference(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right, features):
+def _check_offset_values(query, key, cu_q, cu_k, max_q, max_k):
+    """On a GPU, where they cannot be read, the kernels clamp them."""
     checks.check_offset_values(_OP, "cu_seqlens_q", cu_q, query.shape[0], "query", max_q)
     checks.check_offset_values(_OP, "cu_seqlens_k", cu_k, key.shape[0], "key", max_k)
+
+
+def _run_reference(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right, features):
+    _check_offset_values(query, key, cu_q, cu_k, max_q, max_k)
     return varlen_attention_reference(
         query, key, value, cu_q, cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k, is_causal=is_causal, scale=scale,
         causal_alignment="bottom_right" if bottom_right else "top_left", return_lse=True,
@@ -124,13 +130,17 @@ def _run_reference(query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal
 
 
 IMPLEMENTATIONS = (
-    dispatch.Implementation("cpu", _cpu_unsupported, _run_cpu),
+    dispatch.Implementation(
+        "triton", partial(_unsupported, dispatch.triton_reasons), partial(_run_kernels, "triton"), automatic="cuda"
+    ),
+    dispatch.Implementation("cpu", partial(_unsupported, dispatch.cpu_reasons), partial(_run_kernels, "compiled")),
     dispatch.Implementation("reference", dispatch.supports_all, _run_reference),
 )
 
 
 def _forward(query, key, value, cu_q, cu_k, bias, alibi_slopes, sinks, dropout_seed, max_q, max_k, *numbers):
-    return torch.ops.transfuse.varlen_attention_forward.default(
+    *numbers, kind = numbers
+    return RAW_OPS[kind]["varlen_attention_forward"](
         query, key, value, cu_q, cu_k, _expand(bias, query, cu_q, max_q, max_k), alibi_slopes, sinks, dropout_seed,
         max_q, max_k, *numbers,
     )
@@ -164,9 +174,9 @@ def _backward(
     grad_output, grad_lse, query, key, value, output, lse, cu_q, cu_k, bias, alibi_slopes, sinks, dropout_seed, max_q,
     max_k, *rest,
 ):
-    *numbers, need_bias, need_alibi_slopes, need_sinks = rest
+    *numbers, kind, need_bias, need_alibi_slopes, need_sinks = rest
     bias_shape = [1, 1, 1, 1] if bias is None else list(bias.shape)
-    return torch.ops.transfuse.varlen_attention_backward.default(
+    return RAW_OPS[kind]["varlen_attention_backward"](
         grad_output, grad_lse, query, key, value, output, lse, cu_q, cu_k, _expand(bias, query, cu_q, max_q, max_k),
         alibi_slopes, sinks, dropout_seed, max_q, max_k, *numbers, bias_shape, need_bias, need_alibi_slopes, need_sinks,
     )
@@ -272,17 +282,29 @@ def _explain_problem(
 varlen_attention.explain_problem = _explain_problem
 
 
-if not extension.cpu_unavailable:
+# ---- raw ops: csrc/attention.cpp, kernels/triton/attention.py ----
+# What is declared with them: shapes and dtypes without data.
 
-    @torch.library.register_fake("transfuse::varlen_attention_forward")
-    def _varlen_attention_forward_fake(query, key, value, *rest):
-        tokens_q, heads, _ = query.shape
-        lse = query.new_empty(heads, tokens_q, dtype=checks.statistics_dtype(query))
-        return query.new_empty(tokens_q, heads, value.shape[2]), lse
 
-    @torch.library.register_fake("transfuse::varlen_attention_backward")
-    def _varlen_attention_backward_fake(
-        grad_output, grad_lse, query, key, value, output, lse, cu_q, cu_k, bias, alibi_slopes, sinks, *rest
-    ):
-        grads = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
-        return *grads, *checks.fake_extra_grads(query, bias, alibi_slopes, sinks, *rest[-4:])
+@raw_op(
+    "attention",
+    "varlen_attention_forward(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+    "Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? dropout_seed, int max_seqlen_q, int max_seqlen_k, "
+    f"{checks.SCHEMA_OPTIONS}) -> (Tensor, Tensor)",
+)
+def _(query, key, value, *rest):
+    tokens_q, heads, _ = query.shape
+    lse = query.new_empty(heads, tokens_q, dtype=checks.statistics_dtype(query))
+    return query.new_empty(tokens_q, heads, value.shape[2]), lse
+
+
+@raw_op(
+    "attention_backward",
+    "varlen_attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+    "Tensor output, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? bias, Tensor? alibi_slopes, "
+    "Tensor? sinks, Tensor? dropout_seed, int max_seqlen_q, int max_seqlen_k, "
+    f"{checks.SCHEMA_OPTIONS}, {checks.SCHEMA_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _(grad_output, grad_lse, query, key, value, output, lse, cu_q, cu_k, bias, alibi_slopes, sinks, *rest):
+    grads = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+    return *grads, *checks.fake_extra_grads(query, bias, alibi_slopes, sinks, *rest[-4:])

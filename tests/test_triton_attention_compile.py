@@ -1,0 +1,107 @@
+"""Triton's attention compiles for GPUs that are not here, and what comes out is gated.
+
+No atomic in any kernel, wgmma in the 16-bit forward on sm_90, no spill there that its launch row does not state, shared
+memory within the architecture. Every tile on sm_90, one of each kernel elsewhere.
+"""
+
+import pytest
+import torch
+import triton_compile
+
+from transfuse.kernels.triton import attention, attention_backward, attention_decode, launch
+from transfuse.kernels.triton.attention_problem import TILES
+
+FORBIDDEN_PTX = ("atom.", "\tred.")
+FORBIDDEN_GCN = ("global_atomic", "flat_atomic")
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+KINDS = ("forward", "query", "key", "bias", "decode")
+ELSEWHERE = [architecture for architecture in launch.ARCHITECTURES if architecture is not launch.SM90]
+NONE = (None,) * 4  # seqlens_k, alibi_slopes, sinks, dropout_seed
+
+
+def _recorded(kind, head_dim, dtype, architecture, causal=True):
+    """The launches of one kind of kernel."""
+    batch, heads, length = 2, 8, 1024
+    query = torch.empty(batch, length, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)
+    lse = torch.empty(batch, heads, length, device="meta")
+    numbers = (head_dim**-0.5, causal, False, -1, -1, 0.0, 0.0)
+    bias = None
+    if kind == "bias":
+        bias = torch.empty(1, heads, length, length, dtype=dtype, device="meta").expand(batch, -1, -1, -1)
+    wants = ([1, heads, length, length] if kind == "bias" else [1] * 4, kind == "bias", False, False)
+    with launch.recording(architecture) as recorded:
+        if kind == "forward":
+            attention.attention_forward(query, query, query, None, None, *NONE, *numbers)
+        elif kind == "decode":
+            lengths = torch.empty(batch, dtype=torch.int32, device="meta")
+            attention_decode.decode_attention_forward(
+                query[:, :, :1], query, query, lengths, None, None, None, None, 0, head_dim**-0.5, -1, 0.0
+            )
+        else:
+            attention_backward.attention_backward(
+                query, None, query, query, query, query, lse, bias, None, *NONE, *numbers, *wants
+            )
+    wanted = {"forward": "forward", "decode": "decode"}.get(kind, f"backward_{kind}")
+    calls = [call for call in recorded.calls if wanted in call.kernel.fn.__name__]
+    assert calls
+    return calls
+
+
+def _gate(call, architecture):
+    found = triton_compile.compiled(call, architecture)
+    code = found.ptx or found.amdgcn
+    assert code and call.options["enable_fp_fusion"] is False
+    for word in FORBIDDEN_PTX if found.ptx else FORBIDDEN_GCN:
+        assert word not in code, f"{found.name}: {word} in its code for {architecture.name}"
+    assert found.shared_bytes <= architecture.shared_bytes, f"{found.name}: {found.shared_bytes} bytes of shared memory"
+    if architecture is launch.SM90:
+        assert found.spills <= call.row.spill_bytes, f"{found.name}: {found.spills} bytes of spills"
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_of_64_compile_for_sm_90(kind):
+    for call in _recorded(kind, 64, torch.bfloat16, launch.SM90):
+        found = _gate(call, launch.SM90)
+        if kind in ("forward", "query", "key"):
+            assert "wgmma.mma_async" in found.ptx
+
+
+def test_a_forward_that_excludes_nothing_spills_nothing():
+    (call,) = _recorded("forward", 128, torch.bfloat16, launch.SM90, causal=False)
+    found = _gate(call, launch.SM90)
+    assert found.spills == 0 and "wgmma.mma_async" in found.ptx
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", (torch.float32, *SIXTEEN_BIT), ids=str)
+@pytest.mark.parametrize("head_dim", (64, 128, 256, 512))
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tile_compiles_for_sm_90(kind, head_dim, dtype):
+    for call in _recorded(kind, head_dim, dtype, launch.SM90):
+        found = _gate(call, launch.SM90) if head_dim <= 256 else triton_compile.compiled(call, launch.SM90)
+        if kind == "forward" and dtype in SIXTEEN_BIT:
+            assert "wgmma.mma_async" in found.ptx
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ELSEWHERE, ids=lambda architecture: str(architecture.name))
+def test_every_kernel_compiles_for(architecture, kind, dtype):
+    for head_dim in (128, 256):
+        for call in _recorded(kind, head_dim, dtype, architecture):
+            _gate(call, architecture)
+
+
+def test_every_head_dim_has_a_tile_everywhere():
+    """Ascending within a kind, so that the first that is wide enough is the narrowest."""
+    for architecture in launch.ARCHITECTURES:
+        for kind in KINDS:
+            for wide in (False, True):
+                tiles = [t for t in TILES if t.kind == kind and t.wide == wide]
+                tiles = [t for t in tiles if t.shared_bytes <= architecture.shared_bytes]
+                assert tiles[-1].columns == 256
+                large = [t.columns for t in tiles if t.shared_bytes]
+                small = [t.columns for t in tiles if not t.shared_bytes]
+                assert large == sorted(large) and small == sorted(small)
