@@ -434,8 +434,10 @@ cudaError_t masked_softmax_forward(const MaskedSoftmaxParams& params, DType dtyp
     if constexpr (std::is_same_v<T, float>) {
       return launch_forward<AnyMask, T>(p, stream);
     } else {
-      const bool additive = p.mask_kind == MaskKind::additive || p.mask_kind == MaskKind::additive_f32;
-      return additive ? launch_forward<AdditiveMask, T>(p, stream) : launch_forward<KeepMask, T>(p, stream);
+      const bool has_bias = p.mask_kind == MaskKind::additive || p.mask_kind == MaskKind::additive_f32;
+      const float size = std::fabs(p.scale);
+      const bool is_late = !has_bias && size >= least_late_scale && size <= largest_late_scale;
+      return is_late ? launch_forward<KeepMask, T>(p, stream) : launch_forward<AdditiveMask, T>(p, stream);
     }
   });
 }

@@ -1,13 +1,22 @@
-// Masked softmax of 16-bit rows, forward, in float: a result needs its exponent to 2^-18, not to the last bit.
+// Masked softmax of 16-bit rows, forward, in float.
 //
 //   weight_j = 2^(log2(e) * (s_j - base)),   s = scale * x + bias,   result = weight / sum of weights
 //
 // What is rounded at the size of a score and not at that of a difference would show at large logits, so:
 //   no bias   base is scale * the largest x, and s - base = scale * (x - largest): the maximum is exact.
 //   bias      base is the largest of the rounded scores, whatever it is off by, as every weight is off by the same
-//             factor; s - base = (scale * x + (bias - base)) + what the inner difference rounded. Only beyond 2^26 may
-//             base be off by more than an exponent holds: then the largest difference is taken out as well.
-// The scale is a float here: a relative error of 2^-25 in every difference.
+//             factor; s - base = (scale * x + (bias - base)) + what the inner difference and the scale rounded. Only
+//             beyond 2^26 may base be off by more than an exponent holds: then the largest difference is taken out as
+//             well.
+//
+// Error of a result. The exponents of weights that become normal results lie in [-126, 0] (bfloat16) or [-14, 0]
+// (float16). They take four roundings at most, of the difference, the factor and the product, each 2^-24 of the
+// exponent: together 2^-15.5 or 2^-18.7 of the weight. ex2.approx adds 2^-22 to that (2 ULP, integers not excepted),
+// the sum, its reciprocal and the last product 2^-20. So a result is off by 0.006 or 0.008 of its last place beside the
+// half one that its own rounding takes. Results of float32 have no such room: they take exp.cuh.
+//
+// The argument of ex2.approx is at most exponent_shift and a few. A result below 2^-126, which it flushes to 0, is
+// below half of the type's last subnormal; -inf gives 0 and NaN NaN.
 //
 // A key that the mask excludes has the score -inf by select. Sums that are not finite or 0 tell the rows that are not
 // ordinary: NaN at their valid keys, 0 elsewhere, which is all 0 where no key is valid.
@@ -25,14 +34,19 @@ namespace transfuse::cuda {
 
 namespace {
 
-// What a kernel is compiled for: boolean masks or none, or additive ones. Kernels for float32 take any.
+// What a kernel is compiled for: boolean masks or none, with a scale near 1; or any mask and scale, slower. Kernels for
+// float32 take all.
 struct KeepMask {};
 struct AdditiveMask {};
 struct AnyMask {};
 
+// Without a bias the scale comes after the difference. Below these scales a difference of bfloat16 numbers that leaves
+// float's range would still count, and 0 times the -inf of an excluded key is NaN; above, the factor leaves it.
+constexpr float least_late_scale = 0x1p-100f, largest_late_scale = 0x1p100f;
+
 constexpr float infinity = __builtin_huge_valf();
 
-// bfloat16 has weights down to 2^-133, where 2^x is flushed to 0: all weights are 2^24 times what they are.
+// bfloat16 has results down to 2^-133, and ex2.approx flushes below 2^-126: there weights are 2^24 times what they are.
 template <class T>
 constexpr float exponent_shift = std::is_same_v<T, bf16> ? 24.0f : 0.0f;
 
@@ -104,10 +118,17 @@ struct Keys<AdditiveMask, T> {
   __device__ __forceinline__ static MaskVector read_mask(const MaskedSoftmaxParams& p, const SoftmaxRow& row,
                                                          int64_t begin) {
     MaskVector result;
-    if (p.mask_kind == MaskKind::additive)
+    if (p.mask_kind == MaskKind::additive) {
       load_bias(static_cast<const T*>(row.mask), begin, p.keys, p.mask_stride, p.whole_mask, result.bias);
-    else
+    } else if (p.mask_kind == MaskKind::additive_f32) {
       load_bias(static_cast<const float*>(row.mask), begin, p.keys, p.mask_stride, p.whole_mask, result.bias);
+    } else {
+      unsigned kept = ~0u;
+      if (p.mask_kind == MaskKind::keep)
+        kept = kept_keys<n>(static_cast<const uint8_t*>(row.mask), begin, p.keys, p.mask_stride, p.whole_mask);
+#pragma unroll
+      for (int i = 0; i < n; ++i) result.bias[i] = kept >> i & 1 ? 0.0f : -infinity;
+    }
     return result;
   }
   __device__ __forceinline__ void set(const MaskedSoftmaxParams&, const SoftmaxRow& row, int64_t begin,
@@ -123,13 +144,15 @@ struct Keys<AdditiveMask, T> {
 #pragma unroll
     for (int i = 0; i < n; ++i) x[i] = bias[i] == -infinity ? 0.0f : x[i];
   }
+  // NaN of an infinite x, which no maximum takes: above() makes infinity of it again, or NaN.
   __device__ __forceinline__ float score(const MaskedSoftmaxParams& p, int i) const {
-    return fmaf(x[i], p.scale, bias[i]);
+    return fmaf(x[i], p.scale_rest, fmaf(x[i], p.scale, bias[i]));
   }
   __device__ __forceinline__ float above(const MaskedSoftmaxParams& p, int i, float base) const {
     const Pair inner = two_sum(bias[i], -base);
-    const float rest = fabsf(inner.lo) < infinity ? inner.lo : 0.0f;  // of an infinite sum it is NaN
-    return bias[i] == -infinity ? -infinity : fmaf(x[i], p.scale, inner.hi) + rest;
+    const float rest = fmaf(x[i], p.scale_rest, inner.lo);
+    const float finite_rest = fabsf(rest) < infinity ? rest : 0.0f;  // of an infinite sum or x it may be NaN
+    return bias[i] == -infinity ? -infinity : fmaf(x[i], p.scale, inner.hi) + finite_rest;
   }
 };
 
@@ -156,9 +179,7 @@ template <class T>
 __device__ __forceinline__ Packed extraordinary(const MaskedSoftmaxParams& p, const SoftmaxRow& row, int64_t begin) {
   constexpr int n = width<T>;
   unsigned valid = seen_keys<n>(row, begin);
-  if (p.mask_kind == MaskKind::keep) {
-    valid &= kept_keys<n>(static_cast<const uint8_t*>(row.mask), begin, p.keys, p.mask_stride, p.whole_mask);
-  } else if (p.mask_kind != MaskKind::none) {
+  if (p.mask_kind != MaskKind::none) {
     const auto mask = Keys<AdditiveMask, T>::read_mask(p, row, begin);
 #pragma unroll
     for (int i = 0; i < n; ++i) valid &= ~(static_cast<unsigned>(mask.bias[i] == -infinity) << i);

@@ -110,7 +110,7 @@ template <class Norm, class Policy>
 __global__ void __launch_bounds__(Policy::block, backward_blocks<Policy>)
     norm_backward_kernel(const __grid_constant__ NormBackwardParams p) {
   using T = typename Policy::T;
-  using Sum = HeldSum<T>;
+  using Sum = HeldSum<Policy>;
   constexpr int n = width<T>, vectors = Policy::vectors;
   __shared__ NormExchange<Sum, Policy::threads> exchange;
   __shared__ Exchange<Both<Sum>, Policy::threads> projections;

@@ -6,7 +6,9 @@
 // deviations from its rounded mean, which is far closer to the mean than a standard deviation even at mean/std 1e6, and
 // what the deviations' own mean is off by is corrected; a row for which that would not do (constant, beyond float's
 // range, not finite) takes them in double. The sums are two floats for float32, whose results round twice: what
-// x - mean loses is carried along. For 16-bit rows a float does, 2^-20 of a result being a hundredth of its last place.
+// x - mean loses is carried along. For 16-bit rows a float does, 2^-20 of a result being less than a hundredth of its
+// last place; but for the narrowest, whose xhat takes few values (+-1 where there are two columns): times a 16-bit
+// weight and plus a bias these lie in the middle between two results, where a float's last place decides.
 // Parameters are read with the row, ahead of the reductions. Rows wider than a block's registers are read three times.
 //
 // The sums over a row's threads have one tree per row length; nothing depends on the batch.
@@ -34,8 +36,9 @@ struct Normalization {
 };
 
 // What sums over a row are taken in: Pair or float. Wide rows of any type have Pair: their threads add many terms.
-template <class T>
-using HeldSum = std::conditional_t<std::is_same_v<T, float>, Pair, float>;
+template <class Policy>
+using HeldSum = std::conditional_t<std::is_same_v<typename Policy::T, float> || Policy::threads == narrow_row_threads,
+                                   Pair, float>;
 
 template <class Sum, int threads>
 struct NormExchange {
@@ -241,7 +244,7 @@ template <class Norm, class Policy>
 __global__ void __launch_bounds__(Policy::block) norm_forward_kernel(const __grid_constant__ NormForwardParams p) {
   using T = typename Policy::T;
   constexpr int n = width<T>;
-  __shared__ NormExchange<HeldSum<T>, Policy::threads> exchange;
+  __shared__ NormExchange<HeldSum<Policy>, Policy::threads> exchange;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * Policy::rows_per_block + threadIdx.x / Policy::threads;
   const bool valid = row < p.rows;  // threads without a row stay for the shuffles
   HeldRow<Policy> x(p.cols, threadIdx.x % Policy::threads);

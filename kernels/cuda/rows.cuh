@@ -78,6 +78,8 @@ int64_t vectors_of(int64_t cols) {
   return (cols + width<T> - 1) / width<T>;
 }
 
+constexpr int narrow_row_threads = 8;
+
 // Calls body(RowPolicy{}) for the narrowest policy that holds rows of `cols`; false where none does. A row of 768
 // 16-bit elements is three vectors for each lane of a warp, one of 8192 four for each thread of 256. The bits of a row
 // depend on the threads alone, so rows without whole vectors make do with fewer policies.
@@ -85,7 +87,7 @@ template <class T, class Body>
 bool with_row_policy(int64_t cols, bool whole, Body body) {
   const int64_t vectors = vectors_of<T>(cols);
   if (whole) {
-    if (vectors <= 8) return body(RowPolicy<T, 8, 1, true>{}), true;
+    if (vectors <= 8) return body(RowPolicy<T, narrow_row_threads, 1, true>{}), true;
     if (vectors <= 32) return body(RowPolicy<T, 32, 1, true>{}), true;
     if (vectors <= 64) return body(RowPolicy<T, 32, 2, true>{}), true;
     if (vectors <= 128) return body(RowPolicy<T, 32, 4, true>{}), true;
@@ -94,7 +96,7 @@ bool with_row_policy(int64_t cols, bool whole, Body body) {
     if (vectors <= 1024) return body(RowPolicy<T, 256, 4, true>{}), true;
     if (vectors <= 2048) return body(RowPolicy<T, 512, 4, true>{}), true;
   } else {
-    if (vectors <= 8) return body(RowPolicy<T, 8, 1, false>{}), true;
+    if (vectors <= 8) return body(RowPolicy<T, narrow_row_threads, 1, false>{}), true;
     if (vectors <= 128) return body(RowPolicy<T, 32, 4, false>{}), true;
     if (vectors <= 512) return body(RowPolicy<T, 128, 4, false>{}), true;
     if (vectors <= 1024) return body(RowPolicy<T, 256, 4, false>{}), true;
