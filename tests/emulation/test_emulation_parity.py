@@ -152,14 +152,11 @@ def test_rows_further_apart_than_an_int32_counts(dtype):
                 assert torch.equal(op(far, (cols,)), op(far.contiguous(), (cols,))), op.__name__
 
 
-@pytest.mark.parametrize("queries", [1, 2, 3, 641, 6_700_417, (1 << 31) - 1])
+@pytest.mark.parametrize("queries", [1, 2, 3, 641, 65_537, 6_700_417])
 def test_the_query_of_a_row_is_found_among_2_to_the_31_rows(queries):
     """Of one key, seen by the last query alone: row numbers are divided by multiplication, and beyond that limit not."""
-    most = 1 << 31
-    for heads in {most // queries, most // queries + 1}:
+    for heads in ((1 << 31) // queries, (1 << 31) // queries + 2):
         rows = heads * queries
-        if rows == most and queries > 1:
-            continue
         with emulator.Memory() as memory:
             x = memory.strided("x", (heads, queries, 1), (queries, 1, 1), torch.bfloat16, "read-only")
             ends = torch.cat([torch.arange(17), torch.arange(rows - 17, rows)])  # of two blocks one may hold a row
