@@ -242,8 +242,13 @@ __device__ __forceinline__ void wide_softmax_float32(const MaskedSoftmaxParams& 
 
 // ---- forward ----
 
+// Blocks that a multiprocessor is to hold: with a bias, 1024 threads. Without it the compiler aims for more on sm_80,
+// and spills.
 template <class Mask, class Policy>
-__global__ void __launch_bounds__(Policy::block)
+constexpr int forward_blocks = std::is_same_v<Mask, AdditiveMask> ? 1024 / Policy::block : 1;
+
+template <class Mask, class Policy>
+__global__ void __launch_bounds__(Policy::block, forward_blocks<Mask, Policy>)
     masked_softmax_forward_kernel(const __grid_constant__ MaskedSoftmaxParams p) {
   using T = typename Policy::T;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * Policy::rows_per_block + threadIdx.x / Policy::threads;

@@ -68,7 +68,7 @@ struct NormBackwardParams {
 constexpr int64_t norm_row_values = 4;
 
 // At least four rows to a chunk: each writes lines of partial sums. As many as 132 multiprocessors hold blocks of rows
-// of so many bytes, on every GPU: there one wave, elsewhere about one.
+// of so many bytes, on every GPU: there one wave, elsewhere and of rows without whole vectors about one.
 constexpr int64_t norm_chunks(int64_t rows, int64_t row_bytes) {
   const int64_t most = row_bytes <= 8192 ? 3 * 132 : 132;  // norm_backward.cuh: blocks of 128 or 512 threads
   return rows < 4 * most ? (rows + 3) / 4 : most;

@@ -101,10 +101,12 @@ __device__ __forceinline__ void write_line(float (&part)[Policy::vectors][width<
   if constexpr (groups > 1) __syncthreads();  // `shared` is used again for the next line
 }
 
-// Blocks that a multiprocessor is to hold: as many as the largest policy's registers allow. Without it the compiler
-// aims higher for small ones and spills.
+// Blocks that a multiprocessor is to hold: as many as the largest policy's registers allow, which are more where single
+// elements are loaded. Without it the compiler aims higher for small ones and spills.
 template <class Policy>
-constexpr int backward_blocks = Policy::block == 128 ? 3 : 1;
+constexpr int blocks_of_128 = Policy::whole ? 3 : 2;
+template <class Policy>
+constexpr int backward_blocks = Policy::block == 128 ? blocks_of_128<Policy> : 1;
 
 template <class Norm, class Policy>
 __global__ void __launch_bounds__(Policy::block, backward_blocks<Policy>)

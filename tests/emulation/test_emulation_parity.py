@@ -154,7 +154,7 @@ def test_rows_further_apart_than_an_int32_counts(dtype):
 
 @pytest.mark.parametrize("queries", [1, 2, 3, 641, 65_537, 6_700_417])
 def test_the_query_of_a_row_is_found_among_2_to_the_31_rows(queries):
-    """Of one key, seen by the last query alone: row numbers are divided by multiplication, and beyond that limit not."""
+    """Of one key, seen by the last query alone. Row numbers are divided by multiplication, beyond that limit not."""
     for heads in ((1 << 31) // queries, (1 << 31) // queries + 2):
         rows = heads * queries
         with emulator.Memory() as memory:
