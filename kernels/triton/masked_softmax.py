@@ -312,7 +312,7 @@ def masked_softmax_mask_keys_kernel(sums, grad_mask, keys, COLS: tl.constexpr):
 
 _MOST_DIMS = 4
 FORWARD_TILES, GRADIENT_TILES = with_rows(), with_rows()
-FORWARD_STREAMED, GRADIENT_STREAMED = STREAMED, STREAMED
+FORWARD_STREAMED, GRADIENT_STREAMED = RowTile(4096, 1, Launch(8, spill_bytes=8)), STREAMED
 MASK_TILE = RowTile(128, 16, Launch(4))  # of the mask's gradient
 MASK_KEYS = RowTile(4096, 1, Launch(4))  # of its sum over keys
 
