@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .attention_scores import Problem, Strided
 from .exp import LOG2E
@@ -16,12 +17,23 @@ _FARTHEST = 2**30  # a window's side beyond every position: what lies further is
 _PLAIN_SCALES = (2.0**-100, 2.0**100)  # sizes of a scale that may be left for the exponential
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _ZERO_FROM = -88.0  # e^-88 < 2^-126: weights below that are 0
+_TMA_BYTES = 16  # what base and strides are multiples of
+_TMA_FARTHEST = 2**40  # bytes
 WIDEST = 256  # columns of a head that one program holds
 
 
 def view(t: Tensor | None) -> Strided | None:
     """A [B, H, L, D] tensor, or [B, H, L]."""
     return None if t is None else Strided(t, *(t.stride() if t.dim() == 4 else (*t.stride(), 0)))
+
+
+def takes_descriptor(t: Tensor) -> bool:
+    """Whether TMA can read a [B, H, L, D] tensor: base and strides on 16-byte boundaries, no gap between columns."""
+    bytes_apart = [stride * t.itemsize for stride, size in zip(t.stride()[:3], t.shape[:3]) if size > 1]
+    return (
+        t.numel() > 0 and t.stride(3) == 1 and t.data_ptr() % _TMA_BYTES == 0
+        and all(0 < apart < _TMA_FARTHEST and apart % _TMA_BYTES == 0 for apart in bytes_apart)
+    )  # fmt: skip
 
 
 def packed_view(t: Tensor) -> Strided:
@@ -51,7 +63,8 @@ def dense_problem(query, key, value, bias, mask, seqlens_k, alibi_slopes, sinks,
         alibi_slopes, sinks, dropout_seed, scale, causal, bottom_right, window_left, window_right, softcap, dropout_p,
         seqlens_k=None if seqlens_k is None else seqlens_k.contiguous(), offsets_q=None, offsets_k=None,
         max_q=query.shape[2], max_k=key.shape[2], tokens_q=None, tokens_k=None, heads=query.shape[1],
-        kv_heads=key.shape[1], head_dim=query.shape[3], value_head_dim=value.shape[3],
+        kv_heads=key.shape[1], head_dim=_ragged(query.shape[3]),
+        value_head_dim=_ragged(value.shape[3]),
     )
 
 
@@ -62,8 +75,8 @@ def packed_problem(
         packed_view(query), packed_view(key), packed_view(value), view(bias), None, alibi_slopes, sinks, dropout_seed,
         *numbers, seqlens_k=None, offsets_q=cu_q.contiguous(), offsets_k=cu_k.contiguous(),
         max_q=min(max_q, query.shape[0]), max_k=min(max_k, key.shape[0]), tokens_q=query.shape[0],
-        tokens_k=key.shape[0], heads=query.shape[1], kv_heads=key.shape[1], head_dim=query.shape[2],
-        value_head_dim=value.shape[2],
+        tokens_k=key.shape[0], heads=query.shape[1], kv_heads=key.shape[1],
+        head_dim=_ragged(query.shape[2]), value_head_dim=_ragged(value.shape[2]),
     )
 
 
@@ -127,6 +140,7 @@ class Tile:
         row: warps and stages, what spills, with their provenance. It spills in the walk that only sums with infinities
             or NaN take: where nothing is excluded there is none, and 16-bit forwards spill nothing.
         shared_bytes: of shared memory that the architecture has at least.
+        descriptors: whether tiles come by TMA, from sm_90 on, where tensors lie so that they can (takes_descriptor).
     """
 
     kind: str
@@ -136,6 +150,15 @@ class Tile:
     block_n: int
     row: Launch
     shared_bytes: int = 0
+    descriptors: bool = False
+
+    def descriptor_of(self, t: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
+        """Tiles of a [B, H, L, D] tensor for TMA, [1, 1, rows, columns]; None where they come by addresses."""
+        if not (self.descriptors and takes_descriptor(t)):
+            return None
+        outer = zip(t.stride()[:3], t.shape[:3])
+        strides = [stride if size > 1 else _TMA_BYTES // t.itemsize for stride, size in outer]
+        return TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, rows, columns])
 
 
 _LARGE = 160 << 10  # sm_80, sm_90, sm_100
@@ -214,6 +237,11 @@ def chunk_width(columns: int) -> int:
     return max(16, triton.next_power_of_2(columns)) if columns <= WIDEST else WIDEST // 2
 
 
+def _ragged(columns: int) -> int | None:
+    """The columns of a head whose last tile has more of them; None where tiles are whole."""
+    return None if columns % chunk_width(columns) == 0 else columns
+
+
 # Triton 3.9 cannot compile these for sm_100 where their products lie in tensor memory (a pass of its own fails, which
 # hoists allocations), as they do for tiles of so many rows.
 _NOT_IN_TENSOR_MEMORY = ("query", "key")
@@ -237,8 +265,8 @@ def choose_tile(kind: str, wide: bool, columns: int, architecture: Architecture)
     return next(tile for tile in (INTERPRETED_TILES if INTERPRETED else TILES) if fits(tile))
 
 
-def tile_options(kind: str, query: Tensor, value: Tensor) -> tuple[dict, Launch]:
-    """The compile-time arguments of a kernel, and its launch row."""
+def tile_options(kind: str, query: Tensor, value: Tensor) -> tuple[dict, Tile]:
+    """The compile-time arguments of a kernel, and the tile that they come from."""
     head_dim, value_head_dim = query.shape[-1], value.shape[-1]
     wide = query.dtype == torch.float32
     tile = choose_tile(kind, wide, max(head_dim, value_head_dim), architecture_of(query.device))
@@ -248,7 +276,7 @@ def tile_options(kind: str, query: Tensor, value: Tensor) -> tuple[dict, Launch]
         "VALUE": values, "VALUE_CHUNKS": triton.cdiv(value_head_dim, values), "EXACT": wide,
         "PRECISION": _precision(wide),
     }
-    return options, tile.row
+    return options, tile
 
 
 def _precision(wide: bool) -> str:
