@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .attention_problem import allocate, dense_problem, heads_together, packed_problem, packed_view, tile_options, view
 from .attention_scores import (
+    Matrix,
     all_finite,
     base_of,
     finish_rows,
@@ -21,7 +22,6 @@ from .attention_scores import (
     kept_draws,
     keys_of_rows,
     load_rows,
-    matrix_of,
     multiply,
     multiply_kept,
     products,
@@ -83,9 +83,9 @@ def attention_forward_kernel(p, output, lse, key_tiles, value_tiles, num_blocks,
     row = block * BLOCK_M
     if row < s.len_q:
         entry = batch if p.offsets_k is None else 0  # sequences that are packed lie in one
-        queries = matrix_of(p.query, entry, head, s.first_q, s.len_q, p.head_dim)
-        matrices = (queries, matrix_of(p.key, entry, head // p.group, s.first_k, s.len_k, p.head_dim, key_tiles),
-                    matrix_of(p.value, entry, head // p.group, s.first_k, s.len_k, p.value_head_dim, value_tiles))
+        queries = Matrix(p.query, entry, head, s.first_q, s.len_q, p.head_dim, None)
+        matrices = (queries, Matrix(p.key, entry, head // p.group, s.first_k, s.len_k, p.head_dim, key_tiles),
+                    Matrix(p.value, entry, head // p.group, s.first_k, s.len_k, p.value_head_dim, value_tiles))
         column = chunk * VALUE
         query = load_rows(queries, row, BLOCK_M, 0, HEAD, False)
         start, full_start, full_stop, stop = keys_of_rows(p, s, row, tl.minimum(row + BLOCK_M, s.len_q), BLOCK_N)
@@ -108,7 +108,7 @@ def attention_forward_kernel(p, output, lse, key_tiles, value_tiles, num_blocks,
                                                     EXACT, PRECISION)
 
         result, log_sum = finish_rows(p, result, maximum, total, head)
-        store_rows(matrix_of(output, batch, head, s.first_q, s.len_q, p.value_head_dim), row, column, result)
+        store_rows(Matrix(output, batch, head, s.first_q, s.len_q, p.value_head_dim, None), row, column, result)
         if chunk == 0:
             rows = row + tl.arange(0, BLOCK_M)
             lse_base = base_of(lse, batch, head, s.first_q)
@@ -142,7 +142,7 @@ def varlen_attention_forward(query: Tensor, key: Tensor, value: Tensor, cu_q: Te
 
 def _launch_forward(problem, sequences: int, output, lse, query: Tensor, key: Tensor, value: Tensor) -> None:
     """query, key and value are [B, H, L, D], or [1, H, tokens, D]."""
-    options, tile = tile_options("forward", query, value)
+    options, tile = tile_options("forward", query, value, problem)
     value_chunks = options.pop("VALUE_CHUNKS")
     blocks = triton.cdiv(problem.max_q, options["BLOCK_M"])
     grid = (blocks * value_chunks * problem.num_heads * sequences,)

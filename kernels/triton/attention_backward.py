@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .attention_problem import allocate, dense_problem, heads_together, packed_problem, packed_view, tile_options, view
 from .attention_scores import (
+    Matrix,
     all_finite,
     base_of,
     distance,
@@ -30,7 +31,6 @@ from .attention_scores import (
     kept_draws,
     keys_of_rows,
     load_rows,
-    matrix_of,
     multiply,
     multiply_kept,
     products,
@@ -141,11 +141,11 @@ def attention_backward_query_kernel(p, grad_output, output, lse, grad_lse, grad_
         rows = row + tl.arange(0, BLOCK_M)
         kv_head = head // p.group
         entry = batch if p.offsets_k is None else 0  # sequences that are packed lie in one
-        queries = matrix_of(p.query, entry, head, s.first_q, s.len_q, p.head_dim)
-        grads = matrix_of(grad_output, entry, head, s.first_q, s.len_q, p.value_head_dim)
-        outputs = matrix_of(output, entry, head, s.first_q, s.len_q, p.value_head_dim)
-        keys = matrix_of(p.key, entry, kv_head, s.first_k, s.len_k, p.head_dim, key_tiles)
-        values = matrix_of(p.value, entry, kv_head, s.first_k, s.len_k, p.value_head_dim, value_tiles)
+        queries = Matrix(p.query, entry, head, s.first_q, s.len_q, p.head_dim, None)
+        grads = Matrix(grad_output, entry, head, s.first_q, s.len_q, p.value_head_dim, None)
+        outputs = Matrix(output, entry, head, s.first_q, s.len_q, p.value_head_dim, None)
+        keys = Matrix(p.key, entry, kv_head, s.first_k, s.len_k, p.head_dim, key_tiles)
+        values = Matrix(p.value, entry, kv_head, s.first_k, s.len_k, p.value_head_dim, value_tiles)
         query = load_rows(queries, row, BLOCK_M, 0, HEAD, False)
         grad = load_rows(grads, row, BLOCK_M, 0, VALUE, False)
         delta = tl.zeros((BLOCK_M,), tl.float32)
@@ -213,7 +213,7 @@ def attention_backward_query_kernel(p, grad_output, output, lse, grad_lse, grad_
         exact_delta = tl.where(is_part, delta, exact_delta)
         if EXACT:
             result -= (exact_delta - delta)[:, None] * weighted_keys
-        store_rows(matrix_of(grad_query, entry, head, s.first_q, s.len_q, p.head_dim), row, column,
+        store_rows(Matrix(grad_query, entry, head, s.first_q, s.len_q, p.head_dim, None), row, column,
                    result * (normaliser * scale)[:, None])
         if chunk == 0:
             inside = rows < s.len_q
@@ -310,8 +310,8 @@ def attention_backward_key_kernel(p, grad_output, grad_key, grad_value, referenc
         length = tl.cast(p.max_k, tl.int32)  # keys beyond seqlens_k have gradients too: 0
     if key < length:
         entry = batch if p.offsets_k is None else 0  # sequences that are packed lie in one
-        keys = matrix_of(p.key, entry, kv_head, s.first_k, s.len_k, p.head_dim)
-        values = matrix_of(p.value, entry, kv_head, s.first_k, s.len_k, p.value_head_dim)
+        keys = Matrix(p.key, entry, kv_head, s.first_k, s.len_k, p.head_dim, None)
+        values = Matrix(p.value, entry, kv_head, s.first_k, s.len_k, p.value_head_dim, None)
         tiles = (load_rows(keys, key, BLOCK_N, 0, HEAD, False), load_rows(values, key, BLOCK_N, 0, VALUE, False))
         head_column, value_column = chunk * HEAD, chunk * VALUE
         key_stop = tl.minimum(key + BLOCK_N, s.len_k)
@@ -325,8 +325,8 @@ def attention_backward_key_kernel(p, grad_output, grad_key, grad_value, referenc
         nothing = (tl.zeros((BLOCK_N, HEAD), tl.float32), tl.zeros((BLOCK_N, VALUE), tl.float32))
         state = nothing
         for head in range(kv_head * p.group, (kv_head + 1) * p.group):
-            matrices = (keys, values, matrix_of(p.query, entry, head, s.first_q, s.len_q, p.head_dim, query_tiles),
-                        matrix_of(grad_output, entry, head, s.first_q, s.len_q, p.value_head_dim, grad_tiles))
+            matrices = (keys, values, Matrix(p.query, entry, head, s.first_q, s.len_q, p.head_dim, query_tiles),
+                        Matrix(grad_output, entry, head, s.first_q, s.len_q, p.value_head_dim, grad_tiles))
             if p.window_right is not None:
                 state = _differentiate_rows(p, s, state, tiles, matrices, statistics, grad_bias, batch, head, key,
                                             head_column, value_column, start, tl.minimum(full_start, stop), True,
@@ -343,15 +343,15 @@ def attention_backward_key_kernel(p, grad_output, grad_key, grad_value, referenc
             if not (all_finite(key_result) & all_finite(value_result)):
                 state = nothing
                 for head in range(kv_head * p.group, (kv_head + 1) * p.group):
-                    matrices = (keys, values, matrix_of(p.query, entry, head, s.first_q, s.len_q, p.head_dim),
-                                matrix_of(grad_output, entry, head, s.first_q, s.len_q, p.value_head_dim))
+                    matrices = (keys, values, Matrix(p.query, entry, head, s.first_q, s.len_q, p.head_dim, None),
+                                Matrix(grad_output, entry, head, s.first_q, s.len_q, p.value_head_dim, None))
                     state = _differentiate_rows(p, s, state, tiles, matrices, statistics, grad_bias, batch, head, key,
                                                 head_column, value_column, start, stop, True, True, BLOCK_M, BLOCK_N,
                                                 HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT, PRECISION)
                 key_result, value_result = state
-        store_rows(matrix_of(grad_key, entry, kv_head, s.first_k, length, p.head_dim), key, head_column,
+        store_rows(Matrix(grad_key, entry, kv_head, s.first_k, length, p.head_dim, None), key, head_column,
                    key_result * scale)
-        store_rows(matrix_of(grad_value, entry, kv_head, s.first_k, length, p.value_head_dim), key, value_column,
+        store_rows(Matrix(grad_value, entry, kv_head, s.first_k, length, p.value_head_dim, None), key, value_column,
                    value_result)
 
 
@@ -381,10 +381,10 @@ def attention_backward_bias_kernel(p, grad_output, grad_bias, references, normal
         for head in range(own_head * heads_each, (own_head + 1) * heads_each):
             kv_head = head // p.group
             entry = batch if p.offsets_k is None else 0
-            queries = matrix_of(p.query, entry, head, s.first_q, s.len_q, p.head_dim)
-            grads = matrix_of(grad_output, entry, head, s.first_q, s.len_q, p.value_head_dim)
-            keys = matrix_of(p.key, entry, kv_head, s.first_k, s.len_k, p.head_dim)
-            values = matrix_of(p.value, entry, kv_head, s.first_k, s.len_k, p.value_head_dim)
+            queries = Matrix(p.query, entry, head, s.first_q, s.len_q, p.head_dim, None)
+            grads = Matrix(grad_output, entry, head, s.first_q, s.len_q, p.value_head_dim, None)
+            keys = Matrix(p.key, entry, kv_head, s.first_k, s.len_k, p.head_dim, None)
+            values = Matrix(p.value, entry, kv_head, s.first_k, s.len_k, p.value_head_dim, None)
             for m in range(row_block * rows_each, (row_block + 1) * rows_each):
                 row = m * BLOCK_M
                 blocks = keys_of_rows(p, s, row, tl.minimum(row + BLOCK_M, s.len_q), BLOCK_N)
@@ -507,7 +507,7 @@ def _launch_backward(problem, sequences, scale, of_heads, grad_output, output, l
     shared = {"p": problem, "grad_output": grad_output,
               **dict(zip(("references", "normalisers", "deltas"), statistics))}
 
-    options, tile = tile_options("query", query, value)
+    options, tile = tile_options("query", query, value, problem)
     blocks = triton.cdiv(problem.max_q, options["BLOCK_M"])
     slope_parts, sink_parts = (
         query.new_empty(sequences, heads, blocks, dtype=torch.float32) if wanted else None
@@ -525,7 +525,7 @@ def _launch_backward(problem, sequences, scale, of_heads, grad_output, output, l
         sums = _add_in_order(sink_parts.view(-1, blocks, 1)).view(1, sequences, heads)
         extras.grad_sinks = _add_in_order(sums).view(heads).to(extras.sinks.dtype)
 
-    options, tile = tile_options("key", query, value)
+    options, tile = tile_options("key", query, value, problem)
     blocks = triton.cdiv(problem.max_k, options["BLOCK_N"])
     chunks = max(options["HEAD_CHUNKS"], options["VALUE_CHUNKS"])
     launch(attention_backward_key_kernel, (blocks * chunks * kv_heads * sequences,), tile.row, device, **shared,
@@ -539,7 +539,7 @@ def _launch_backward(problem, sequences, scale, of_heads, grad_output, output, l
 
 def _launch_bias(problem, sequences, query, value, shared, extras) -> None:
     """A bias summed over rows or columns is gathered per sequence and head, and these parts are added in order."""
-    options, tile = tile_options("bias", query, value)
+    options, tile = tile_options("bias", query, value, problem)
     heads = problem.num_heads
     shape = extras.grad_bias.shape
     sum_batch, sum_heads, sum_rows, sum_columns = (a == 1 for a in shape)

@@ -264,7 +264,7 @@ def decode_attention_forward(query: Tensor, key_cache: Tensor, value_cache: Tens
     if lse.numel() == 0:
         return output, lse
 
-    options, tile = tile_options("decode", query, value_cache)
+    options, tile = tile_options("decode", query, value_cache, problem)
     rows = problem.group * length
     options["BLOCK_M"] = min(LARGEST_TILE, max(options["BLOCK_M"], triton.next_power_of_2(rows)))
     value_chunks = options.pop("VALUE_CHUNKS")

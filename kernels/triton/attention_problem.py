@@ -1,7 +1,7 @@
 """From the raw ops' arguments to what the attention kernels take: the problem, views, tiles and launch rows."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -161,20 +161,36 @@ class Tile:
         return TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, rows, columns])
 
 
-_LARGE = 160 << 10  # sm_80, sm_90, sm_100
+_LARGEST = 227 << 10  # sm_90, sm_100
+_LARGE = 160 << 10  # sm_80 too
+
+
+def _hopper(kind, columns, block_m, block_n, num_warps, num_stages, spill_bytes=0, descriptors=False) -> Tile:
+    row = Launch(num_warps, num_stages, spill_bytes, NOT_MEASURED)
+    return Tile(kind, False, columns, block_m, block_n, row, _LARGEST, descriptors)
 
 
 def _large(kind, wide, columns, block_m, block_n, num_warps, num_stages, spill_bytes=0) -> Tile:
     return Tile(kind, wide, columns, block_m, block_n, Launch(num_warps, num_stages, spill_bytes, NOT_MEASURED), _LARGE)
 
 
-def _small(kind, wide, columns, block_m, block_n, num_warps=4, num_stages=1) -> Tile:
-    return Tile(kind, wide, columns, block_m, block_n, Launch(num_warps, num_stages, 0, NOT_MEASURED))
+def _small(kind, wide, columns, block_m, block_n, num_warps=4, num_stages=1, descriptors=False) -> Tile:
+    row = Launch(num_warps, num_stages, 0, NOT_MEASURED)
+    return Tile(kind, wide, columns, block_m, block_n, row, descriptors=descriptors)
 
 
-# By kind, shared memory and dtype, ascending columns; the first that fits. Chosen by head size, dtype and architecture,
-# never by lengths or batch: no bit may depend on them. Of the tiles that compile, those whose walk spills least.
+# By shared memory, kind and dtype, ascending columns; the first that fits. Chosen by head size, dtype and architecture,
+# never by lengths or batch: no bit may depend on them. Of the tiles that compile, those whose walk spills least; on
+# sm_90, of these the ones whose walk over whole blocks has the fewest instructions per score, loads by TMA where that
+# makes them fewer. wgmma wants 64 rows of the product for each four warps: 128 queries, in the "key" kernel 128 keys.
 TILES = (
+    _hopper("forward", 64, 128, 128, 8, 3, 160, True),
+    _hopper("forward", 128, 128, 128, 8, 2, 656, True),
+    _hopper("forward", 256, 128, 64, 8, 2, 2224, True),
+    _hopper("query", 128, 128, 64, 8, 2, 496, True),
+    _hopper("query", 256, 128, 32, 8, 2, 2112, True),
+    _hopper("key", 64, 64, 128, 8, 2, 288),
+    _hopper("key", 128, 64, 128, 8, 2, 1744, True),
     _large("forward", False, 64, 128, 64, 8, 3),
     _large("forward", False, 128, 128, 64, 8, 3, 400),
     _large("forward", False, 256, 64, 64, 8, 2, 400),
@@ -224,9 +240,9 @@ TILES = (
 )
 # An interpreted program takes as long for a large tile as for a small one.
 INTERPRETED_TILES = (
-    _small("forward", None, WIDEST, 64, 64, 1, 1),
-    _small("query", None, WIDEST, 64, 64, 1, 1),
-    _small("key", None, WIDEST, 32, 64, 1, 1),
+    _small("forward", None, WIDEST, 64, 64, 1, 1, True),
+    _small("query", None, WIDEST, 64, 64, 1, 1, True),
+    _small("key", None, WIDEST, 32, 64, 1, 1, True),
     _small("bias", None, WIDEST, 64, 32, 1, 1),
     _small("decode", None, WIDEST, 16, 64, 1, 1),
 )
@@ -265,7 +281,7 @@ def choose_tile(kind: str, wide: bool, columns: int, architecture: Architecture)
     return next(tile for tile in (INTERPRETED_TILES if INTERPRETED else TILES) if fits(tile))
 
 
-def tile_options(kind: str, query: Tensor, value: Tensor) -> tuple[dict, Tile]:
+def tile_options(kind: str, query: Tensor, value: Tensor, problem: Problem) -> tuple[dict, Tile]:
     """The compile-time arguments of a kernel, and the tile that they come from."""
     head_dim, value_head_dim = query.shape[-1], value.shape[-1]
     wide = query.dtype == torch.float32
@@ -276,6 +292,9 @@ def tile_options(kind: str, query: Tensor, value: Tensor) -> tuple[dict, Tile]:
         "VALUE": values, "VALUE_CHUNKS": triton.cdiv(value_head_dim, values), "EXACT": wide,
         "PRECISION": _precision(wide),
     }
+    bias = problem.bias
+    if bias is not None and (problem.mask is not None or bias.data.itemsize > query.itemsize):
+        tile = replace(tile, row=replace(tile.row, num_stages=1))  # no room for two; no bit depends on it
     return options, tile
 
 

@@ -38,15 +38,15 @@ class Strided(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """One head of one sequence: rows that begin at `base`."""
+    """Rows of one head of one sequence."""
 
-    base: Any
-    row: Any  # strides in elements
-    col: Any
+    t: Any  # the Strided that they lie in
+    batch: Any
+    head: Any
+    first_row: Any
     num_rows: Any
     num_columns: Any  # None: as many as whole tiles have
-    tiles: Any  # a TMA descriptor of the tensor, or None
-    place: Any  # (batch entry, head, row) of `base` there
+    tiles: Any  # a TMA descriptor of the same tensor, or None
 
 
 class Problem(NamedTuple):
@@ -136,25 +136,19 @@ def base_of(t, batch, head, first_row):
 
 
 @triton.jit
-def matrix_of(t, batch, head, first_row, num_rows, num_columns, tiles=None):
-    place = (batch, head, tl.cast(first_row, tl.int32))
-    return Matrix(base_of(t, batch, head, first_row), t.row, t.col, num_rows, num_columns, tiles, place)
-
-
-@triton.jit
 def _tile_of(m, row, ROWS: tl.constexpr, column, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
     """(addresses, which of them exist) of a tile that begins at (row, column). WHOLE: all its rows exist.
 
     What the blocks of a walk differ in is added to one scalar, so that a step does not compute every address anew.
     """
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    base = m.base + tl.cast(row, tl.int64) * m.row + tl.cast(column, tl.int64) * m.col
+    base = base_of(m.t, m.batch, m.head, m.first_row + row) + tl.cast(column, tl.int64) * m.t.col
     exists = tl.full((ROWS, COLUMNS), True, tl.int1)
     if not WHOLE:
         exists = exists & (row + rows < m.num_rows)[:, None]
     if m.num_columns is not None:
         exists = exists & (column + columns < m.num_columns)[None, :]
-    return base + (rows.to(tl.int64)[:, None] * m.row + columns.to(tl.int64)[None, :] * m.col), exists
+    return base + (rows.to(tl.int64)[:, None] * m.t.row + columns.to(tl.int64)[None, :] * m.t.col), exists
 
 
 @triton.jit
@@ -162,8 +156,8 @@ def load_rows(m, row, ROWS: tl.constexpr, column, COLUMNS: tl.constexpr, WHOLE: 
     """A tile of a matrix; 0 beyond it. A descriptor knows where the tensor ends, not where a sequence does: it takes
     the tiles whose rows exist."""
     if WHOLE and m.tiles is not None:
-        batch, head, first = m.place
-        return tl.reshape(m.tiles.load([batch, head, first + row, column]), (ROWS, COLUMNS))
+        at = [m.batch, m.head, (m.first_row + row).to(tl.int32), column]
+        return tl.reshape(m.tiles.load(at), (ROWS, COLUMNS))
     addresses, exists = _tile_of(m, row, ROWS, column, COLUMNS, WHOLE)
     return tl.load(addresses, mask=exists, other=0.0)
 
@@ -171,7 +165,7 @@ def load_rows(m, row, ROWS: tl.constexpr, column, COLUMNS: tl.constexpr, WHOLE: 
 @triton.jit
 def store_rows(m, row, column, tile):
     addresses, exists = _tile_of(m, row, tile.shape[0], column, tile.shape[1], False)
-    tl.store(addresses, narrowed(tile, m.base.dtype.element_ty), mask=exists)
+    tl.store(addresses, narrowed(tile, m.t.data.dtype.element_ty), mask=exists)
 
 
 @triton.jit
