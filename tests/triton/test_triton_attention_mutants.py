@@ -54,14 +54,23 @@ def poisoned():
 
 
 def poisoned_by_a_bias():
-    """NaN in the one key that a bias excludes, one query to a program: dropout drops some of the NaN weights."""
+    """NaN in the one key that a bias excludes, one query to a program: dropout leaves some of them no weight at all."""
     query, key, value = (draw(8, 1, length, 16, seed=i) for i, length in enumerate((1, 64, 64)))
     key[:, :, 33] = torch.nan
     bias = torch.zeros(1, 64)
     bias[:, 33] = -torch.inf
     torch.manual_seed(3)
     with transfuse.use_backend("triton"):
-        output = transfuse.scaled_dot_product_attention(query, key, value, bias, dropout_p=0.5)
+        output = transfuse.scaled_dot_product_attention(query, key, value, bias, dropout_p=0.99)
+    assert output.isfinite().all()
+
+
+def padded():
+    """NaN in keys and values beyond the sequence's length."""
+    query, key, value = (draw(1, 1, length, 16, seed=i) for i, length in enumerate((20, 70, 70)))
+    key[:, :, 40:] = value[:, :, 40:] = torch.nan
+    with transfuse.use_backend("triton"):
+        output = transfuse.scaled_dot_product_attention(query, key, value, seqlens_k=torch.tensor([40]))
     assert output.isfinite().all()
 
 
@@ -109,9 +118,11 @@ CHECKS: dict[str, Callable] = {
     "mask": features(mask="pairs"),
     "lengths": features(lengths_k=True),
     "packed": features(layout="packed", causal="bottom_right"),
+    "packed, whole blocks": features(layout="packed", lengths=(20, 140)),
     "dropout": features(dropout=0.5),
     "poisoned": poisoned,
     "poisoned by a bias": poisoned_by_a_bias,
+    "padded": padded,
     "saturated": saturated,
     "decoding": decoding,
 }
@@ -210,10 +221,10 @@ MUTANTS = (
     Mutant("a descriptor's head", "attention_scores", "at = [m.batch, m.head,", "at = [m.batch, 0,", "plain"),
     Mutant("a descriptor's first row", "attention_scores",
            "(m.first_row + row).to(tl.int32)",
-           "(0 * m.first_row + row).to(tl.int32)", "packed"),
+           "(0 * m.first_row + row).to(tl.int32)", "packed, whole blocks"),
     Mutant("a descriptor of what does not exist", "attention_scores",
            "if WHOLE and m.tiles is not None:",
-           "if m.tiles is not None:", "lengths"),
+           "if m.tiles is not None:", "padded"),
     Mutant("the bias not added where a product is scaled", "attention_scores",
            "score = fma(product, p.scale, bias)",
            "score = product * p.scale", "bias"),
