@@ -69,8 +69,8 @@ def _take_keys(p, s, state, query, matrices, batch, head, row, value_column, sta
 
 @triton.jit
 def attention_forward_kernel(p, output, lse, key_tiles, value_tiles, num_blocks, value_chunks, BLOCK_M: tl.constexpr,
-                             BLOCK_N: tl.constexpr, HEAD: tl.constexpr, HEAD_CHUNKS: tl.constexpr, VALUE: tl.constexpr, EXACT: tl.constexpr,
-                             PRECISION: tl.constexpr):
+                             BLOCK_N: tl.constexpr, HEAD: tl.constexpr, HEAD_CHUNKS: tl.constexpr,
+                             VALUE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr):
     """Program: (sequence, head, chunk of the values' columns, block of queries), the longest causal blocks first."""
     task = tl.program_id(0)
     block = num_blocks - 1 - task % num_blocks

@@ -123,9 +123,9 @@ def _differentiate_keys(p, s, state, tiles, matrices, reference, delta, batch, h
 @triton.jit
 def attention_backward_query_kernel(p, grad_output, output, lse, grad_lse, grad_query, references, normalisers, deltas,
                                     slope_parts, sink_parts, key_tiles, value_tiles, num_blocks, head_chunks, scale,
-                                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr, HEAD_CHUNKS: tl.constexpr,
-                                    VALUE: tl.constexpr, VALUE_CHUNKS: tl.constexpr, EXACT: tl.constexpr,
-                                    PRECISION: tl.constexpr):
+                                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr,
+                                    HEAD_CHUNKS: tl.constexpr, VALUE: tl.constexpr, VALUE_CHUNKS: tl.constexpr,
+                                    EXACT: tl.constexpr, PRECISION: tl.constexpr):
     """Program: (sequence, head, chunk of the query's columns, block of queries). Parts are [programs of chunk 0]."""
     task = tl.program_id(0)
     block = num_blocks - 1 - task % num_blocks
@@ -516,7 +516,8 @@ def _launch_backward(problem, sequences, scale, of_heads, grad_output, output, l
     launch(attention_backward_query_kernel, (blocks * options["HEAD_CHUNKS"] * heads * sequences,), tile.row, device,
            **shared, output=output, lse=lse, grad_lse=grad_lse, grad_query=grad_query, slope_parts=slope_parts,
            sink_parts=sink_parts, key_tiles=tile.descriptor_of(key, options["BLOCK_N"], options["HEAD"]),
-           value_tiles=tile.descriptor_of(value, options["BLOCK_N"], options["VALUE"]), num_blocks=blocks, head_chunks=options["HEAD_CHUNKS"], scale=scale, **options)
+           value_tiles=tile.descriptor_of(value, options["BLOCK_N"], options["VALUE"]), num_blocks=blocks,
+           head_chunks=options["HEAD_CHUNKS"], scale=scale, **options)
     if extras.need_alibi:
         sums = _add_in_order(slope_parts.view(-1, blocks, 1)).view(sequences, heads)
         sums = sums if extras.alibi_slopes.dim() == 2 else _add_in_order(sums[None]).view(heads)
