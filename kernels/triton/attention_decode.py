@@ -266,7 +266,7 @@ def decode_attention_forward(query: Tensor, key_cache: Tensor, value_cache: Tens
     if lse.numel() == 0:
         return output, lse
 
-    options, row = tile_options("decode", query, value_cache)
+    options, tile = tile_options("decode", query, value_cache, problem)
     rows = problem.group * length
     options["BLOCK_M"] = min(LARGEST_TILE, max(options["BLOCK_M"], triton.next_power_of_2(rows)))
     value_chunks = options.pop("VALUE_CHUNKS")
@@ -279,7 +279,7 @@ def decode_attention_forward(query: Tensor, key_cache: Tensor, value_cache: Tens
         "p": problem, "cache": cache, "maxima": maxima, "sums": sums, "outputs": outputs, "num_chunks": chunks,
         "num_tiles": tiles, "value_chunks": value_chunks, "num_kv_heads": kv_heads, "CHUNK": CHUNK_KEYS,
     }
-    launch(attention_decode_kernel, (tasks * chunks,), row, query.device, **shared, **options)
+    launch(attention_decode_kernel, (tasks * chunks,), tile.row, query.device, **shared, **options)
     names = ("BLOCK_M", "VALUE", "EXACT")
     launch(attention_decode_fold_kernel, (tasks,), Launch(4), query.device, **shared,
            output=view(output), lse=view(lse), **{name: options[name] for name in names})
