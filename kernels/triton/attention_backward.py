@@ -21,7 +21,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_problem import allocate, dense_problem, heads_together, packed_problem, packed_view, tile_options, view
+from .attention_problem import (
+    allocate,
+    dense_problem,
+    excludes_pairs,
+    heads_together,
+    packed_problem,
+    packed_view,
+    tile_options,
+    view,
+)
 from .attention_scores import (
     Matrix,
     all_finite,
@@ -292,11 +301,15 @@ def _differentiate_rows(p, s, state, tiles, matrices, statistics, grad_bias, bat
 
 @triton.jit
 def attention_backward_key_kernel(p, grad_output, grad_key, grad_value, references, normalisers, deltas, grad_bias,
-                                  query_tiles, grad_tiles, num_blocks, num_chunks, num_kv_heads, scale,
-                                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr,
+                                  query_tiles, grad_tiles, poisoned, num_blocks, num_chunks, num_kv_heads, scale,
+                                  KEPT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr,
                                   HEAD_CHUNKS: tl.constexpr, VALUE: tl.constexpr, VALUE_CHUNKS: tl.constexpr,
                                   EXACT: tl.constexpr, PRECISION: tl.constexpr):
-    """Program: (sequence, key head, chunk of the columns, block of keys)."""
+    """Program: (sequence, key head, chunk of the columns, block of keys).
+
+    Where pairs may be excluded, the walk over kept pairs alone is a launch of its own (KEPT), of the programs that have
+    marked themselves as poisoned: in one kernel with the others its registers would be theirs, and theirs would spill.
+    """
     task = tl.program_id(0)
     key = task % num_blocks * BLOCK_N
     task = task // num_blocks
@@ -308,7 +321,10 @@ def attention_backward_key_kernel(p, grad_output, grad_key, grad_value, referenc
     length = s.len_k
     if p.offsets_k is None:
         length = tl.cast(p.max_k, tl.int32)  # keys beyond seqlens_k have gradients too: 0
-    if key < length:
+    wanted = key < length
+    if KEPT:
+        wanted = wanted & (tl.load(poisoned + tl.program_id(0), mask=wanted, other=0) != 0)
+    if wanted:
         entry = batch if p.offsets_k is None else 0  # sequences that are packed lie in one
         keys = Matrix(p.key, entry, kv_head, s.first_k, s.len_k, p.head_dim, None)
         values = Matrix(p.value, entry, kv_head, s.first_k, s.len_k, p.value_head_dim, None)
@@ -322,33 +338,30 @@ def attention_backward_key_kernel(p, grad_output, grad_key, grad_value, referenc
         if key >= s.len_k:
             stop = start
         statistics = (references, normalisers, deltas)
-        nothing = (tl.zeros((BLOCK_N, HEAD), tl.float32), tl.zeros((BLOCK_N, VALUE), tl.float32))
-        state = nothing
+        state = (tl.zeros((BLOCK_N, HEAD), tl.float32), tl.zeros((BLOCK_N, VALUE), tl.float32))
         for head in range(kv_head * p.group, (kv_head + 1) * p.group):
             matrices = (keys, values, Matrix(p.query, entry, head, s.first_q, s.len_q, p.head_dim, query_tiles),
                         Matrix(grad_output, entry, head, s.first_q, s.len_q, p.value_head_dim, grad_tiles))
-            if p.window_right is not None:
+            if KEPT:
                 state = _differentiate_rows(p, s, state, tiles, matrices, statistics, grad_bias, batch, head, key,
-                                            head_column, value_column, start, tl.minimum(full_start, stop), True,
-                                            False, BLOCK_M, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT,
-                                            PRECISION)
-            state = _differentiate_rows(p, s, state, tiles, matrices, statistics, grad_bias, batch, head, key,
-                                        head_column, value_column, full_start, full_stop, False, False, BLOCK_M,
-                                        BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT, PRECISION)
-            state = _differentiate_rows(p, s, state, tiles, matrices, statistics, grad_bias, batch, head, key,
-                                        head_column, value_column, full_stop, stop, True, False, BLOCK_M, BLOCK_N,
-                                        HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT, PRECISION)
-        key_result, value_result = state
-        if some_excluded(p):
-            if not (all_finite(key_result) & all_finite(value_result)):
-                state = nothing
-                for head in range(kv_head * p.group, (kv_head + 1) * p.group):
-                    matrices = (keys, values, Matrix(p.query, entry, head, s.first_q, s.len_q, p.head_dim, None),
-                                Matrix(grad_output, entry, head, s.first_q, s.len_q, p.value_head_dim, None))
+                                            head_column, value_column, start, stop, True, True, BLOCK_M, BLOCK_N, HEAD,
+                                            HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT, PRECISION)
+            else:
+                if p.window_right is not None:
                     state = _differentiate_rows(p, s, state, tiles, matrices, statistics, grad_bias, batch, head, key,
-                                                head_column, value_column, start, stop, True, True, BLOCK_M, BLOCK_N,
-                                                HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT, PRECISION)
-                key_result, value_result = state
+                                                head_column, value_column, start, tl.minimum(full_start, stop), True,
+                                                False, BLOCK_M, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT,
+                                                PRECISION)
+                state = _differentiate_rows(p, s, state, tiles, matrices, statistics, grad_bias, batch, head, key,
+                                            head_column, value_column, full_start, full_stop, False, False, BLOCK_M,
+                                            BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT, PRECISION)
+                state = _differentiate_rows(p, s, state, tiles, matrices, statistics, grad_bias, batch, head, key,
+                                            head_column, value_column, full_stop, stop, True, False, BLOCK_M, BLOCK_N,
+                                            HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT, PRECISION)
+        key_result, value_result = state
+        if poisoned is not None and not KEPT:
+            finite = all_finite(key_result) & all_finite(value_result)
+            tl.store(poisoned + tl.program_id(0), tl.where(finite, 0, 1).to(tl.uint8))
         store_rows(Matrix(grad_key, entry, kv_head, s.first_k, length, p.head_dim, None), key, head_column,
                    key_result * scale)
         store_rows(Matrix(grad_value, entry, kv_head, s.first_k, length, p.value_head_dim, None), key, value_column,
@@ -529,11 +542,17 @@ def _launch_backward(problem, sequences, scale, of_heads, grad_output, output, l
     options, tile = tile_options("key", query, value, problem)
     blocks = triton.cdiv(problem.max_k, options["BLOCK_N"])
     chunks = max(options["HEAD_CHUNKS"], options["VALUE_CHUNKS"])
-    launch(attention_backward_key_kernel, (blocks * chunks * kv_heads * sequences,), tile.row, device, **shared,
-           grad_key=grad_key, grad_value=grad_value, grad_bias=extras.whole_bias(),
+    grid = (blocks * chunks * kv_heads * sequences,)
+    poisoned = query.new_empty(grid, dtype=torch.uint8) if excludes_pairs(problem) else None
+    of_keys = {**shared, "grad_key": grad_key, "grad_value": grad_value, "grad_bias": extras.whole_bias(),
+               "poisoned": poisoned, "num_blocks": blocks, "num_chunks": chunks, "num_kv_heads": kv_heads,
+               "scale": scale, **options}
+    launch(attention_backward_key_kernel, grid, tile.row, device, **of_keys, KEPT=False,
            query_tiles=tile.descriptor_of(query, options["BLOCK_M"], options["HEAD"]),
-           grad_tiles=tile.descriptor_of(grad, options["BLOCK_M"], options["VALUE"]), num_blocks=blocks,
-           num_chunks=chunks, num_kv_heads=kv_heads, scale=scale, **options)
+           grad_tiles=tile.descriptor_of(grad, options["BLOCK_M"], options["VALUE"]))
+    if poisoned is not None:
+        launch(attention_backward_key_kernel, grid, tile.kept_row, device, **of_keys, KEPT=True, query_tiles=None,
+               grad_tiles=None)
     if extras.sums_bias:
         _launch_bias(problem, sequences, query, value, shared, extras)
 

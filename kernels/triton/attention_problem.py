@@ -126,6 +126,12 @@ def _side(keys: int) -> int | None:
     return None if keys < 0 or keys >= _FARTHEST else keys
 
 
+def excludes_pairs(problem: Problem) -> bool:
+    """Whether pairs of tokens that exist may be excluded: attention_scores.some_excluded, for the host."""
+    parts = (problem.window_left, problem.window_right, problem.mask, problem.bias)
+    return any(part is not None for part in parts)
+
+
 # ---- tiles ----
 
 
@@ -139,7 +145,8 @@ class Tile:
         block_m, block_n: queries and keys of a tile.
         row: warps and stages, what spills, with their provenance. It spills in the walk that only sums with infinities
             or NaN take, and a little at edges: 16-bit forwards that exclude nothing spill nothing. "key" at 128 columns
-            spills in every walk: its two sums alone take half of the registers.
+            spills at edges and beside a bias: its two sums alone take half of the registers.
+        kept_spills: what "key" spills in its launch over kept pairs, which ends at once where no sum was poisoned.
         shared_bytes: of shared memory that the architecture has at least.
         descriptors: whether tiles come by TMA, from sm_90 on, where tensors lie so that they can (takes_descriptor).
     """
@@ -152,6 +159,11 @@ class Tile:
     row: Launch
     shared_bytes: int = 0
     descriptors: bool = False
+    kept_spills: int = 0
+
+    @property
+    def kept_row(self) -> Launch:
+        return replace(self.row, spill_bytes=self.kept_spills)
 
     def descriptor_of(self, t: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
         """Tiles of a [B, H, L, D] tensor for TMA, [1, 1, rows, columns]; None where they come by addresses."""
@@ -166,13 +178,16 @@ _LARGEST = 227 << 10  # sm_90, sm_100
 _LARGE = 160 << 10  # sm_80 too
 
 
-def _hopper(kind, columns, block_m, block_n, num_warps, num_stages, spill_bytes=0, descriptors=False) -> Tile:
+def _hopper(
+    kind, columns, block_m, block_n, num_warps, num_stages, spill_bytes=0, descriptors=False, kept_spills=0
+) -> Tile:
     row = Launch(num_warps, num_stages, spill_bytes, NOT_MEASURED)
-    return Tile(kind, False, columns, block_m, block_n, row, _LARGEST, descriptors)
+    return Tile(kind, False, columns, block_m, block_n, row, _LARGEST, descriptors, kept_spills)
 
 
-def _large(kind, wide, columns, block_m, block_n, num_warps, num_stages, spill_bytes=0) -> Tile:
-    return Tile(kind, wide, columns, block_m, block_n, Launch(num_warps, num_stages, spill_bytes, NOT_MEASURED), _LARGE)
+def _large(kind, wide, columns, block_m, block_n, num_warps, num_stages, spill_bytes=0, kept_spills=0) -> Tile:
+    row = Launch(num_warps, num_stages, spill_bytes, NOT_MEASURED)
+    return Tile(kind, wide, columns, block_m, block_n, row, _LARGE, kept_spills=kept_spills)
 
 
 def _small(kind, wide, columns, block_m, block_n, num_warps=4, num_stages=1, descriptors=False) -> Tile:
@@ -190,8 +205,8 @@ TILES = (
     _hopper("forward", 256, 128, 64, 8, 2, 2224, True),
     _hopper("query", 128, 128, 64, 8, 2, 496, True),
     _hopper("query", 256, 128, 32, 8, 2, 2112, True),
-    _hopper("key", 64, 64, 128, 8, 2, 288),
-    _hopper("key", 128, 64, 128, 8, 2, 1744, True),
+    _hopper("key", 64, 64, 128, 8, 2, 192, kept_spills=152),
+    _hopper("key", 128, 64, 128, 8, 2, 528, True, 1896),
     _large("forward", False, 64, 128, 64, 8, 3),
     _large("forward", False, 128, 128, 64, 8, 3, 400),
     _large("forward", False, 256, 64, 64, 8, 2, 400),
@@ -206,10 +221,10 @@ TILES = (
     _large("query", True, 256, 16, 16, 8, 1, 544),
     _large("key", False, 64, 32, 128, 8, 2, 48),
     _large("key", False, 128, 32, 64, 8, 2, 160),
-    _large("key", False, 256, 32, 32, 8, 1, 120),
-    _large("key", True, 64, 16, 32, 8, 1, 16),
-    _large("key", True, 128, 16, 16, 8, 1, 16),
-    _large("key", True, 256, 16, 16, 8, 1, 936),
+    _large("key", False, 256, 32, 32, 8, 1, 0, 296),
+    _large("key", True, 64, 16, 32, 8, 1),
+    _large("key", True, 128, 16, 16, 8, 1, 8),
+    _large("key", True, 256, 16, 16, 8, 1, 368, 848),
     _large("bias", False, 128, 64, 64, 8, 2),
     _large("bias", False, 256, 32, 32, 8, 1, 96),
     _large("bias", True, 64, 32, 32, 8, 1),
