@@ -53,6 +53,19 @@ def poisoned():
     assert all(tensor.isfinite().all() for tensor in (output, *grads))
 
 
+def poisoned_by_a_query():
+    """A query of NaN: keys that it does not see have gradients as ever, those that it sees have none."""
+    leaves = [draw(1, 2, 70, 16, seed=i) for i in range(3)]
+    leaves[0][:, :, 3] = torch.nan
+    leaves = [tensor.requires_grad_() for tensor in leaves]
+    with transfuse.use_backend("triton"):
+        output = transfuse.scaled_dot_product_attention(*leaves, is_causal=True)
+        of_query, *of_keys = torch.autograd.grad(output, leaves, torch.ones_like(output))
+    rows = torch.arange(70) == 3
+    assert of_query.isfinite().all(-1).eq(~rows).all()
+    assert all(grad[:, :, 4:].isfinite().all() and grad[:, :, :4].isnan().all() for grad in of_keys)
+
+
 def poisoned_by_a_bias():
     """NaN in the one key that a bias excludes, one query to a program: dropout leaves some of them no weight at all."""
     query, key, value = (draw(8, 1, length, 16, seed=i) for i, length in enumerate((1, 64, 64)))
@@ -121,6 +134,7 @@ CHECKS: dict[str, Callable] = {
     "packed, whole blocks": features(layout="packed", lengths=(20, 140)),
     "dropout": features(dropout=0.5),
     "poisoned": poisoned,
+    "poisoned by a query": poisoned_by_a_query,
     "poisoned by a bias": poisoned_by_a_bias,
     "padded": padded,
     "saturated": saturated,
@@ -229,6 +243,8 @@ MUTANTS = (
            "score = fma(product, p.scale, bias)",
            "score = product * p.scale", "bias"),
     Mutant("excluded keys leak into dQ", "attention_backward", "if not all_finite(result):", "if False:", "poisoned"),
+    Mutant("no key marked for the walk over kept pairs", "attention_backward", "tl.where(finite, 0, 1)",
+           "tl.where(finite, 0, 0)", "poisoned by a query"),
     Mutant("weights not divided by their sum", "attention_backward",
            "- reference[None, :], EXACT) * normaliser[None, :]",
            "- reference[None, :], EXACT)", "saturated"),
