@@ -205,8 +205,8 @@ TILES = (
     _hopper("forward", 256, 128, 64, 8, 2, 2224, True),
     _hopper("query", 128, 128, 64, 8, 2, 496, True),
     _hopper("query", 256, 128, 32, 8, 2, 2112, True),
-    _hopper("key", 64, 64, 128, 8, 2, 192, kept_spills=152),
-    _hopper("key", 128, 64, 128, 8, 2, 528, True, 1896),
+    _hopper("key", 64, 64, 128, 8, 2, 232, kept_spills=344),
+    _hopper("key", 128, 64, 128, 8, 2, 1384, True, 2256),  # by TMA 528 and 1896
     _large("forward", False, 64, 128, 64, 8, 3),
     _large("forward", False, 128, 128, 64, 8, 3, 400),
     _large("forward", False, 256, 64, 64, 8, 2, 400),
