@@ -14,14 +14,14 @@ constexpr const char* op = GeluOperands::op;
 
 // input and bias must be contiguous.
 cuda::GeluParams params_of(const GeluOperands& operands, const Tensor& input, const std::optional<Tensor>& bias,
-                           bool tanh, const Tensor& output) {
+                           bool tanh, const Tensor& output, int64_t least_of_chunk) {
   cuda::GeluParams p{};
   p.input = input.const_data_ptr();
   p.bias = bias ? bias->const_data_ptr() : nullptr;
   p.output = output.mutable_data_ptr();
   p.size = input.numel();
   p.columns = bias ? operands.columns : cuda::gelu_columns;
-  p.chunks = p.size == 0 ? 0 : cuda::gelu_chunks((p.size + p.columns - 1) / p.columns);
+  p.chunks = p.size == 0 ? 0 : cuda::gelu_chunks((p.size + p.columns - 1) / p.columns, p.columns, least_of_chunk);
   p.tanh = tanh;
   p.float_bias = operands.bias_dtype == DType::f32;
   return p;
@@ -33,7 +33,7 @@ Tensor gelu_forward(Tensor input, std::optional<Tensor> bias, bool tanh) {
   input = call.contiguous(input);
   bias = call.contiguous(bias);
   const Tensor output = call.empty_like_dense(input);
-  call.check(cuda::gelu_forward(params_of(operands, input, bias, tanh, output), operands.dtype, call.stream()));
+  call.check(cuda::gelu_forward(params_of(operands, input, bias, tanh, output, 1), operands.dtype, call.stream()));
   return output;
 }
 
@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor> gelu_backward(Tensor grad_output, Tensor input, std::
   bias = call.contiguous(bias);
   const Tensor grad_input = call.empty_like_dense(input);
   const Tensor grad_bias = call.empty({need_bias_grad ? operands.columns : 0}, (bias ? *bias : input).scalar_type());
-  cuda::GeluParams p = params_of(operands, input, bias, tanh, grad_input);
+  cuda::GeluParams p = params_of(operands, input, bias, tanh, grad_input, 4);
   p.grad_output = grad_output.const_data_ptr();
   const int64_t line_size = std::max<int64_t>(1, p.chunks) * p.columns;  // lines are there without rows: sums of 0
   const Tensor lines = call.empty({need_bias_grad ? line_size : 0}, ScalarType::Float);

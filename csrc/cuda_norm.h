@@ -93,7 +93,8 @@ inline CudaNormBackward cuda_norm_backward(const NormOperands& operands, const T
   const CudaCall call(operands.op, operands.input);
   const NormRowsView input(call, operands.input, matrix), grad(call, grad_output, matrix), past(call, grad_sum, matrix);
   const std::optional<Tensor> weight = call.contiguous(operands.weight);
-  const int64_t chunks = cuda::norm_chunks(matrix.rows);
+  const int64_t item_bytes = operands.dtype == DType::f32 ? 4 : 2;
+  const int64_t chunks = cuda::norm_chunks(matrix.rows, matrix.cols * item_bytes);
   const int64_t line_size = std::max<int64_t>(1, chunks) * matrix.cols;  // lines are there without rows: sums of 0
   const std::vector<int64_t> nothing{0};
   const CudaNormBackward result{

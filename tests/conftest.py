@@ -4,12 +4,14 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import sys  # noqa: E402
 from collections import Counter, defaultdict  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))  # its tools: triton_compile, tune
 # In a process of its own: Triton reads TRITON_INTERPRET when it is imported.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["triton"]
 

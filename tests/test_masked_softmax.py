@@ -64,6 +64,32 @@ def test_a_bias_that_cancels_a_large_product(scale):
         _assert_bounds(masked_softmax(x, bias, scale=scale), masked_softmax_reference(x.double(), bias, scale))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 64**-0.5, 80**-0.5])
+def test_a_float32_bias_that_cancels_large_products_of_short_types(scale, dtype):
+    """What a rounded scale loses counts too."""
+    for size in (1e3, 1e4) if dtype == torch.float16 else (1e3, 1e6, 1e30):
+        x = draw(20, 65, dtype=dtype, seed=1, scale=size)
+        bias = -(x.float() * scale) + draw(20, 65, seed=2)
+        exact = masked_softmax_reference(x.double(), bias.double(), scale)
+        assert float(ulp_distance(masked_softmax(x, bias, scale=scale), exact).max()) <= testing.ROUNDED_ONCE_ULP
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [5, 300])
+def test_scales_far_from_one(length, dtype):
+    """0, and those that bring the largest and the smallest numbers back to size 1."""
+    cases = [(1.0, 0.0), (1.0, -0.0), (1e3, 1e-44)]
+    if dtype != torch.float16:
+        cases += [(2.0**126, 1.1 * 2.0**-125), (2.0**126, -1.1 * 2.0**-125), (2.0**-120, 1.1 * 2.0**121)]
+    for size, scale in cases:
+        x = (draw(7, length, dtype=torch.float64, seed=1).clamp(-3, 3) * size).to(dtype)
+        for mask in (None, _keep(7, length, seed=2), draw(7, length, dtype=dtype, seed=3)):
+            bias = mask.double() if mask is not None and mask.is_floating_point() else mask
+            exact = masked_softmax_reference(x.double(), bias, scale)
+            assert_close(masked_softmax(x, mask, scale=scale), exact, what=f"scale {scale:g}")
+
+
 def _worst_float64_ulp(x, bias, keep, scale):
     """Largest error per element and of a row's sum, against 50 digits."""
     output = masked_softmax(x, bias if keep is None else keep, scale=scale)

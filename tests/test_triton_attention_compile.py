@@ -19,19 +19,24 @@ ELSEWHERE = [architecture for architecture in launch.ARCHITECTURES if architectu
 NONE = (None,) * 4  # seqlens_k, alibi_slopes, sinks, dropout_seed
 
 
-def _recorded(kind, head_dim, dtype, architecture, causal=True):
-    """The launches of one kind of kernel."""
+def _recorded(kind, head_dim, dtype, architecture, causal=True, bias_dtype=None, masked=False, gap=0):
+    """The launches of one kind of kernel; heads lie `gap` columns apart."""
     batch, heads, length = 2, 8, 1024
-    query = torch.empty(batch, length, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)
+    query = torch.empty(batch, length, heads, head_dim + gap, dtype=dtype, device="meta")[..., :head_dim]
+    query = query.transpose(1, 2)
     lse = torch.empty(batch, heads, length, device="meta")
     numbers = (head_dim**-0.5, causal, False, -1, -1, 0.0, 0.0)
     bias = None
     if kind == "bias":
         bias = torch.empty(1, heads, length, length, dtype=dtype, device="meta").expand(batch, -1, -1, -1)
-    wants = ([1, heads, length, length] if kind == "bias" else [1] * 4, kind == "bias", False, False)
+    mask = torch.empty(batch, heads, length, length, dtype=torch.bool, device="meta") if masked else None
+    if bias_dtype is not None:
+        bias = torch.empty(batch, heads, length, length, dtype=bias_dtype, device="meta")
+    shape = [1 if kind == "bias" else batch, heads, length, length]
+    wants = ([1] * 4 if bias is None else shape, bias is not None, False, False)
     with launch.recording(architecture) as recorded:
         if kind == "forward":
-            attention.attention_forward(query, query, query, None, None, *NONE, *numbers)
+            attention.attention_forward(query, query, query, bias, mask, *NONE, *numbers)
         elif kind == "decode":
             lengths = torch.empty(batch, dtype=torch.int32, device="meta")
             attention_decode.decode_attention_forward(
@@ -39,7 +44,7 @@ def _recorded(kind, head_dim, dtype, architecture, causal=True):
             )
         else:
             attention_backward.attention_backward(
-                query, None, query, query, query, query, lse, bias, None, *NONE, *numbers, *wants
+                query, None, query, query, query, query, lse, bias, mask, *NONE, *numbers, *wants
             )
     wanted = {"forward": "forward", "decode": "decode"}.get(kind, f"backward_{kind}")
     calls = [call for call in recorded.calls if wanted in call.kernel.fn.__name__]
@@ -73,6 +78,42 @@ def test_a_forward_that_excludes_nothing_spills_nothing():
     assert found.spills == 0 and "wgmma.mma_async" in found.ptx
 
 
+@pytest.mark.parametrize("kind", ("forward", "query", "key"))
+def test_tiles_come_by_tma_where_tensors_lie_so(kind):
+    for gap, by_tma in ((0, True), (4, False)):
+        for call in _recorded(kind, 128, torch.bfloat16, launch.SM90, causal=False, gap=gap):
+            assert ("cp.async.bulk.tensor" in _gate(call, launch.SM90).ptx) is by_tma
+
+
+def test_no_descriptor_before_sm_90():
+    for kind in ("forward", "query", "key"):
+        for call in _recorded(kind, 128, torch.bfloat16, launch.SM80):
+            described = [name for name in call.arguments if name.endswith("_tiles")]
+            assert len(described) == 2 and all(call.arguments[name] is None for name in described)
+
+
+def _bias_has_room(architecture, kind, head_dim, bias_dtype, masked):
+    for call in _recorded(kind, head_dim, torch.bfloat16, architecture, False, bias_dtype, masked):
+        found = triton_compile.compiled(call, architecture)
+        assert found.shared_bytes <= architecture.shared_bytes, f"{found.name}: {found.shared_bytes} bytes"
+
+
+def test_a_float32_bias_has_room():
+    _bias_has_room(launch.SM90, "forward", 128, torch.float32, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", (launch.SM80, launch.SM90), ids=lambda architecture: str(architecture.name))
+@pytest.mark.parametrize(
+    ("bias_dtype", "masked"), ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)), ids=str
+)
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+@pytest.mark.parametrize("kind", ("forward", "query", "key"))
+def test_a_bias_and_a_mask_have_room(architecture, kind, head_dim, bias_dtype, masked):
+    """Beside the tiles of keys and values those of a mask and of a bias, which float32 makes twice as large."""
+    _bias_has_room(architecture, kind, head_dim, bias_dtype, masked)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", (torch.float32, *SIXTEEN_BIT), ids=str)
 @pytest.mark.parametrize("head_dim", (64, 128, 256, 512))
@@ -102,6 +143,7 @@ def test_every_head_dim_has_a_tile_everywhere():
                 tiles = [t for t in TILES if t.kind == kind and t.wide == wide]
                 tiles = [t for t in tiles if t.shared_bytes <= architecture.shared_bytes]
                 assert tiles[-1].columns == 256
-                large = [t.columns for t in tiles if t.shared_bytes]
-                small = [t.columns for t in tiles if not t.shared_bytes]
-                assert large == sorted(large) and small == sorted(small)
+                for room in {t.shared_bytes for t in tiles}:
+                    columns = [t.columns for t in tiles if t.shared_bytes == room]
+                    assert columns == sorted(columns)
+                assert [t.shared_bytes for t in tiles] == sorted((t.shared_bytes for t in tiles), reverse=True)

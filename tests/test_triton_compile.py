@@ -55,9 +55,8 @@ def _rotary(cols, dtype):
     rotary.rotary_backward(x, x, table, False, False)
 
 
-def _calls(work, cols, dtype, architecture, monkeypatch):
-    """One recorded launch of each kernel that is compiled differently; the tables of gelu are no part of it."""
-    monkeypatch.setattr(gelu, "_table", lambda tanh, backward, device: _empty(192, dtype=torch.float32))
+def _calls(work, cols, dtype, architecture):
+    """One recorded launch of each kernel that is compiled differently."""
     with launch.recording(architecture) as recorded:
         work(cols, dtype)
     found = {}
@@ -85,8 +84,8 @@ ELSEWHERE = [architecture for architecture in launch.ARCHITECTURES if architectu
 
 
 @pytest.mark.parametrize("work", [*WORK.values(), _rotary], ids=[*WORK, "rotary"])
-def test_float32_kernels_compile_for_sm_90(work, monkeypatch):
-    for call in _calls(work, 64 if work is _rotary else USUAL_COLS, torch.float32, launch.SM90, monkeypatch):
+def test_float32_kernels_compile_for_sm_90(work):
+    for call in _calls(work, 64 if work is _rotary else USUAL_COLS, torch.float32, launch.SM90):
         _gate(call, launch.SM90)
 
 
@@ -94,33 +93,32 @@ def test_float32_kernels_compile_for_sm_90(work, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cols", COLS)
 @pytest.mark.parametrize("work", WORK.values(), ids=WORK)
-def test_every_launch_row_compiles_for_sm_90(work, cols, dtype, monkeypatch):
-    for call in _calls(work, cols, dtype, launch.SM90, monkeypatch):
+def test_every_launch_row_compiles_for_sm_90(work, cols, dtype):
+    for call in _calls(work, cols, dtype, launch.SM90):
         _gate(call, launch.SM90)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cols", (16, 64, 128, 256, 512, 1024))
-def test_every_launch_row_of_rotary_compiles_for_sm_90(cols, dtype, monkeypatch):
-    for call in _calls(_rotary, cols, dtype, launch.SM90, monkeypatch):
+def test_every_launch_row_of_rotary_compiles_for_sm_90(cols, dtype):
+    for call in _calls(_rotary, cols, dtype, launch.SM90):
         _gate(call, launch.SM90)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("work", [*WORK.values(), _rotary], ids=[*WORK, "rotary"])
 @pytest.mark.parametrize("architecture", ELSEWHERE, ids=lambda architecture: str(architecture.name))
-def test_every_kernel_compiles_for(architecture, work, monkeypatch):
+def test_every_kernel_compiles_for(architecture, work):
     for dtype in (torch.float32, torch.bfloat16):
         for cols in (64,) if work is _rotary else (USUAL_COLS, COLS[-1]):
-            for call in _calls(work, cols, dtype, architecture, monkeypatch):
+            for call in _calls(work, cols, dtype, architecture):
                 _gate(call, architecture)
 
 
 @pytest.mark.parametrize("rows,cols", [(1, 1), (1, 48), (5, 1), (1, COLS[-1])])
-def test_sizes_of_one_compile(rows, cols, monkeypatch):
+def test_sizes_of_one_compile(rows, cols):
     """The compiler takes an integer of 1 for a constant, which has no type; the interpreter does not."""
-    monkeypatch.setattr(gelu, "_table", lambda tanh, backward, device: _empty(192, dtype=torch.float32))
     with launch.recording(launch.SM90) as recorded:
         for work in WORK.values():
             work(cols, torch.bfloat16, rows)

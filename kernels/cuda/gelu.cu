@@ -222,13 +222,27 @@ __global__ void __launch_bounds__(gelu_threads, 2) gelu_kernel(const __grid_cons
   constexpr int n = width<T>;
   constexpr bool backward = std::is_same_v<Direction, Backward>;
   __shared__ float table[table_floats];
-  fill_table(Direction::template segments<Form>(), table);
-  __syncthreads();
-
   const int threads = threads_of_row((p.columns + n - 1) / n), groups = gelu_threads / threads;
   const int group = static_cast<int>(threadIdx.x) / threads;
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x % threads) * n;
   const bool has_columns = column < p.columns;
+
+  // The next vectors are under way while these are computed, and the first while the table is filled.
+  const int64_t rows = (p.size + p.columns - 1) / p.columns;
+  const int64_t end = rows * (blockIdx.y + 1) / p.chunks;
+  const auto length_of = [&](int64_t row) { return min(p.size - row * p.columns, p.columns); };
+  Packed next_x = {}, next_grad = {};
+  const auto fetch = [&](int64_t row) {
+    if (row >= end || column >= length_of(row)) return;
+    const int64_t first = row * p.columns, length = length_of(row);
+    next_x = load_vector(static_cast<const T*>(p.input) + first, column, length, whole);
+    if (backward) next_grad = load_vector(static_cast<const T*>(p.grad_output) + first, column, length, whole);
+  };
+  int64_t row = rows * blockIdx.y / p.chunks + group;
+  fetch(row);
+  fill_table(Direction::template segments<Form>(), table);
+  __syncthreads();
+
   float bias[n], bias_part[n] = {};
 #pragma unroll
   for (int i = 0; i < n; ++i) bias[i] = 0;
@@ -239,14 +253,13 @@ __global__ void __launch_bounds__(gelu_threads, 2) gelu_kernel(const __grid_cons
       load_floats(static_cast<const T*>(p.bias), column, p.columns, whole, bias);
   }
 
-  const int64_t rows = (p.size + p.columns - 1) / p.columns;
-  const int64_t end = rows * (blockIdx.y + 1) / p.chunks;
-  for (int64_t row = rows * blockIdx.y / p.chunks + group; row < end; row += groups) {
-    const int64_t first = row * p.columns, length = p.size - first < p.columns ? p.size - first : p.columns;
-    if (column >= length) continue;
+  for (; row < end; row += groups) {
+    const int64_t first = row * p.columns, length = length_of(row);
+    if (column >= length) break;  // rows after it are not longer
     float x[n], grad[n];
-    unpack<T>(load_vector(static_cast<const T*>(p.input) + first, column, length, whole), x);
-    if (backward) unpack<T>(load_vector(static_cast<const T*>(p.grad_output) + first, column, length, whole), grad);
+    unpack<T>(next_x, x);
+    if (backward) unpack<T>(next_grad, grad);
+    fetch(row + groups);
     if (p.bias != nullptr) {
 #pragma unroll
       for (int i = 0; i < n; ++i) x[i] += bias[i];
@@ -328,7 +341,7 @@ cudaError_t run_gelu(const GeluParams& p, DType dtype, cudaStream_t stream) {
     }
     // Without rows too: the gradient of the bias is then the sum of no lines.
     if (error != cudaSuccess || p.bias_lines == nullptr) return error;
-    return add_lines<T>({p.bias_lines, p.grad_bias, p.chunks, p.columns, p.float_bias}, stream);
+    return add_lines<T>({{{p.bias_lines, p.grad_bias}}, p.chunks, p.columns, p.float_bias}, stream);
   });
 }
 

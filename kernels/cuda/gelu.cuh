@@ -24,8 +24,13 @@ struct GeluParams {
 
 constexpr int64_t gelu_columns = 2048;
 
-// Chunks of rows, one to a block: their number depends on the rows' alone.
-constexpr int64_t gelu_chunks(int64_t rows) { return rows < 4 * 1024 ? (rows + 3) / 4 : 1024; }
+// Chunks of rows, one to a block: their number depends on the rows' and their length alone. A block goes through its
+// rows gelu_columns elements at a time, or about; at least `least` times: sums over rows want to be more than one.
+constexpr int64_t gelu_chunks(int64_t rows, int64_t columns, int64_t least) {
+  const int64_t at_a_time = columns < gelu_columns ? gelu_columns / (columns < 1 ? 1 : columns) : 1;
+  const int64_t chunks = (rows + least * at_a_time - 1) / (least * at_a_time);
+  return chunks < 1024 ? chunks : 1024;
+}
 
 cudaError_t gelu_forward(const GeluParams& params, DType dtype, cudaStream_t stream);
 cudaError_t gelu_backward(const GeluParams& params, DType dtype, cudaStream_t stream);

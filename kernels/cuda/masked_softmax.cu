@@ -1,8 +1,9 @@
 // Masked softmax of rows: y_j = exp(s_j - m) / sum, s = scale * x + mask over the valid keys of the row, 0 elsewhere.
 //
-// A score is carried as two floats, so that neither scale * x, nor the mask's addition, nor s - m loses a bit that exp
-// would magnify: at logits around 100 a rounded score alone costs 60 ULP of its weight. The weights are summed in two
-// floats and the quotient is one rounding: error <= 3 ULP per element.
+// Of float32 a score is carried as two floats, so that neither scale * x, nor the mask's addition, nor s - m loses a
+// bit that exp would magnify: at logits around 100 a rounded score alone costs 60 ULP of its weight. The weights are
+// summed in two floats and the quotient is one rounding: error <= 3 ULP per element. 16-bit rows do with less:
+// masked_softmax_16_bit.cuh.
 //
 // Rows by their largest score m:  no valid key: 0.  m NaN or infinite: NaN at the valid keys.  |m| > 2^20: the second
 // float of the largest score decides too.
@@ -11,11 +12,14 @@
 // are read three times. Reductions have one tree per row length.
 #include "cuda/masked_softmax.cuh"
 
+#include <cmath>
 #include <type_traits>
 
 #include "cuda/exact.cuh"
 #include "cuda/exp.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/masked_softmax_16_bit.cuh"
+#include "cuda/masked_softmax_rows.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/rows.cuh"
 
@@ -23,45 +27,7 @@ namespace transfuse::cuda {
 
 namespace {
 
-constexpr float infinity = __builtin_huge_valf();
-
 // ---- scores ----
-
-// The keys of one row: those in [0, length) are valid where the mask keeps them.
-template <class T>
-struct SoftmaxRow {
-  const T* input;
-  const void* mask;  // its element of key 0
-  int64_t length;
-};
-
-template <class T>
-__device__ __forceinline__ SoftmaxRow<T> softmax_row(const MaskedSoftmaxParams& p, int64_t row) {
-  SoftmaxRow<T> result = {static_cast<const T*>(p.input) + row * p.keys, nullptr, p.keys};
-  if (p.causal) {
-    const int64_t visible = row % p.queries + p.causal_offset + 1;
-    result.length = visible < 0 ? 0 : visible < p.keys ? visible : p.keys;
-  }
-  int64_t offset = 0;
-  for (int d = p.outer_dims - 1; d >= 0; --d) {
-    offset += row % p.outer_sizes[d] * p.outer_mask_strides[d];
-    row /= p.outer_sizes[d];
-  }
-  switch (p.mask_kind) {
-    case MaskKind::none:
-      break;
-    case MaskKind::keep:
-      result.mask = static_cast<const uint8_t*>(p.mask) + offset;
-      break;
-    case MaskKind::additive:
-      result.mask = static_cast<const T*>(p.mask) + offset;
-      break;
-    case MaskKind::additive_f32:
-      result.mask = static_cast<const float*>(p.mask) + offset;
-      break;
-  }
-  return result;
-}
 
 // Scores of n neighbouring keys, hi the rounded ones and lo what rounding took; bit i of `valid`: key i takes part.
 template <int n>
@@ -70,42 +36,13 @@ struct Scores {
   unsigned valid;
 };
 
-// Bit i: the mask's byte of key begin + i is not 0.
-template <int n>
-__device__ __forceinline__ unsigned kept_keys(const uint8_t* mask, int64_t begin, int64_t end, int64_t stride,
-                                              bool whole) {
-  unsigned kept = 0;
-  if (whole) {
-#pragma unroll
-    for (int word = 0; word < n / 4; ++word) {
-      const uint32_t bytes = *reinterpret_cast<const uint32_t*>(mask + begin + 4 * word);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) kept |= static_cast<unsigned>((bytes >> (8 * i) & 0xFF) != 0) << (4 * word + i);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < n; ++i)
-      if (begin + i < end && mask[(begin + i) * stride] != 0) kept |= 1u << i;
-  }
-  return kept;
-}
-
-template <class M, int n>
-__device__ __forceinline__ void load_bias(const M* mask, int64_t begin, int64_t end, int64_t stride, bool whole,
-                                          float (&bias)[n]) {
-  if (whole) return load_floats(mask, begin, end, true, bias);
-#pragma unroll
-  for (int i = 0; i < n; ++i) bias[i] = begin + i < end ? to_float(mask[(begin + i) * stride]) : 0.0f;
-}
-
 // The scores of the vector `x` of keys from `begin` on.
 template <class T>
-__device__ __forceinline__ Scores<width<T>> scores_of(const MaskedSoftmaxParams& p, const SoftmaxRow<T>& row,
+__device__ __forceinline__ Scores<width<T>> scores_of(const MaskedSoftmaxParams& p, const SoftmaxRow& row,
                                                       const float (&x)[width<T>], int64_t begin) {
   constexpr int n = width<T>;
   Scores<n> scores;
-  const int64_t left = row.length - begin;
-  scores.valid = left >= n ? (1u << n) - 1 : left <= 0 ? 0u : (1u << left) - 1;
+  scores.valid = seen_keys<n>(row, begin);
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     const Pair product = two_product(x[i], p.scale);
@@ -176,7 +113,8 @@ __device__ __forceinline__ void weights_of(const Scores<n>& scores, Pair largest
     // Only a weight of 0 has a residual beyond this, or one that is not finite.
     constexpr float most = 0x1p-12f;
     const float residual = fminf(fmaxf(exponent.lo, -most), most);
-    weights[i] = scores.valid >> i & 1 ? exp_nonpositive(exponent.hi, residual) : 0.0f;
+    const float weight = exp_nonpositive(exponent.hi, residual);
+    weights[i] = scores.valid >> i & 1 ? weight : 0.0f;
   }
 }
 
@@ -233,16 +171,11 @@ __device__ __forceinline__ void finish(const SoftmaxScale& scale, unsigned valid
 // ---- forward ----
 
 template <class Policy>
-__global__ void __launch_bounds__(Policy::block)
-    masked_softmax_forward_kernel(const __grid_constant__ MaskedSoftmaxParams p) {
+__device__ __forceinline__ void softmax_float32(const MaskedSoftmaxParams& p, int64_t row_number, bool valid,
+                                                const HeldRow<Policy>& x, SoftmaxExchange<Policy::threads>& exchange) {
   using T = typename Policy::T;
   constexpr int n = width<T>, vectors = Policy::vectors;
-  __shared__ SoftmaxExchange<Policy::threads> exchange;
-  const int64_t row_number = static_cast<int64_t>(blockIdx.x) * Policy::rows_per_block + threadIdx.x / Policy::threads;
-  const bool valid = row_number < p.rows;  // threads without a row stay for the shuffles
-  const SoftmaxRow<T> row = softmax_row<T>(p, valid ? row_number : 0);
-  HeldRow<Policy> x(p.keys, threadIdx.x % Policy::threads);
-  x.load(row.input, valid);
+  const SoftmaxRow row = softmax_row<T>(p, valid ? row_number : 0);
   Scores<n> scores[vectors];
 #pragma unroll
   for (int v = 0; v < vectors; ++v) {
@@ -279,28 +212,25 @@ __global__ void __launch_bounds__(Policy::block)
   }
 }
 
-constexpr int wide_row_threads = 512;
-
-template <class T>
-__global__ void __launch_bounds__(wide_row_threads)
-    masked_softmax_wide_forward_kernel(const __grid_constant__ MaskedSoftmaxParams p) {
+template <class T, int threads>
+__device__ __forceinline__ void wide_softmax_float32(const MaskedSoftmaxParams& p, int64_t row_number,
+                                                     SoftmaxExchange<threads>& exchange) {
   constexpr int n = width<T>;
-  __shared__ SoftmaxExchange<wide_row_threads> exchange;
-  const SoftmaxRow<T> row = softmax_row<T>(p, blockIdx.x);
-  const StreamedRow<T, wide_row_threads> x{row.input, p.keys, p.whole_vectors};
+  const SoftmaxRow row = softmax_row<T>(p, row_number);
+  const StreamedRow<T, threads> x{static_cast<const T*>(p.input) + row_number * p.keys, p.keys, p.whole_vectors};
   SoftmaxScale scale;
   const auto each_score = [&](auto f) {
     x.each([&](const float (&values)[n], int64_t begin, int) { f(scores_of<T>(p, row, values, begin)); });
   };
-  const Pair largest = largest_of<wide_row_threads>(each_score, exchange, scale);
+  const Pair largest = largest_of<threads>(each_score, exchange, scale);
   Pair sum = {0, 0};
   each_score([&](const Scores<n>& scores) {
     float weights[n];
     weights_of(scores, largest, weights);
     sum = sum + sum_by_halves(weights);
   });
-  scale.inverse = inverse_of(reduce<wide_row_threads>(sum, Add{}, exchange.sum));
-  T* output = static_cast<T*>(p.output) + static_cast<int64_t>(blockIdx.x) * p.keys;
+  scale.inverse = inverse_of(reduce<threads>(sum, Add{}, exchange.sum));
+  T* output = static_cast<T*>(p.output) + row_number * p.keys;
   x.each([&](const float (&values)[n], int64_t begin, int) {
     const Scores<n> scores = scores_of<T>(p, row, values, begin);
     float weights[n];
@@ -308,6 +238,45 @@ __global__ void __launch_bounds__(wide_row_threads)
     finish(scale, scores.valid, weights);
     store_vector(output, begin, p.keys, p.whole_vectors, pack<T>(weights));
   });
+}
+
+// ---- forward ----
+
+// Blocks that a multiprocessor is to hold: with a bias, 1024 threads. Without it the compiler aims for more on sm_80,
+// and spills.
+template <class Mask, class Policy>
+constexpr int forward_blocks = std::is_same_v<Mask, AdditiveMask> ? 1024 / Policy::block : 1;
+
+template <class Mask, class Policy>
+__global__ void __launch_bounds__(Policy::block, forward_blocks<Mask, Policy>)
+    masked_softmax_forward_kernel(const __grid_constant__ MaskedSoftmaxParams p) {
+  using T = typename Policy::T;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * Policy::rows_per_block + threadIdx.x / Policy::threads;
+  const bool valid = row < p.rows;  // threads without a row stay for the shuffles
+  HeldRow<Policy> x(p.keys, threadIdx.x % Policy::threads);
+  x.load(static_cast<const T*>(p.input) + row * p.keys, valid);
+  if constexpr (std::is_same_v<T, float>) {
+    __shared__ SoftmaxExchange<Policy::threads> exchange;
+    softmax_float32(p, row, valid, x, exchange);
+  } else {
+    __shared__ ShortExchange<Policy::threads> exchange;
+    softmax_16_bit<Mask>(p, row, valid, x, exchange);
+  }
+}
+
+constexpr int wide_row_threads = 512;
+
+template <class Mask, class T>
+__global__ void __launch_bounds__(wide_row_threads)
+    masked_softmax_wide_forward_kernel(const __grid_constant__ MaskedSoftmaxParams p) {
+  if constexpr (std::is_same_v<T, float>) {
+    __shared__ SoftmaxExchange<wide_row_threads> exchange;
+    wide_softmax_float32<T>(p, blockIdx.x, exchange);
+  } else {
+    __shared__ ShortExchange<wide_row_threads> exchange;
+    __shared__ Exchange<Pair, wide_row_threads> sum;
+    wide_softmax_16_bit<Mask, T>(p, blockIdx.x, exchange, sum);
+  }
 }
 
 // ---- backward ----
@@ -432,6 +401,29 @@ bool mask_is_whole(const MaskedSoftmaxParams& p) {
   return whole;
 }
 
+// Sizes by which row numbers are divided: all below the number of rows.
+inline void find_dividers(MaskedSoftmaxParams& p) {
+  p.few_rows = p.rows < divider_limit;
+  if (!p.few_rows) return;
+  p.by_queries = divider_of(p.queries);
+  for (int d = 0; d < p.outer_dims; ++d) p.by_outer[d] = divider_of(p.outer_sizes[d]);
+}
+
+template <class Mask, class T>
+cudaError_t launch_forward(const MaskedSoftmaxParams& p, cudaStream_t stream) {
+  cudaError_t error = cudaSuccess;
+  const bool held = with_softmax_policy<T>(p.keys, p.whole_vectors, [&](auto policy) {
+    using Policy = decltype(policy);
+    error = launch(masked_softmax_forward_kernel<Mask, Policy>, blocks_of<Policy>(p.rows), dim3(Policy::block), 0,
+                   stream, p);
+  });
+  if (held) return error;
+  return launch(masked_softmax_wide_forward_kernel<Mask, T>, dim3(static_cast<unsigned>(p.rows)),
+                dim3(wide_row_threads), 0, stream, p);
+}
+
+constexpr double log2_e = 0x1.71547652b82fep+0;
+
 }  // namespace
 
 cudaError_t masked_softmax_forward(const MaskedSoftmaxParams& params, DType dtype, cudaStream_t stream) {
@@ -441,15 +433,17 @@ cudaError_t masked_softmax_forward(const MaskedSoftmaxParams& params, DType dtyp
     MaskedSoftmaxParams p = params;
     p.whole_vectors = whole_vectors<T>(p.input, p.keys, p.keys) && whole_vectors<T>(p.output, p.keys, p.keys);
     p.whole_mask = mask_is_whole<T>(p);
-    cudaError_t error = cudaSuccess;
-    const bool held = with_softmax_policy<T>(p.keys, p.whole_vectors, [&](auto policy) {
-      using Policy = decltype(policy);
-      error =
-          launch(masked_softmax_forward_kernel<Policy>, blocks_of<Policy>(p.rows), dim3(Policy::block), 0, stream, p);
-    });
-    if (held) return error;
-    return launch(masked_softmax_wide_forward_kernel<T>, dim3(static_cast<unsigned>(p.rows)), dim3(wide_row_threads), 0,
-                  stream, p);
+    find_dividers(p);
+    p.exponent_scale = static_cast<float>(std::fabs(static_cast<double>(p.scale) + p.scale_rest) * log2_e);
+    p.sign_bits = p.scale < 0 ? 0x80008000u : 0u;
+    if constexpr (std::is_same_v<T, float>) {
+      return launch_forward<AnyMask, T>(p, stream);
+    } else {
+      const bool has_bias = p.mask_kind == MaskKind::additive || p.mask_kind == MaskKind::additive_f32;
+      const float size = std::fabs(p.scale);
+      const bool is_late = !has_bias && size >= least_late_scale && size <= largest_late_scale;
+      return is_late ? launch_forward<KeepMask, T>(p, stream) : launch_forward<AdditiveMask, T>(p, stream);
+    }
   });
 }
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cuda/divide.cuh"
 #include "dtype.h"
 
 namespace transfuse::cuda {
@@ -29,7 +30,13 @@ struct MaskedSoftmaxParams {
   int64_t causal_offset;                       // query i sees keys j <= i + causal_offset
   bool causal;
   MaskKind mask_kind;
-  bool whole_vectors, whole_mask;  // found by the launcher
+  // Found by the launcher.
+  bool whole_vectors, whole_mask;
+  bool few_rows;                     // the dividers serve
+  Divider by_queries;
+  Divider by_outer[max_outer_dims];  // by outer_sizes
+  float exponent_scale;              // |scale| log2(e)
+  uint32_t sign_bits;                // of two 16-bit elements, where the scale is negative
 };
 
 // grad_input = scale * output * (grad_output - mean), mean = sum(grad_output * output).

@@ -30,10 +30,19 @@ __global__ void __launch_bounds__(mask_grad_threads) mask_grad_kernel(const __gr
   const int64_t key = blockIdx.x % blocks_of_row * mask_grad_threads + threadIdx.x;
   if (key >= p.keys) return;
   const int64_t base = row_offset(mask_row, p.base_dims, p.base_sizes, p.base_strides);
+  // Divisions only where a dimension other than the last goes on.
+  const bool broadcast = p.shift_dims > 0;
+  const int64_t run = broadcast ? p.shift_sizes[p.shift_dims - 1] : 1;
+  const int64_t step = broadcast ? p.shift_strides[p.shift_dims - 1] : 0;
+  const int64_t first = p.repeats * chunk / p.chunks, end = p.repeats * (chunk + 1) / p.chunks;
+  int64_t left_of_run = run - first % run, row = base + row_offset(first, p.shift_dims, p.shift_sizes, p.shift_strides);
   float sum = 0;
-  for (int64_t repeat = p.repeats * chunk / p.chunks; repeat < p.repeats * (chunk + 1) / p.chunks; ++repeat) {
-    const int64_t row = base + row_offset(repeat, p.shift_dims, p.shift_sizes, p.shift_strides),
-                  at = row * p.keys + key;
+  for (int64_t repeat = first; repeat < end; ++repeat, --left_of_run, row += step) {
+    if (left_of_run == 0) {
+      left_of_run = run;
+      row = base + row_offset(repeat, p.shift_dims, p.shift_sizes, p.shift_strides);
+    }
+    const int64_t at = row * p.keys + key;
     const float weight = to_float(static_cast<const T*>(p.output)[at]);
     const float grad = to_float(static_cast<const T*>(p.grad_output)[at]);
     if (weight != 0.0f) sum += weight * ((grad - p.means[2 * row]) - p.means[2 * row + 1]);
@@ -61,7 +70,7 @@ cudaError_t masked_softmax_mask_backward(const MaskGradParams& p, DType dtype, c
     return launch(mask_grad_kernel<decltype(type)>, grid, dim3(mask_grad_threads), 0, stream, p);
   });
   if (error != cudaSuccess) return error;
-  error = add_lines<float>({p.lines, p.sums, p.chunks, p.mask_rows * p.keys, true}, stream);
+  error = add_lines<float>({{{p.lines, p.sums}}, p.chunks, p.mask_rows * p.keys, true}, stream);
   if (error != cudaSuccess || p.mask_keys == p.keys) return error;
   return launch(mask_grad_keys_kernel, dim3(static_cast<unsigned>(p.mask_rows)), dim3(mask_grad_threads), 0, stream, p);
 }

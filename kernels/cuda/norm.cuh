@@ -38,12 +38,14 @@ struct NormForwardParams {
   int64_t rows, cols;
   SplitDouble eps;
   bool float_parameters;  // weight and bias are float32 beside a 16-bit input
-  bool whole_vectors;     // found by the launcher
+  // Found by the launcher.
+  bool whole_vectors;
+  float inverse_cols;
 };
 
-// The gradients of weight and bias are sums over rows. Rows are cut into chunks whose number depends on theirs alone,
-// one per block of a persistent grid; a block adds its rows in order to its own line, and a second kernel adds the
-// lines.
+// The gradients of weight and bias are sums over rows. Rows are cut into chunks whose number depends on theirs and
+// their length, one per block of a persistent grid; a block adds its rows in order to its own line, and a second kernel
+// adds the lines.
 struct NormBackwardParams {
   NormRows grad_output;  // [rows, cols] dtype
   NormRows grad_sum;     // the same; null: no gradient reaches the normalised x past the norm
@@ -57,14 +59,20 @@ struct NormBackwardParams {
   void* grad_bias;       // the same
   int64_t rows, cols, chunks;
   SplitDouble eps;
-  bool float_parameters, whole_vectors;
+  bool float_parameters;
+  // Found by the launcher.
+  bool whole_vectors;
+  float inverse_cols;
 };
 
 constexpr int64_t norm_row_values = 4;
 
-// At least four rows to a chunk: each writes lines of partial sums. 512 chunks keep every GPU of today busy and cost
-// wide batches a few percent of traffic.
-constexpr int64_t norm_chunks(int64_t rows) { return rows < 4 * 512 ? (rows + 3) / 4 : 512; }
+// At least four rows to a chunk: each writes lines of partial sums. As many as 132 multiprocessors hold blocks of rows
+// of so many bytes, on every GPU: there one wave, elsewhere and of rows without whole vectors about one.
+constexpr int64_t norm_chunks(int64_t rows, int64_t row_bytes) {
+  const int64_t most = row_bytes <= 8192 ? 3 * 132 : 132;  // norm_backward.cuh: blocks of 128 or 512 threads
+  return rows < 4 * most ? (rows + 3) / 4 : most;
+}
 // Rows whose gradients no block holds in registers beside its parts of the sums over rows.
 constexpr int64_t norm_gradient_cols = 8192;
 constexpr bool norm_gradient_is_wide(int64_t cols) { return cols > norm_gradient_cols; }

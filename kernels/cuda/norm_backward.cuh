@@ -28,36 +28,35 @@ struct Projections {
   float g, g_xhat;
 };
 
-// `each_pair(f)` calls f(x, grad_output, begin) for the vectors of a row that this thread holds.
-template <class Norm, class T, int threads, class EachPair>
-__device__ __forceinline__ Projections project(const NormBackwardParams& p, bool whole, const Normalization& by,
-                                               EachPair each_pair, Exchange<Both<Pair>, threads>& exchange) {
-  constexpr int n = width<T>;
-  Both<Pair> sums = {{0, 0}, {0, 0}};
-  each_pair([&](float (&x)[n], float (&grad)[n], int64_t begin) {
-    float weight[n];
-    load_parameters<T>(p.weight, p.float_parameters, begin, p.cols, whole, 1.0f, weight);
+// Adds one vector of a row to the sums of g and g * xhat; x and grad are overwritten.
+template <class Norm, class Sum, int n>
+__device__ __forceinline__ void add_projections(const Normalization& by, const float (&weight)[n], float (&x)[n],
+                                                float (&grad)[n], Both<Sum>& sums) {
 #pragma unroll
-    for (int i = 0; i < n; ++i) {
-      grad[i] *= weight[i];  // 0 past the end of the row, and so is what it multiplies
-      x[i] = grad[i] * normalize<Norm::centered, false>(x[i], by);
-    }
-    if (Norm::centered) sums.first = sums.first + sum_by_halves(grad);
-    sums.second = sums.second + sum_by_halves(x);
-  });
+  for (int i = 0; i < n; ++i) {
+    grad[i] *= weight[i];  // 0 past the end of the row, and so is what it multiplies
+    x[i] = grad[i] * normalize<Norm::centered, false>(x[i], by);
+  }
+  if (Norm::centered) sums.first = sums.first + sum_by_halves(grad);
+  sums.second = sums.second + sum_by_halves(x);
+}
+
+template <class Sum, int threads>
+__device__ __forceinline__ Projections projections_of(Both<Sum> sums, const NormBackwardParams& p,
+                                                      Exchange<Both<Sum>, threads>& exchange) {
   sums = reduce<threads>(sums, Add{}, exchange);
-  const float length = static_cast<float>(p.cols);
-  return {to_float(sums.first / length), to_float(sums.second / length)};
+  return {to_float(over_columns(sums.first, p.cols, p.inverse_cols)),
+          to_float(over_columns(sums.second, p.cols, p.inverse_cols))};
 }
 
 // The gradient of one vector of a row; grad_output is overwritten by it.
 template <class Norm, class T>
 __device__ __forceinline__ void write_grad_input(const NormBackwardParams& p, bool whole, int64_t row, int64_t begin,
                                                  const Normalization& by, const Projections& means,
-                                                 const float (&xhat)[width<T>], float (&grad)[width<T>]) {
+                                                 const float (&weight)[width<T>], const float (&xhat)[width<T>],
+                                                 float (&grad)[width<T>]) {
   constexpr int n = width<T>;
-  float weight[n], past_norm[n];
-  load_parameters<T>(p.weight, p.float_parameters, begin, p.cols, whole, 1.0f, weight);
+  float past_norm[n];
   const bool has_past_norm = p.grad_sum.data != nullptr;
   if (has_past_norm) unpack<T>(load_vector(row_of<T>(p.grad_sum, row), begin, p.cols, whole), past_norm);
 #pragma unroll
@@ -102,18 +101,21 @@ __device__ __forceinline__ void write_line(float (&part)[Policy::vectors][width<
   if constexpr (groups > 1) __syncthreads();  // `shared` is used again for the next line
 }
 
-// Blocks that a multiprocessor is to hold: as many as the largest policy's registers allow. Without it the compiler
-// aims higher for small ones and spills.
+// Blocks that a multiprocessor is to hold: as many as the largest policy's registers allow, which are more where single
+// elements are loaded. Without it the compiler aims higher for small ones and spills.
 template <class Policy>
-constexpr int backward_blocks = Policy::block == 128 ? 3 : 1;
+constexpr int blocks_of_128 = Policy::whole ? 3 : 2;
+template <class Policy>
+constexpr int backward_blocks = Policy::block == 128 ? blocks_of_128<Policy> : 1;
 
 template <class Norm, class Policy>
 __global__ void __launch_bounds__(Policy::block, backward_blocks<Policy>)
     norm_backward_kernel(const __grid_constant__ NormBackwardParams p) {
   using T = typename Policy::T;
+  using Sum = HeldSum<Policy>;
   constexpr int n = width<T>, vectors = Policy::vectors;
-  __shared__ NormExchange<Policy::threads> exchange;
-  __shared__ Exchange<Both<Pair>, Policy::threads> projections;
+  __shared__ NormExchange<Sum, Policy::threads> exchange;
+  __shared__ Exchange<Both<Sum>, Policy::threads> projections;
   __shared__ float parts[Policy::rows_per_block > 1 ? vectors * n * Policy::block : 1];
   float weight_part[vectors][n] = {}, bias_part[vectors][n] = {};
 
@@ -126,24 +128,27 @@ __global__ void __launch_bounds__(Policy::block, backward_blocks<Policy>)
     if (!Norm::centered && Policy::threads > warp_size && p.grad_input == nullptr) __syncthreads();
     x.load(row_of<T>(p.input, row), valid);
     grad_output.load(row_of<T>(p.grad_output, row), valid);
-    const Normalization by = normalization_of<Norm::centered, Policy::threads>(x, p.cols, p.eps, exchange);
-    const auto each_pair = [&](auto f) {
+    const HeldParameters<Policy> weights(p.grad_input == nullptr ? nullptr : p.weight, p.float_parameters, x);
+    const Normalization by = normalization_of<Norm::centered>(x, valid, p.cols, p.inverse_cols, p.eps, exchange);
+    Projections means = {0, 0};
+    if (p.grad_input != nullptr) {
+      Both<Sum> sums = {};
 #pragma unroll
       for (int v = 0; v < vectors; ++v) {
         if (!x.holds(v)) continue;
-        float values[n], grads[n];
-        unpack<T>(x.held[v], values);
-        unpack<T>(grad_output.held[v], grads);
-        f(values, grads, x.begin(v));
+        float xhat[n], grad[n], weight[n];
+        unpack<T>(x.held[v], xhat);
+        unpack<T>(grad_output.held[v], grad);
+        weights.get(x, v, 1.0f, weight);
+        add_projections<Norm>(by, weight, xhat, grad, sums);
       }
-    };
-    Projections means = {0, 0};
-    if (p.grad_input != nullptr) means = project<Norm, T, Policy::threads>(p, x.whole, by, each_pair, projections);
+      means = projections_of(sums, p, projections);
+    }
     if (!valid) continue;
 #pragma unroll
     for (int v = 0; v < vectors; ++v) {
       if (!x.holds(v)) continue;
-      float xhat[n], grad[n];
+      float xhat[n], grad[n], weight[n];
       unpack<T>(x.held[v], xhat);
       unpack<T>(grad_output.held[v], grad);
 #pragma unroll
@@ -152,7 +157,9 @@ __global__ void __launch_bounds__(Policy::block, backward_blocks<Policy>)
         weight_part[v][i] = fmaf(grad[i], xhat[i], weight_part[v][i]);
         if (Norm::centered) bias_part[v][i] += grad[i];
       }
-      if (p.grad_input != nullptr) write_grad_input<Norm, T>(p, x.whole, row, x.begin(v), by, means, xhat, grad);
+      if (p.grad_input == nullptr) continue;
+      weights.get(x, v, 1.0f, weight);
+      write_grad_input<Norm, T>(p, x.whole, row, x.begin(v), by, means, weight, xhat, grad);
     }
   }
   const int64_t line = static_cast<int64_t>(blockIdx.x) * p.cols;
@@ -167,12 +174,12 @@ template <class Norm, class T>
 __global__ void __launch_bounds__(wide_row_threads)
     norm_wide_backward_kernel(const __grid_constant__ NormBackwardParams p) {
   constexpr int n = width<T>;
-  __shared__ NormExchange<wide_row_threads> exchange;
+  __shared__ NormExchange<Pair, wide_row_threads> exchange;
   __shared__ Exchange<Both<Pair>, wide_row_threads> projections;
   const int64_t row = blockIdx.x;
   const StreamedRow<T, wide_row_threads> x{row_of<T>(p.input, row), p.cols, p.whole_vectors};
   const T* grad_output = row_of<T>(p.grad_output, row);
-  const Normalization by = normalization_of<Norm::centered, wide_row_threads>(x, p.cols, p.eps, exchange);
+  const Normalization by = normalization_of<Norm::centered>(x, true, p.cols, p.inverse_cols, p.eps, exchange);
   if (threadIdx.x == 0) {
     float* values = p.row_values + row * norm_row_values;
     values[0] = by.scale;
@@ -181,18 +188,23 @@ __global__ void __launch_bounds__(wide_row_threads)
     values[3] = by.rest;
   }
   if (p.grad_input == nullptr) return;
-  const auto each_pair = [&](auto f) {
+  const auto each_vector = [&](auto f) {
     x.each([&](float (&values)[n], int64_t begin, int) {
-      float grads[n];
+      float grads[n], weight[n];
       unpack<T>(load_vector(grad_output, begin, p.cols, p.whole_vectors), grads);
-      f(values, grads, begin);
+      load_parameters<T>(p.weight, p.float_parameters, begin, p.cols, p.whole_vectors, 1.0f, weight);
+      f(values, grads, weight, begin);
     });
   };
-  const Projections means = project<Norm, T, wide_row_threads>(p, x.whole, by, each_pair, projections);
-  each_pair([&](float (&xhat)[n], float (&grad)[n], int64_t begin) {
+  Both<Pair> sums = {};
+  each_vector([&](float (&xhat)[n], float (&grad)[n], const float (&weight)[n], int64_t) {
+    add_projections<Norm>(by, weight, xhat, grad, sums);
+  });
+  const Projections means = projections_of(sums, p, projections);
+  each_vector([&](float (&xhat)[n], float (&grad)[n], const float (&weight)[n], int64_t begin) {
 #pragma unroll
     for (int i = 0; i < n; ++i) xhat[i] = normalize<Norm::centered, false>(xhat[i], by);
-    write_grad_input<Norm, T>(p, x.whole, row, begin, by, means, xhat, grad);
+    write_grad_input<Norm, T>(p, x.whole, row, begin, by, means, weight, xhat, grad);
   });
 }
 

@@ -24,6 +24,7 @@ cudaError_t norm_forward(NormForwardParams p, DType dtype, cudaStream_t stream) 
   if (p.rows == 0 || p.cols == 0) return cudaSuccess;
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
+    p.inverse_cols = static_cast<float>(1.0 / static_cast<double>(p.cols));
     p.whole_vectors = rows_are_whole<T>(p.input, p.cols) && rows_are_whole<T>(p.residual, p.cols) &&
                       rows_are_whole<T>({p.sum, p.cols}, p.cols) && rows_are_whole<T>({p.output, p.cols}, p.cols) &&
                       parameters_are_whole<T>(p.weight, p.cols, p.float_parameters) &&
@@ -41,11 +42,27 @@ cudaError_t norm_forward(NormForwardParams p, DType dtype, cudaStream_t stream) 
   });
 }
 
+// The policy of a row's gradients: beside the row a thread holds its part of two sums over rows, so wide rows have
+// twice the threads.
+template <class T, class Body>
+void with_gradient_policy(int64_t cols, bool whole, Body body) {
+  const int64_t vectors = vectors_of<T>(cols);
+  if (vectors <= 512 || vectors > 1024)
+    with_row_policy<T>(cols, whole, [&](auto policy) {
+      if constexpr (policy.threads != 256) body(policy);
+    });
+  else if (whole)
+    body(RowPolicy<T, 512, 2, true>{});
+  else
+    body(RowPolicy<T, 512, 2, false>{});
+}
+
 template <class Norm>
 cudaError_t norm_backward(NormBackwardParams p, DType dtype, cudaStream_t stream) {
   if (p.cols == 0) return cudaSuccess;
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
+    p.inverse_cols = static_cast<float>(1.0 / static_cast<double>(p.cols));
     p.whole_vectors = rows_are_whole<T>(p.input, p.cols) && rows_are_whole<T>(p.grad_output, p.cols) &&
                       rows_are_whole<T>(p.grad_sum, p.cols) && rows_are_whole<T>({p.grad_input, p.cols}, p.cols) &&
                       parameters_are_whole<T>(p.weight, p.cols, p.float_parameters);
@@ -55,7 +72,7 @@ cudaError_t norm_backward(NormBackwardParams p, DType dtype, cudaStream_t stream
       if (norm_gradient_is_wide(p.cols)) {
         error = norm_wide_backward<Norm, T>(p, stream);
       } else {
-        with_row_policy<T>(p.cols, p.whole_vectors, [&](auto policy) {
+        with_gradient_policy<T>(p.cols, p.whole_vectors, [&](auto policy) {
           using Policy = decltype(policy);
           if constexpr (Policy::threads * Policy::vectors * width<T> <= norm_gradient_cols)
             error = launch(norm_backward_kernel<Norm, Policy>, chunks, dim3(Policy::block), 0, stream, p);
@@ -63,13 +80,9 @@ cudaError_t norm_backward(NormBackwardParams p, DType dtype, cudaStream_t stream
       }
       if (error != cudaSuccess) return error;
     }
-    const auto add = [&](const float* lines, void* total) {
-      if (lines == nullptr || error != cudaSuccess) return;
-      error = add_lines<T>({lines, total, p.chunks, p.cols, p.float_parameters}, stream);
-    };
-    add(p.weight_lines, p.grad_weight);
-    add(p.bias_lines, p.grad_bias);
-    return error;
+    const LinesParams sums = {
+        {{p.weight_lines, p.grad_weight}, {p.bias_lines, p.grad_bias}}, p.chunks, p.cols, p.float_parameters};
+    return add_lines<T>(sums, stream);
   });
 }
 

@@ -2,11 +2,14 @@
 //
 //   centered    whether it has a mean, and with it a bias
 //
-// Policy: a row stays in the registers of its threads from the one read to the one write. Its statistics are sums of
-// two floats over deviations from its rounded mean, which is far closer to the mean than a standard deviation even at
-// mean/std 1e6; a row for which that would not do (constant, beyond float's range, not finite) takes them in double.
-// float32 results round twice: what x - mean loses is carried along. Rows wider than a block's registers are read three
-// times.
+// Policy: a row stays in the registers of its threads from the one read to the one write. Its statistics are sums over
+// deviations from its rounded mean, which is far closer to the mean than a standard deviation even at mean/std 1e6, and
+// what the deviations' own mean is off by is corrected; a row for which that would not do (constant, beyond float's
+// range, not finite) takes them in double. The sums are two floats for float32, whose results round twice: what
+// x - mean loses is carried along. For 16-bit rows a float does, 2^-20 of a result being less than a hundredth of its
+// last place; but for the narrowest, whose xhat takes few values (+-1 where there are two columns): times a 16-bit
+// weight and plus a bias these lie in the middle between two results, where a float's last place decides.
+// Parameters are read with the row, ahead of the reductions. Rows wider than a block's registers are read three times.
 //
 // The sums over a row's threads have one tree per row length; nothing depends on the batch.
 #pragma once
@@ -16,6 +19,7 @@
 #include "cuda/exact.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/norm.cuh"
+#include "cuda/ptx.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/rows.cuh"
 
@@ -31,10 +35,15 @@ struct Normalization {
   float scale, mean, mean_tail, rest, rest_tail;
 };
 
-template <int threads>
+// What sums over a row are taken in: Pair or float. Wide rows of any type have Pair: their threads add many terms.
+template <class Policy>
+using HeldSum = std::conditional_t<std::is_same_v<typename Policy::T, float> || Policy::threads == narrow_row_threads,
+                                   Pair, float>;
+
+template <class Sum, int threads>
 struct NormExchange {
   Exchange<float, threads> mean;
-  Exchange<Both<Pair>, threads> moments;
+  Exchange<Both<Sum>, threads> moments;
   Exchange<double, threads> sum, squares;
 };
 
@@ -59,9 +68,9 @@ __device__ __forceinline__ Normalization scaled_normalization(double mean, doubl
 }
 
 // In double, right for every row; kept out of the way of the rows that do without.
-template <bool centered, int threads, class Row>
+template <bool centered, class Row, class Sum, int threads>
 __device__ __forceinline__ Normalization wide_statistics(const Row& row, int64_t cols, SplitDouble eps,
-                                                         NormExchange<threads>& exchange) {
+                                                         NormExchange<Sum, threads>& exchange) {
   double mean = 0;
   if (centered) {
     row.each([&](const auto& x, int64_t, int) {
@@ -83,43 +92,65 @@ __device__ __forceinline__ Normalization wide_statistics(const Row& row, int64_t
   return scaled_normalization(mean, 1.0 / sqrt(variance + wide_eps), centered);
 }
 
-// All threads of a block call it together; those of one row get the same result.
-template <bool centered, int threads, class Row>
-__device__ __forceinline__ Normalization normalization_of(const Row& row, int64_t cols, SplitDouble eps,
-                                                          NormExchange<threads>& exchange) {
+// Of a quotient by the number of columns: exact to the last bits of a Pair, to those of a float where that is enough.
+__device__ __forceinline__ Pair over_columns(Pair sum, int64_t cols, float) { return sum / static_cast<float>(cols); }
+__device__ __forceinline__ float over_columns(float sum, int64_t, float inverse_cols) { return sum * inverse_cols; }
+__device__ __forceinline__ float rounded(Pair x) { return x.hi; }
+__device__ __forceinline__ float rounded(float x) { return x; }
+
+__device__ __forceinline__ Pair variance_of(Pair square, Pair offset) { return square + -(offset * offset); }
+__device__ __forceinline__ float variance_of(float square, float offset) { return fmaf(-offset, offset, square); }
+
+__device__ __forceinline__ Pair rstd_of(Pair variance, SplitDouble eps) {
+  return inverse_sqrt(variance + Pair{eps.hi, eps.lo});
+}
+__device__ __forceinline__ Pair rstd_of(float variance, SplitDouble eps) {
+  return {ptx::rsqrt_approx(variance + eps.hi), 0.0f};
+}
+
+// The sum of squares of n floats, by halves.
+template <int n>
+__device__ __forceinline__ float sum_of_squares(const float (&x)[n]) {
+  float squares[n / 2];
+#pragma unroll
+  for (int i = 0; i < n / 2; ++i) squares[i] = fmaf(x[i + n / 2], x[i + n / 2], x[i] * x[i]);
+  return sum_by_halves(squares);
+}
+
+// All threads of a block call it together; those of one row get the same result, those of no row (not `valid`) any.
+template <bool centered, class Row, class Sum, int threads>
+__device__ __forceinline__ Normalization normalization_of(const Row& row, bool valid, int64_t cols, float inverse_cols,
+                                                          SplitDouble eps, NormExchange<Sum, threads>& exchange) {
   constexpr int n = Row::n;
-  const float length = static_cast<float>(cols);
   float shift = 0;
   if (centered) {
     row.each([&](auto& x, int64_t, int) { shift += sum_by_halves(x); });
-    shift = reduce<threads>(shift, Add{}, exchange.mean) / length;
+    shift = reduce<threads>(shift, Add{}, exchange.mean) * inverse_cols;
   }
-  Both<Pair> moments = {{0, 0}, {0, 0}};
+  Both<Sum> moments = {};
   row.each([&](auto& x, int64_t, int count) {
-    float squares[n];
 #pragma unroll
-    for (int i = 0; i < n; ++i) {
-      x[i] = i < count ? x[i] - shift : 0.0f;
-      squares[i] = x[i] * x[i];
-    }
+    for (int i = 0; i < n; ++i) x[i] = i < count ? x[i] - shift : 0.0f;
+    moments.second = moments.second + sum_of_squares(x);
     if (centered) moments.first = moments.first + sum_by_halves(x);
-    moments.second = moments.second + sum_by_halves(squares);
   });
   moments = reduce<threads>(moments, Add{}, exchange.moments);
 
-  const Pair offset = moments.first / length, square = moments.second / length;
-  const Pair variance = centered ? square + -(offset * offset) : square;
-  const Pair rstd = inverse_sqrt(variance + Pair{eps.hi, eps.lo});
+  const Sum offset = over_columns(moments.first, cols, inverse_cols);
+  const Sum square = over_columns(moments.second, cols, inverse_cols);
+  const Sum variance = centered ? variance_of(square, offset) : square;
+  const Pair rstd = rstd_of(variance, eps);
   // Where the squares leave float's range, the shift is farther from the mean than half a standard deviation, or the
   // length is no float. A comparison with a NaN is false.
   constexpr float smallest = 0x1p-80f, largest = 0x1p100f;
   constexpr int64_t longest = int64_t{1} << 24;
-  const bool quick = variance.hi > smallest && variance.hi < largest && eps.hi < largest && cols <= longest &&
-                     4.0f * offset.hi * offset.hi <= variance.hi;
+  const float spread = rounded(variance), off = rounded(offset);
+  const bool quick = !valid || (spread > smallest && spread < largest && eps.hi < largest && cols <= longest &&
+                                4.0f * off * off <= spread);
   Normalization result = {1.0f, shift, to_float(offset), rstd.hi, rstd.lo};
   // The vote is a warp's, which may hold several rows; a wider row's threads agree anyway.
   if (__any_sync(whole_warp, !quick)) {
-    const Normalization wide = wide_statistics<centered, threads>(row, cols, eps, exchange);
+    const Normalization wide = wide_statistics<centered>(row, cols, eps, exchange);
     if (!quick) result = wide;
   }
   return result;
@@ -132,7 +163,7 @@ __device__ __forceinline__ float normalize(float x, const Normalization& row) {
   if constexpr (!centered) {
     return precise ? fmaf(scaled, row.rest, scaled * row.rest_tail) : scaled * row.rest;
   } else if constexpr (!precise) {
-    return fmaf(scaled - row.mean, row.rest, -row.mean_tail * row.rest);
+    return fmaf(fmaf(x, row.scale, -row.mean), row.rest, -row.mean_tail * row.rest);
   } else {
     const Pair coarse = two_sum(scaled, -row.mean), deviation = two_sum(coarse.hi, -row.mean_tail);
     const float lost = coarse.lo + deviation.lo;
@@ -156,21 +187,41 @@ __device__ __forceinline__ void load_parameters(const void* data, bool in_float,
   }
 }
 
-template <class Norm, class T, class Row>
-__device__ __forceinline__ void write_row(const NormForwardParams& p, const Row& row, const Normalization& by,
-                                          T* output) {
-  constexpr int n = Row::n;
-  row.each([&](auto& x, int64_t begin, int) {
-    float weight[n], bias[n];
-    load_parameters<T>(p.weight, p.float_parameters, begin, p.cols, row.whole, 1.0f, weight);
-    if (Norm::centered) load_parameters<T>(p.bias, p.float_parameters, begin, p.cols, row.whole, 0.0f, bias);
+// Weights or biases of the vectors of columns that a thread holds. Those of the rows' type are read when the row is;
+// float ones beside 16-bit rows, which would take twice the registers of the row itself, when they are used.
+template <class Policy>
+struct HeldParameters {
+  using T = typename Policy::T;
+  static constexpr int n = width<T>;
+  const void* data;
+  bool in_float;
+  Packed held[Policy::vectors];
+
+  __device__ __forceinline__ HeldParameters(const void* data, bool in_float, const HeldRow<Policy>& row)
+      : data(data), in_float(!std::is_same_v<T, float> && in_float) {
+    if (data == nullptr || this->in_float) return;
 #pragma unroll
-    for (int i = 0; i < n; ++i) {
-      const float xhat = normalize<Norm::centered, std::is_same_v<T, float>>(x[i], by);
-      x[i] = Norm::centered ? fmaf(xhat, weight[i], bias[i]) : xhat * weight[i];
-    }
-    store_vector(output, begin, p.cols, row.whole, pack<T>(x));
-  });
+    for (int v = 0; v < Policy::vectors; ++v)
+      if (row.holds(v)) held[v] = load_vector(static_cast<const T*>(data), row.begin(v), row.cols, row.whole);
+  }
+  __device__ __forceinline__ void get(const HeldRow<Policy>& row, int v, float otherwise, float (&x)[n]) const {
+    if (data == nullptr || in_float)
+      load_parameters<T>(data, true, row.begin(v), row.cols, row.whole, otherwise, x);
+    else
+      unpack<T>(held[v], x);
+  }
+};
+
+template <class Norm, class T>
+__device__ __forceinline__ Packed normalized(const Normalization& by, const float (&x)[width<T>],
+                                             const float (&weight)[width<T>], const float (&bias)[width<T>]) {
+  float result[width<T>];
+#pragma unroll
+  for (int i = 0; i < width<T>; ++i) {
+    const float xhat = normalize<Norm::centered, std::is_same_v<T, float>>(x[i], by);
+    result[i] = Norm::centered ? fmaf(xhat, weight[i], bias[i]) : xhat * weight[i];
+  }
+  return pack<T>(result);
 }
 
 // input + residual, rounded to the storage type, of one vector.
@@ -192,7 +243,8 @@ __device__ __forceinline__ const T* row_of(const NormRows& rows, int64_t row) {
 template <class Norm, class Policy>
 __global__ void __launch_bounds__(Policy::block) norm_forward_kernel(const __grid_constant__ NormForwardParams p) {
   using T = typename Policy::T;
-  __shared__ NormExchange<Policy::threads> exchange;
+  constexpr int n = width<T>;
+  __shared__ NormExchange<HeldSum<Policy>, Policy::threads> exchange;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * Policy::rows_per_block + threadIdx.x / Policy::threads;
   const bool valid = row < p.rows;  // threads without a row stay for the shuffles
   HeldRow<Policy> x(p.cols, threadIdx.x % Policy::threads);
@@ -207,8 +259,20 @@ __global__ void __launch_bounds__(Policy::block) norm_forward_kernel(const __gri
       if (valid && x.holds(v)) store_vector(sum, x.begin(v), p.cols, x.whole, x.held[v]);
     }
   }
-  const Normalization by = normalization_of<Norm::centered, Policy::threads>(x, p.cols, p.eps, exchange);
-  if (valid) write_row<Norm>(p, x, by, static_cast<T*>(p.output) + row * p.cols);
+  const HeldParameters<Policy> weights(p.weight, p.float_parameters, x);
+  const HeldParameters<Policy> biases(Norm::centered ? p.bias : nullptr, p.float_parameters, x);
+  const Normalization by = normalization_of<Norm::centered>(x, valid, p.cols, p.inverse_cols, p.eps, exchange);
+  if (!valid) return;
+  T* output = static_cast<T*>(p.output) + row * p.cols;
+#pragma unroll
+  for (int v = 0; v < Policy::vectors; ++v) {
+    if (!x.holds(v)) continue;
+    float values[n], weight[n], bias[n];
+    unpack<T>(x.held[v], values);
+    weights.get(x, v, 1.0f, weight);
+    if (Norm::centered) biases.get(x, v, 0.0f, bias);
+    store_vector(output, x.begin(v), p.cols, x.whole, normalized<Norm, T>(by, values, weight, bias));
+  }
 }
 
 constexpr int wide_row_threads = 512;
@@ -217,7 +281,7 @@ template <class Norm, class T>
 __global__ void __launch_bounds__(wide_row_threads)
     norm_wide_forward_kernel(const __grid_constant__ NormForwardParams p) {
   constexpr int n = width<T>;
-  __shared__ NormExchange<wide_row_threads> exchange;
+  __shared__ NormExchange<Pair, wide_row_threads> exchange;
   const int64_t row = blockIdx.x;
   const T* input = row_of<T>(p.input, row);
   StreamedRow<T, wide_row_threads> x{input, p.cols, p.whole_vectors};
@@ -230,8 +294,14 @@ __global__ void __launch_bounds__(wide_row_threads)
                              load_vector(residual, begin, p.cols, p.whole_vectors)));
     x.row = sum;  // each thread reads again what it wrote
   }
-  const Normalization by = normalization_of<Norm::centered, wide_row_threads>(x, p.cols, p.eps, exchange);
-  write_row<Norm>(p, x, by, static_cast<T*>(p.output) + row * p.cols);
+  const Normalization by = normalization_of<Norm::centered>(x, true, p.cols, p.inverse_cols, p.eps, exchange);
+  T* output = static_cast<T*>(p.output) + row * p.cols;
+  x.each([&](const auto& values, int64_t begin, int) {
+    float weight[n], bias[n];
+    load_parameters<T>(p.weight, p.float_parameters, begin, p.cols, x.whole, 1.0f, weight);
+    if (Norm::centered) load_parameters<T>(p.bias, p.float_parameters, begin, p.cols, x.whole, 0.0f, bias);
+    store_vector(output, begin, p.cols, x.whole, normalized<Norm, T>(by, values, weight, bias));
+  });
 }
 
 }  // namespace

@@ -46,6 +46,10 @@ struct Add {
     return a + b;
   }
 };
+// The larger one; of a number and a NaN the number.
+struct Max {
+  __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
 // The larger one; a NaN where there is one.
 struct MaxOrNaN {
   __device__ __forceinline__ float operator()(float a, float b) const {

@@ -29,13 +29,10 @@ struct HeldRow {
   static constexpr int n = width<T>;
   static constexpr bool whole = Policy::whole;
   Packed held[Policy::vectors];
-  int64_t cols;
-  int lane;
+  int cols, lane;
 
-  __device__ __forceinline__ HeldRow(int64_t cols, int lane) : cols(cols), lane(lane) {}
-  __device__ __forceinline__ int64_t begin(int v) const {
-    return (static_cast<int64_t>(v) * Policy::threads + lane) * n;
-  }
+  __device__ __forceinline__ HeldRow(int64_t cols, int lane) : cols(static_cast<int>(cols)), lane(lane) {}
+  __device__ __forceinline__ int begin(int v) const { return (v * Policy::threads + lane) * n; }
   __device__ __forceinline__ bool holds(int v) const { return begin(v) < cols; }
 
   __device__ __forceinline__ void load(const T* row, bool valid) {
@@ -51,8 +48,7 @@ struct HeldRow {
       if (!holds(v)) continue;
       float x[n];
       unpack<T>(held[v], x);
-      const int64_t left = cols - begin(v);
-      f(x, begin(v), left < n ? static_cast<int>(left) : n);
+      f(x, begin(v), whole ? n : min(cols - begin(v), n));
     }
   }
 };
@@ -82,6 +78,8 @@ int64_t vectors_of(int64_t cols) {
   return (cols + width<T> - 1) / width<T>;
 }
 
+constexpr int narrow_row_threads = 8;
+
 // Calls body(RowPolicy{}) for the narrowest policy that holds rows of `cols`; false where none does. A row of 768
 // 16-bit elements is three vectors for each lane of a warp, one of 8192 four for each thread of 256. The bits of a row
 // depend on the threads alone, so rows without whole vectors make do with fewer policies.
@@ -89,7 +87,7 @@ template <class T, class Body>
 bool with_row_policy(int64_t cols, bool whole, Body body) {
   const int64_t vectors = vectors_of<T>(cols);
   if (whole) {
-    if (vectors <= 8) return body(RowPolicy<T, 8, 1, true>{}), true;
+    if (vectors <= 8) return body(RowPolicy<T, narrow_row_threads, 1, true>{}), true;
     if (vectors <= 32) return body(RowPolicy<T, 32, 1, true>{}), true;
     if (vectors <= 64) return body(RowPolicy<T, 32, 2, true>{}), true;
     if (vectors <= 128) return body(RowPolicy<T, 32, 4, true>{}), true;
@@ -98,7 +96,7 @@ bool with_row_policy(int64_t cols, bool whole, Body body) {
     if (vectors <= 1024) return body(RowPolicy<T, 256, 4, true>{}), true;
     if (vectors <= 2048) return body(RowPolicy<T, 512, 4, true>{}), true;
   } else {
-    if (vectors <= 8) return body(RowPolicy<T, 8, 1, false>{}), true;
+    if (vectors <= 8) return body(RowPolicy<T, narrow_row_threads, 1, false>{}), true;
     if (vectors <= 128) return body(RowPolicy<T, 32, 4, false>{}), true;
     if (vectors <= 512) return body(RowPolicy<T, 128, 4, false>{}), true;
     if (vectors <= 1024) return body(RowPolicy<T, 256, 4, false>{}), true;

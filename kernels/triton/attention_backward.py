@@ -21,8 +21,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_problem import allocate, dense_problem, heads_together, packed_problem, packed_view, tile_options, view
+from .attention_problem import (
+    allocate,
+    dense_problem,
+    excludes_pairs,
+    heads_together,
+    packed_problem,
+    packed_view,
+    tile_options,
+    view,
+)
 from .attention_scores import (
+    Matrix,
     all_finite,
     base_of,
     distance,
@@ -34,6 +44,7 @@ from .attention_scores import (
     multiply_kept,
     products,
     rows_of_keys,
+    selects,
     sequence_of,
     some_excluded,
     store_rows,
@@ -54,48 +65,47 @@ def load_statistic(t, batch, head, first_row, rows, num_rows):
 
 
 @triton.jit
-def _maximum_of_rows(p, s, query, query_base, key_base, batch, head, rows, start, stop, BLOCK_N: tl.constexpr,
-                     HEAD: tl.constexpr, HEAD_CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
-    maximum = tl.full((rows.shape[0],), float("-inf"), tl.float32)
+def _maximum_of_rows(p, s, query, queries, keys, batch, head, row, start, stop, BLOCK_M: tl.constexpr,
+                     BLOCK_N: tl.constexpr, HEAD: tl.constexpr, HEAD_CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
+    maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    rows = row + tl.arange(0, BLOCK_M)
     for key in range(start, stop, BLOCK_N):
         columns = key + tl.arange(0, BLOCK_N)
-        product = products(query, query_base, p.query, rows, s.len_q, key_base, p.key, columns, s.len_k, p.head_dim,
-                           HEAD, HEAD_CHUNKS, PRECISION)
+        product = products(query, queries, row, BLOCK_M, keys, key, BLOCK_N, HEAD, HEAD_CHUNKS, False, PRECISION)
         scores, keep, _ = finish_scores(p, s, product, batch, head, rows[:, None], columns[None, :], True)
         maximum = tl.maximum(maximum, tl.max(tl.where(keep, scores, float("-inf")), 1))
     return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
 @triton.jit
-def _differentiate_keys(p, s, state, tiles, bases, reference, delta, batch, head, rows, out_columns, start, stop,
-                        EDGES: tl.constexpr, KEPT: tl.constexpr, SLOPES: tl.constexpr, BLOCK_N: tl.constexpr,
-                        HEAD: tl.constexpr, HEAD_CHUNKS: tl.constexpr, VALUE: tl.constexpr, VALUE_CHUNKS: tl.constexpr,
-                        EXACT: tl.constexpr, PRECISION: tl.constexpr):
+def _differentiate_keys(p, s, state, tiles, matrices, reference, delta, batch, head, row, out_column, start, stop,
+                        EDGES: tl.constexpr, KEPT: tl.constexpr, SLOPES: tl.constexpr, BLOCK_M: tl.constexpr,
+                        BLOCK_N: tl.constexpr, HEAD: tl.constexpr, HEAD_CHUNKS: tl.constexpr, VALUE: tl.constexpr,
+                        VALUE_CHUNKS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr):
     """The state after blocks of keys [start, stop), not normalised: dQ, sums of weights and of dS, for dslope those of
     dS * distance and of weights * distance, and where EXACT that of weights * cap_slope * K."""
     grad_query, total, grad_total, grad_slope, distances, weighted_keys = state
     query, grad = tiles
-    query_base, grad_base, grad_view, key_base, value_base = bases
-    GUARDED: tl.constexpr = EDGES or (p.mask is not None) or (p.bias is not None)
+    queries, grads, keys, values = matrices
     TYPE: tl.constexpr = p.key.data.dtype.element_ty
+    rows = row + tl.arange(0, BLOCK_M)
     for key in range(start, stop, BLOCK_N):
         columns = key + tl.arange(0, BLOCK_N)
-        product = products(query, query_base, p.query, rows, s.len_q, key_base, p.key, columns, s.len_k, p.head_dim,
-                           HEAD, HEAD_CHUNKS, PRECISION)
+        product = products(query, queries, row, BLOCK_M, keys, key, BLOCK_N, HEAD, HEAD_CHUNKS, not EDGES, PRECISION)
         scores, keep, cap_slope = finish_scores(p, s, product, batch, head, rows[:, None], columns[None, :], EDGES)
-        if GUARDED:
+        if selects(p, EDGES):
             scores = tl.where(keep, scores, float("-inf"))
         weights = weigh(p, scores - reference[:, None], EXACT)
-        if GUARDED:
+        if selects(p, EDGES):
             weights = tl.where(keep, weights, 0.0)
         total += tl.sum(weights, 1)
-        grad_weights = products(grad, grad_base, grad_view, rows, s.len_q, value_base, p.value, columns, s.len_k,
-                                p.value_head_dim, VALUE, VALUE_CHUNKS, PRECISION)
+        grad_weights = products(grad, grads, row, BLOCK_M, values, key, BLOCK_N, VALUE, VALUE_CHUNKS, not EDGES,
+                                PRECISION)
         if p.dropout_seed is not None:
             draws = kept_draws(p, batch, head, rows, key, BLOCK_N)
             grad_weights = tl.where(draws, grad_weights * p.dropout_scale, 0.0)
         grad_scores = weights * (grad_weights - delta[:, None])
-        if GUARDED:
+        if selects(p, EDGES):
             grad_scores = tl.where(keep, grad_scores, 0.0)  # V at an excluded key may be anything
         grad_total += tl.sum(grad_scores, 1)
         if SLOPES:
@@ -104,27 +114,27 @@ def _differentiate_keys(p, s, state, tiles, bases, reference, delta, batch, head
         if p.softcap is not None:
             grad_scores = grad_scores * cap_slope
             weights = weights * cap_slope
-            if GUARDED:
+            if selects(p, EDGES):
                 grad_scores = tl.where(keep, grad_scores, 0.0)
                 weights = tl.where(keep, weights, 0.0)
-        keys = load_rows(key_base, p.key, columns, s.len_k, out_columns, p.head_dim)
+        tile = load_rows(keys, key, BLOCK_N, out_column, HEAD, not EDGES)
         if KEPT:
-            grad_query = multiply_kept(grad_scores, keep, keys, grad_query, TYPE, PRECISION)
+            grad_query = multiply_kept(grad_scores, keep, tile, grad_query, TYPE, PRECISION)
             if EXACT:
-                weighted_keys = multiply_kept(weights, keep, keys, weighted_keys, TYPE, PRECISION)
+                weighted_keys = multiply_kept(weights, keep, tile, weighted_keys, TYPE, PRECISION)
         else:
-            grad_query = multiply(narrowed(grad_scores, TYPE), keys, grad_query, PRECISION)
+            grad_query = multiply(narrowed(grad_scores, TYPE), tile, grad_query, PRECISION)
             if EXACT:
-                weighted_keys = multiply(weights, keys, weighted_keys, PRECISION)
+                weighted_keys = multiply(weights, tile, weighted_keys, PRECISION)
     return grad_query, total, grad_total, grad_slope, distances, weighted_keys
 
 
 @triton.jit
 def attention_backward_query_kernel(p, grad_output, output, lse, grad_lse, grad_query, references, normalisers, deltas,
-                                    slope_parts, sink_parts, num_blocks, head_chunks, scale, BLOCK_M: tl.constexpr,
-                                    BLOCK_N: tl.constexpr, HEAD: tl.constexpr, HEAD_CHUNKS: tl.constexpr,
-                                    VALUE: tl.constexpr, VALUE_CHUNKS: tl.constexpr, EXACT: tl.constexpr,
-                                    PRECISION: tl.constexpr):
+                                    slope_parts, sink_parts, key_tiles, value_tiles, num_blocks, head_chunks, scale,
+                                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr,
+                                    HEAD_CHUNKS: tl.constexpr, VALUE: tl.constexpr, VALUE_CHUNKS: tl.constexpr,
+                                    EXACT: tl.constexpr, PRECISION: tl.constexpr):
     """Program: (sequence, head, chunk of the query's columns, block of queries). Parts are [programs of chunk 0]."""
     task = tl.program_id(0)
     block = num_blocks - 1 - task % num_blocks
@@ -134,40 +144,41 @@ def attention_backward_query_kernel(p, grad_output, output, lse, grad_lse, grad_
     head = task % p.num_heads
     batch = task // p.num_heads
     s = sequence_of(p, batch)
-    first = block * BLOCK_M
+    row = block * BLOCK_M
     part = (batch * p.num_heads + head).to(tl.int64) * num_blocks + block
-    if first < s.len_q:
-        rows = first + tl.arange(0, BLOCK_M)
+    if row < s.len_q:
+        rows = row + tl.arange(0, BLOCK_M)
         kv_head = head // p.group
-        query_base, key_base = base_of(p.query, batch, head, s.first_q), base_of(p.key, batch, kv_head, s.first_k)
-        grad_base = base_of(grad_output, batch, head, s.first_q)
-        value_base = base_of(p.value, batch, kv_head, s.first_k)
-        output_base = base_of(output, batch, head, s.first_q)
-        query = load_rows(query_base, p.query, rows, s.len_q, tl.arange(0, HEAD), p.head_dim)
-        grad = load_rows(grad_base, grad_output, rows, s.len_q, tl.arange(0, VALUE), p.value_head_dim)
+        entry = batch if p.offsets_k is None else 0  # sequences that are packed lie in one
+        queries = Matrix(p.query, entry, head, s.first_q, s.len_q, p.head_dim, None)
+        grads = Matrix(grad_output, entry, head, s.first_q, s.len_q, p.value_head_dim, None)
+        outputs = Matrix(output, entry, head, s.first_q, s.len_q, p.value_head_dim, None)
+        keys = Matrix(p.key, entry, kv_head, s.first_k, s.len_k, p.head_dim, key_tiles)
+        values = Matrix(p.value, entry, kv_head, s.first_k, s.len_k, p.value_head_dim, value_tiles)
+        query = load_rows(queries, row, BLOCK_M, 0, HEAD, False)
+        grad = load_rows(grads, row, BLOCK_M, 0, VALUE, False)
         delta = tl.zeros((BLOCK_M,), tl.float32)
         for value_chunk in tl.static_range(VALUE_CHUNKS):
-            columns = value_chunk * VALUE + tl.arange(0, VALUE)
-            grads = load_rows(grad_base, grad_output, rows, s.len_q, columns, p.value_head_dim)
-            outputs = load_rows(output_base, output, rows, s.len_q, columns, p.value_head_dim)
-            delta += tl.sum(widened(grads) * widened(outputs), 1)
+            of_grad = load_rows(grads, row, BLOCK_M, value_chunk * VALUE, VALUE, False)
+            of_output = load_rows(outputs, row, BLOCK_M, value_chunk * VALUE, VALUE, False)
+            delta += tl.sum(widened(of_grad) * widened(of_output), 1)
         of_lse = tl.zeros((BLOCK_M,), tl.float32)
         if grad_lse is not None:
             of_lse = load_statistic(grad_lse, batch, head, s.first_q, rows, s.len_q)
         delta -= of_lse
 
         log_sum = load_statistic(lse, batch, head, s.first_q, rows, s.len_q)
-        start, full_start, full_stop, stop = keys_of_rows(p, s, first, tl.minimum(first + BLOCK_M, s.len_q), BLOCK_N)
+        start, full_start, full_stop, stop = keys_of_rows(p, s, row, tl.minimum(row + BLOCK_M, s.len_q), BLOCK_N)
         reference = tl.where(log_sum == float("-inf"), 0.0, log_sum / p.logit_scale)
         huge = (tl.abs(log_sum) > HUGE_LOGIT) & (tl.abs(log_sum) < float("inf"))
         if tl.max(huge.to(tl.int32), 0) > 0:
-            maximum = _maximum_of_rows(p, s, query, query_base, key_base, batch, head, rows, start, stop, BLOCK_N, HEAD,
-                                       HEAD_CHUNKS, PRECISION)
+            maximum = _maximum_of_rows(p, s, query, queries, keys, batch, head, row, start, stop, BLOCK_M, BLOCK_N,
+                                       HEAD, HEAD_CHUNKS, PRECISION)
             reference = tl.where(huge, maximum, reference)
 
-        out_columns = chunk * HEAD + tl.arange(0, HEAD)
+        column = chunk * HEAD
         tiles = (query, grad)
-        bases = (query_base, grad_base, grad_output, key_base, value_base)
+        matrices = (queries, grads, keys, values)
         SLOPES: tl.constexpr = slope_parts is not None
         none = tl.zeros((BLOCK_M,), tl.float32)
         no_query = tl.zeros((BLOCK_M, HEAD), tl.float32)
@@ -177,20 +188,20 @@ def attention_backward_query_kernel(p, grad_output, output, lse, grad_lse, grad_
         nothing = (no_query, none, none, none, none, no_keys)
         state = nothing
         if p.window_left is not None:
-            state = _differentiate_keys(p, s, state, tiles, bases, reference, delta, batch, head, rows, out_columns,
-                                        start, tl.minimum(full_start, stop), True, False, SLOPES, BLOCK_N, HEAD,
-                                        HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT, PRECISION)
-        state = _differentiate_keys(p, s, state, tiles, bases, reference, delta, batch, head, rows, out_columns,
-                                    full_start, full_stop, False, False, SLOPES, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE,
-                                    VALUE_CHUNKS, EXACT, PRECISION)
-        state = _differentiate_keys(p, s, state, tiles, bases, reference, delta, batch, head, rows, out_columns,
-                                    full_stop, stop, True, False, SLOPES, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE,
+            state = _differentiate_keys(p, s, state, tiles, matrices, reference, delta, batch, head, row, column,
+                                        start, tl.minimum(full_start, stop), True, False, SLOPES, BLOCK_M, BLOCK_N,
+                                        HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT, PRECISION)
+        state = _differentiate_keys(p, s, state, tiles, matrices, reference, delta, batch, head, row, column,
+                                    full_start, full_stop, False, False, SLOPES, BLOCK_M, BLOCK_N, HEAD, HEAD_CHUNKS,
+                                    VALUE, VALUE_CHUNKS, EXACT, PRECISION)
+        state = _differentiate_keys(p, s, state, tiles, matrices, reference, delta, batch, head, row, column,
+                                    full_stop, stop, True, False, SLOPES, BLOCK_M, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE,
                                     VALUE_CHUNKS, EXACT, PRECISION)
         result, total, grad_total, grad_slope, distances, weighted_keys = state
         if some_excluded(p):
             if not all_finite(result):
-                state = _differentiate_keys(p, s, nothing, tiles, bases, reference, delta, batch, head, rows,
-                                            out_columns, start, stop, True, True, SLOPES, BLOCK_N, HEAD, HEAD_CHUNKS,
+                state = _differentiate_keys(p, s, nothing, tiles, matrices, reference, delta, batch, head, row, column,
+                                            start, stop, True, True, SLOPES, BLOCK_M, BLOCK_N, HEAD, HEAD_CHUNKS,
                                             VALUE, VALUE_CHUNKS, EXACT, PRECISION)
                 result, total, grad_total, grad_slope, distances, weighted_keys = state
 
@@ -211,7 +222,7 @@ def attention_backward_query_kernel(p, grad_output, output, lse, grad_lse, grad_
         exact_delta = tl.where(is_part, delta, exact_delta)
         if EXACT:
             result -= (exact_delta - delta)[:, None] * weighted_keys
-        store_rows(base_of(grad_query, batch, head, s.first_q), grad_query, rows, s.len_q, out_columns, p.head_dim,
+        store_rows(Matrix(grad_query, entry, head, s.first_q, s.len_q, p.head_dim, None), row, column,
                    result * (normaliser * scale)[:, None])
         if chunk == 0:
             inside = rows < s.len_q
@@ -234,42 +245,39 @@ def attention_backward_query_kernel(p, grad_output, output, lse, grad_lse, grad_
 
 
 @triton.jit
-def _differentiate_rows(p, s, state, tiles, bases, grad_output, statistics, grad_bias, batch, head, columns, key,
-                        head_columns, value_columns, start, stop, EDGES: tl.constexpr, KEPT: tl.constexpr,
-                        BLOCK_M: tl.constexpr,
+def _differentiate_rows(p, s, state, tiles, matrices, statistics, grad_bias, batch, head, key, head_column,
+                        value_column, start, stop, EDGES: tl.constexpr, KEPT: tl.constexpr, BLOCK_M: tl.constexpr,
                         BLOCK_N: tl.constexpr, HEAD: tl.constexpr, HEAD_CHUNKS: tl.constexpr, VALUE: tl.constexpr,
                         VALUE_CHUNKS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr):
     """The state (dK, dV) after blocks of rows [start, stop) of one head. Tiles are [keys, queries]."""
     grad_key, grad_value = state
-    keys, values = tiles
-    key_base, value_base = bases
+    key_tile, value_tile = tiles
+    keys, values, queries, grads = matrices
     references, normalisers, deltas = statistics
-    GUARDED: tl.constexpr = EDGES or (p.mask is not None) or (p.bias is not None)
     TYPE: tl.constexpr = p.query.data.dtype.element_ty
-    query_base = base_of(p.query, batch, head, s.first_q)
-    grad_base = base_of(grad_output, batch, head, s.first_q)
+    columns = key + tl.arange(0, BLOCK_N)
     for row in range(start, stop, BLOCK_M):
         rows = row + tl.arange(0, BLOCK_M)
         reference = load_statistic(references, batch, head, s.first_q, rows, s.len_q)
         normaliser = load_statistic(normalisers, batch, head, s.first_q, rows, s.len_q)
         delta = load_statistic(deltas, batch, head, s.first_q, rows, s.len_q)
-        product = products(keys, key_base, p.key, columns, s.len_k, query_base, p.query, rows, s.len_q, p.head_dim,
-                           HEAD, HEAD_CHUNKS, PRECISION)
+        product = products(key_tile, keys, key, BLOCK_N, queries, row, BLOCK_M, HEAD, HEAD_CHUNKS, not EDGES,
+                           PRECISION)
         scores, keep, cap_slope = finish_scores(p, s, product, batch, head, rows[None, :], columns[:, None], EDGES)
-        if GUARDED:
+        if selects(p, EDGES):
             scores = tl.where(keep, scores, float("-inf"))
         weights = weigh(p, scores - reference[None, :], EXACT) * normaliser[None, :]
-        if GUARDED:
+        if selects(p, EDGES):
             weights = tl.where(keep, weights, 0.0)
-        grad_weights = products(values, value_base, p.value, columns, s.len_k, grad_base, grad_output, rows, s.len_q,
-                                p.value_head_dim, VALUE, VALUE_CHUNKS, PRECISION)
+        grad_weights = products(value_tile, values, key, BLOCK_N, grads, row, BLOCK_M, VALUE, VALUE_CHUNKS, not EDGES,
+                                PRECISION)
         kept_weights = weights
         if p.dropout_seed is not None:
             draws = tl.trans(kept_draws(p, batch, head, rows, key, BLOCK_N))
             grad_weights = tl.where(draws, grad_weights * p.dropout_scale, 0.0)
             kept_weights = tl.where(draws, weights * p.dropout_scale, 0.0)
         grad_scores = weights * (grad_weights - delta[None, :])
-        if GUARDED:
+        if selects(p, EDGES):
             grad_scores = tl.where(keep, grad_scores, 0.0)
         if grad_bias is not None:
             addresses = base_of(grad_bias, batch, head, 0) + rows.to(tl.int64)[None, :] * grad_bias.row
@@ -278,26 +286,30 @@ def _differentiate_rows(p, s, state, tiles, bases, grad_output, statistics, grad
             tl.store(addresses, narrowed(grad_scores, grad_bias.data.dtype.element_ty), mask=inside)
         if p.softcap is not None:
             grad_scores = grad_scores * cap_slope
-            if GUARDED:
+            if selects(p, EDGES):
                 grad_scores = tl.where(keep, grad_scores, 0.0)
-        grads = load_rows(grad_base, grad_output, rows, s.len_q, value_columns, p.value_head_dim)
-        queries = load_rows(query_base, p.query, rows, s.len_q, head_columns, p.head_dim)
+        grad_tile = load_rows(grads, row, BLOCK_M, value_column, VALUE, not EDGES)
+        query_tile = load_rows(queries, row, BLOCK_M, head_column, HEAD, not EDGES)
         if KEPT:
-            grad_value = multiply_kept(kept_weights, keep, grads, grad_value, TYPE, PRECISION)
-            grad_key = multiply_kept(grad_scores, keep, queries, grad_key, TYPE, PRECISION)
+            grad_value = multiply_kept(kept_weights, keep, grad_tile, grad_value, TYPE, PRECISION)
+            grad_key = multiply_kept(grad_scores, keep, query_tile, grad_key, TYPE, PRECISION)
         else:
-            grad_value = multiply(narrowed(kept_weights, TYPE), grads, grad_value, PRECISION)
-            grad_key = multiply(narrowed(grad_scores, TYPE), queries, grad_key, PRECISION)
+            grad_value = multiply(narrowed(kept_weights, TYPE), grad_tile, grad_value, PRECISION)
+            grad_key = multiply(narrowed(grad_scores, TYPE), query_tile, grad_key, PRECISION)
     return grad_key, grad_value
 
 
 @triton.jit
 def attention_backward_key_kernel(p, grad_output, grad_key, grad_value, references, normalisers, deltas, grad_bias,
-                                  num_blocks, num_chunks, num_kv_heads, scale, BLOCK_M: tl.constexpr,
-                                  BLOCK_N: tl.constexpr, HEAD: tl.constexpr, HEAD_CHUNKS: tl.constexpr,
-                                  VALUE: tl.constexpr, VALUE_CHUNKS: tl.constexpr, EXACT: tl.constexpr,
-                                  PRECISION: tl.constexpr):
-    """Program: (sequence, key head, chunk of the columns, block of keys)."""
+                                  query_tiles, grad_tiles, poisoned, num_blocks, num_chunks, num_kv_heads, scale,
+                                  KEPT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr,
+                                  HEAD_CHUNKS: tl.constexpr, VALUE: tl.constexpr, VALUE_CHUNKS: tl.constexpr,
+                                  EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """Program: (sequence, key head, chunk of the columns, block of keys).
+
+    Where pairs may be excluded, the walk over kept pairs alone is a launch of its own (KEPT), of the programs that have
+    marked themselves as poisoned: in one kernel with the others its registers would be theirs, and theirs would spill.
+    """
     task = tl.program_id(0)
     key = task % num_blocks * BLOCK_N
     task = task // num_blocks
@@ -309,12 +321,15 @@ def attention_backward_key_kernel(p, grad_output, grad_key, grad_value, referenc
     length = s.len_k
     if p.offsets_k is None:
         length = tl.cast(p.max_k, tl.int32)  # keys beyond seqlens_k have gradients too: 0
-    if key < length:
-        columns = key + tl.arange(0, BLOCK_N)
-        key_base, value_base = base_of(p.key, batch, kv_head, s.first_k), base_of(p.value, batch, kv_head, s.first_k)
-        keys = load_rows(key_base, p.key, columns, s.len_k, tl.arange(0, HEAD), p.head_dim)
-        values = load_rows(value_base, p.value, columns, s.len_k, tl.arange(0, VALUE), p.value_head_dim)
-        head_columns, value_columns = chunk * HEAD + tl.arange(0, HEAD), chunk * VALUE + tl.arange(0, VALUE)
+    wanted = key < length
+    if KEPT:
+        wanted = wanted & (tl.load(poisoned + tl.program_id(0), mask=wanted, other=0) != 0)
+    if wanted:
+        entry = batch if p.offsets_k is None else 0  # sequences that are packed lie in one
+        keys = Matrix(p.key, entry, kv_head, s.first_k, s.len_k, p.head_dim, None)
+        values = Matrix(p.value, entry, kv_head, s.first_k, s.len_k, p.value_head_dim, None)
+        tiles = (load_rows(keys, key, BLOCK_N, 0, HEAD, False), load_rows(values, key, BLOCK_N, 0, VALUE, False))
+        head_column, value_column = chunk * HEAD, chunk * VALUE
         key_stop = tl.minimum(key + BLOCK_N, s.len_k)
         start, full_start, full_stop, stop = rows_of_keys(p, s, key, key_stop, BLOCK_M)
         if key + BLOCK_N > s.len_k:  # some key does not exist: no row takes them all
@@ -322,35 +337,35 @@ def attention_backward_key_kernel(p, grad_output, grad_key, grad_value, referenc
             full_stop = start
         if key >= s.len_k:
             stop = start
-        tiles, bases, statistics = (keys, values), (key_base, value_base), (references, normalisers, deltas)
-        nothing = (tl.zeros((BLOCK_N, HEAD), tl.float32), tl.zeros((BLOCK_N, VALUE), tl.float32))
-        state = nothing
+        statistics = (references, normalisers, deltas)
+        state = (tl.zeros((BLOCK_N, HEAD), tl.float32), tl.zeros((BLOCK_N, VALUE), tl.float32))
         for head in range(kv_head * p.group, (kv_head + 1) * p.group):
-            if p.window_right is not None:
-                state = _differentiate_rows(p, s, state, tiles, bases, grad_output, statistics, grad_bias, batch, head,
-                                            columns, key, head_columns, value_columns, start,
-                                            tl.minimum(full_start, stop), True, False, BLOCK_M, BLOCK_N, HEAD,
+            matrices = (keys, values, Matrix(p.query, entry, head, s.first_q, s.len_q, p.head_dim, query_tiles),
+                        Matrix(grad_output, entry, head, s.first_q, s.len_q, p.value_head_dim, grad_tiles))
+            if KEPT:
+                state = _differentiate_rows(p, s, state, tiles, matrices, statistics, grad_bias, batch, head, key,
+                                            head_column, value_column, start, stop, True, True, BLOCK_M, BLOCK_N, HEAD,
                                             HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT, PRECISION)
-            state = _differentiate_rows(p, s, state, tiles, bases, grad_output, statistics, grad_bias, batch, head,
-                                        columns, key, head_columns, value_columns, full_start, full_stop, False, False,
-                                        BLOCK_M, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT, PRECISION)
-            state = _differentiate_rows(p, s, state, tiles, bases, grad_output, statistics, grad_bias, batch, head,
-                                        columns, key, head_columns, value_columns, full_stop, stop, True, False,
-                                        BLOCK_M, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT, PRECISION)
-        key_result, value_result = state
-        if some_excluded(p):
-            if not (all_finite(key_result) & all_finite(value_result)):
-                state = nothing
-                for head in range(kv_head * p.group, (kv_head + 1) * p.group):
-                    state = _differentiate_rows(p, s, state, tiles, bases, grad_output, statistics, grad_bias, batch,
-                                                head, columns, key, head_columns, value_columns, start, stop, True,
-                                                True, BLOCK_M, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT,
+            else:
+                if p.window_right is not None:
+                    state = _differentiate_rows(p, s, state, tiles, matrices, statistics, grad_bias, batch, head, key,
+                                                head_column, value_column, start, tl.minimum(full_start, stop), True,
+                                                False, BLOCK_M, BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT,
                                                 PRECISION)
-                key_result, value_result = state
-        store_rows(base_of(grad_key, batch, kv_head, s.first_k), grad_key, columns, length, head_columns, p.head_dim,
+                state = _differentiate_rows(p, s, state, tiles, matrices, statistics, grad_bias, batch, head, key,
+                                            head_column, value_column, full_start, full_stop, False, False, BLOCK_M,
+                                            BLOCK_N, HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT, PRECISION)
+                state = _differentiate_rows(p, s, state, tiles, matrices, statistics, grad_bias, batch, head, key,
+                                            head_column, value_column, full_stop, stop, True, False, BLOCK_M, BLOCK_N,
+                                            HEAD, HEAD_CHUNKS, VALUE, VALUE_CHUNKS, EXACT, PRECISION)
+        key_result, value_result = state
+        if poisoned is not None and not KEPT:
+            finite = all_finite(key_result) & all_finite(value_result)
+            tl.store(poisoned + tl.program_id(0), tl.where(finite, 0, 1).to(tl.uint8))
+        store_rows(Matrix(grad_key, entry, kv_head, s.first_k, length, p.head_dim, None), key, head_column,
                    key_result * scale)
-        store_rows(base_of(grad_value, batch, kv_head, s.first_k), grad_value, columns, length, value_columns,
-                   p.value_head_dim, value_result)
+        store_rows(Matrix(grad_value, entry, kv_head, s.first_k, length, p.value_head_dim, None), key, value_column,
+                   value_result)
 
 
 @triton.jit
@@ -378,9 +393,11 @@ def attention_backward_bias_kernel(p, grad_output, grad_bias, references, normal
         s = sequence_of(p, batch)
         for head in range(own_head * heads_each, (own_head + 1) * heads_each):
             kv_head = head // p.group
-            query_base, key_base = base_of(p.query, batch, head, s.first_q), base_of(p.key, batch, kv_head, s.first_k)
-            grad_base = base_of(grad_output, batch, head, s.first_q)
-            value_base = base_of(p.value, batch, kv_head, s.first_k)
+            entry = batch if p.offsets_k is None else 0
+            queries = Matrix(p.query, entry, head, s.first_q, s.len_q, p.head_dim, None)
+            grads = Matrix(grad_output, entry, head, s.first_q, s.len_q, p.value_head_dim, None)
+            keys = Matrix(p.key, entry, kv_head, s.first_k, s.len_k, p.head_dim, None)
+            values = Matrix(p.value, entry, kv_head, s.first_k, s.len_k, p.value_head_dim, None)
             for m in range(row_block * rows_each, (row_block + 1) * rows_each):
                 row = m * BLOCK_M
                 blocks = keys_of_rows(p, s, row, tl.minimum(row + BLOCK_M, s.len_q), BLOCK_N)
@@ -391,21 +408,21 @@ def attention_backward_bias_kernel(p, grad_output, grad_bias, references, normal
                     reference = load_statistic(references, batch, head, s.first_q, rows, s.len_q)
                     normaliser = load_statistic(normalisers, batch, head, s.first_q, rows, s.len_q)
                     delta = load_statistic(deltas, batch, head, s.first_q, rows, s.len_q)
-                    query = load_rows(query_base, p.query, rows, s.len_q, tl.arange(0, HEAD), p.head_dim)
-                    grad = load_rows(grad_base, grad_output, rows, s.len_q, tl.arange(0, VALUE), p.value_head_dim)
+                    query = load_rows(queries, row, BLOCK_M, 0, HEAD, False)
+                    grad = load_rows(grads, row, BLOCK_M, 0, VALUE, False)
                     for n in range(first, last):
-                        columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
-                        product = products(query, query_base, p.query, rows, s.len_q, key_base, p.key, columns, s.len_k,
-                                           p.head_dim, HEAD, HEAD_CHUNKS, PRECISION)
+                        key = n * BLOCK_N
+                        columns = key + tl.arange(0, BLOCK_N)
+                        product = products(query, queries, row, BLOCK_M, keys, key, BLOCK_N, HEAD, HEAD_CHUNKS, False,
+                                           PRECISION)
                         scores, keep, _ = finish_scores(p, s, product, batch, head, rows[:, None], columns[None, :],
                                                         True)
                         scores = tl.where(keep, scores, float("-inf"))
                         weights = weigh(p, scores - reference[:, None], EXACT) * normaliser[:, None]
-                        grad_weights = products(grad, grad_base, grad_output, rows, s.len_q, value_base, p.value,
-                                                columns, s.len_k, p.value_head_dim, VALUE, VALUE_CHUNKS,
-                                                PRECISION)
+                        grad_weights = products(grad, grads, row, BLOCK_M, values, key, BLOCK_N, VALUE, VALUE_CHUNKS,
+                                                False, PRECISION)
                         if p.dropout_seed is not None:
-                            draws = kept_draws(p, batch, head, rows, n * BLOCK_N, BLOCK_N)
+                            draws = kept_draws(p, batch, head, rows, key, BLOCK_N)
                             grad_weights = tl.where(draws, grad_weights * p.dropout_scale, 0.0)
                         total += tl.where(keep, weights * (grad_weights - delta[:, None]), 0.0)
 
@@ -449,8 +466,8 @@ def attention_backward(grad_output, grad_lse, query, key, value, output, lse, bi
     grads = [heads_together("attention", t, t.shape[1], t.shape[2], t.shape[3]) for t in (query, key, value)]
     statistics = [torch.empty_like(lse, memory_format=torch.contiguous_format) for _ in range(3)]
     extras = _Extras(query, bias, alibi_slopes, sinks, bias_shape, need_bias, need_alibi, need_sinks)
-    _launch_backward(problem, query.shape[0], scale, query, value, view(grad_output), view(output), view(lse),
-                     view(grad_lse), *map(view, grads), [view(t) for t in statistics], extras)
+    _launch_backward(problem, query.shape[0], scale, (query, key, value, grad_output), view(grad_output), view(output),
+                     view(lse), view(grad_lse), *map(view, grads), [view(t) for t in statistics], extras)
     return *grads, *extras.results()
 
 
@@ -463,7 +480,8 @@ def varlen_attention_backward(grad_output, grad_lse, query, key, value, output, 
     grads = [allocate("varlen_attention", t, *t.shape) for t in (query, key, value)]
     statistics = [torch.empty_like(lse, memory_format=torch.contiguous_format) for _ in range(3)]
     extras = _Extras(query, bias, alibi_slopes, sinks, bias_shape, need_bias, need_alibi, need_sinks)
-    _launch_backward(problem, cu_q.shape[0] - 1, scale, query, value, packed_view(grad_output), packed_view(output),
+    of_heads = tuple(t.transpose(0, 1)[None] for t in (query, key, value, grad_output))
+    _launch_backward(problem, cu_q.shape[0] - 1, scale, of_heads, packed_view(grad_output), packed_view(output),
                      packed_view(lse.mT), None if grad_lse is None else packed_view(grad_lse.mT),
                      *map(packed_view, grads), [packed_view(t.mT) for t in statistics], extras)
     return *grads, *extras.results()
@@ -493,22 +511,26 @@ class _Extras:
         return self.grad_bias, self.grad_alibi, self.grad_sinks
 
 
-def _launch_backward(problem, sequences, scale, query, value, grad_output, output, lse, grad_lse, grad_query, grad_key,
+def _launch_backward(problem, sequences, scale, of_heads, grad_output, output, lse, grad_lse, grad_query, grad_key,
                      grad_value, statistics, extras) -> None:
+    """of_heads: query, key, value and gradient of the output, [B, H, L, D] or [1, H, tokens, D]."""
+    query, key, value, grad = of_heads
     device, heads = query.device, problem.num_heads
     kv_heads = heads // problem.group if heads else 0
     shared = {"p": problem, "grad_output": grad_output,
               **dict(zip(("references", "normalisers", "deltas"), statistics))}
 
-    options, row = tile_options("query", query, value)
+    options, tile = tile_options("query", query, value, problem)
     blocks = triton.cdiv(problem.max_q, options["BLOCK_M"])
     slope_parts, sink_parts = (
         query.new_empty(sequences, heads, blocks, dtype=torch.float32) if wanted else None
         for wanted in (extras.need_alibi, extras.need_sinks)
     )
-    launch(attention_backward_query_kernel, (blocks * options["HEAD_CHUNKS"] * heads * sequences,), row, device,
+    launch(attention_backward_query_kernel, (blocks * options["HEAD_CHUNKS"] * heads * sequences,), tile.row, device,
            **shared, output=output, lse=lse, grad_lse=grad_lse, grad_query=grad_query, slope_parts=slope_parts,
-           sink_parts=sink_parts, num_blocks=blocks, head_chunks=options["HEAD_CHUNKS"], scale=scale, **options)
+           sink_parts=sink_parts, key_tiles=tile.descriptor_of(key, options["BLOCK_N"], options["HEAD"]),
+           value_tiles=tile.descriptor_of(value, options["BLOCK_N"], options["VALUE"]), num_blocks=blocks,
+           head_chunks=options["HEAD_CHUNKS"], scale=scale, **options)
     if extras.need_alibi:
         sums = _add_in_order(slope_parts.view(-1, blocks, 1)).view(sequences, heads)
         sums = sums if extras.alibi_slopes.dim() == 2 else _add_in_order(sums[None]).view(heads)
@@ -517,19 +539,27 @@ def _launch_backward(problem, sequences, scale, query, value, grad_output, outpu
         sums = _add_in_order(sink_parts.view(-1, blocks, 1)).view(1, sequences, heads)
         extras.grad_sinks = _add_in_order(sums).view(heads).to(extras.sinks.dtype)
 
-    options, row = tile_options("key", query, value)
+    options, tile = tile_options("key", query, value, problem)
     blocks = triton.cdiv(problem.max_k, options["BLOCK_N"])
     chunks = max(options["HEAD_CHUNKS"], options["VALUE_CHUNKS"])
-    launch(attention_backward_key_kernel, (blocks * chunks * kv_heads * sequences,), row, device, **shared,
-           grad_key=grad_key, grad_value=grad_value, grad_bias=extras.whole_bias(), num_blocks=blocks,
-           num_chunks=chunks, num_kv_heads=kv_heads, scale=scale, **options)
+    grid = (blocks * chunks * kv_heads * sequences,)
+    poisoned = query.new_empty(grid, dtype=torch.uint8) if excludes_pairs(problem) else None
+    of_keys = {**shared, "grad_key": grad_key, "grad_value": grad_value, "grad_bias": extras.whole_bias(),
+               "poisoned": poisoned, "num_blocks": blocks, "num_chunks": chunks, "num_kv_heads": kv_heads,
+               "scale": scale, **options}
+    launch(attention_backward_key_kernel, grid, tile.row, device, **of_keys, KEPT=False,
+           query_tiles=tile.descriptor_of(query, options["BLOCK_M"], options["HEAD"]),
+           grad_tiles=tile.descriptor_of(grad, options["BLOCK_M"], options["VALUE"]))
+    if poisoned is not None:
+        launch(attention_backward_key_kernel, grid, tile.kept_row, device, **of_keys, KEPT=True, query_tiles=None,
+               grad_tiles=None)
     if extras.sums_bias:
         _launch_bias(problem, sequences, query, value, shared, extras)
 
 
 def _launch_bias(problem, sequences, query, value, shared, extras) -> None:
     """A bias summed over rows or columns is gathered per sequence and head, and these parts are added in order."""
-    options, row = tile_options("bias", query, value)
+    options, tile = tile_options("bias", query, value, problem)
     heads = problem.num_heads
     shape = extras.grad_bias.shape
     sum_batch, sum_heads, sum_rows, sum_columns = (a == 1 for a in shape)
@@ -542,7 +572,7 @@ def _launch_bias(problem, sequences, query, value, shared, extras) -> None:
     column_blocks = triton.cdiv(problem.max_k, options["BLOCK_N"])
     own_batches, own_heads = 1 if sum_batch else sequences, 1 if sum_heads else heads
     own_rows, own_columns = 1 if sum_rows else row_blocks, 1 if sum_columns else column_blocks
-    launch(attention_backward_bias_kernel, (own_batches * own_heads * own_rows * own_columns,), row, query.device,
+    launch(attention_backward_bias_kernel, (own_batches * own_heads * own_rows * own_columns,), tile.row, query.device,
            **shared, grad_bias=view(gathered), own_heads=own_heads, row_blocks=own_rows, column_blocks=own_columns,
            batches_each=sequences if sum_batch else 1, heads_each=heads if sum_heads else 1,
            rows_each=row_blocks if sum_rows else 1, columns_each=column_blocks if sum_columns else 1,

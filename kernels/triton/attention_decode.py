@@ -19,6 +19,7 @@ from torch import Tensor
 from .attention_problem import allocate, decode_problem, heads_together, tile_options, view
 from .attention_scores import Sequence, all_finite, clamp, finish_rows, finish_scores, multiply, multiply_kept, weigh
 from .launch import Launch, launch
+from .memory import check_append
 from .versions import narrowed
 
 CHUNK_KEYS = 256  # of one partial result; fixed, so the order of every sum is too
@@ -238,6 +239,7 @@ def decode_attention_append(key_cache: Tensor, value_cache: Tensor, cache_seqlen
                             new_key: Tensor, new_value: Tensor) -> None:
     """Writes new keys and values [B, Hkv, Lnew, D | Dv] into the caches, from each entry's own length on."""
     batch, kv_heads, length, _ = new_key.shape
+    check_append(key_cache, value_cache, new_key, new_value)
     cache = _cache_of(key_cache, cache_seqlens, block_table, length)
     for target, new in ((key_cache, new_key), (value_cache, new_value)):
         row_blocks, column_blocks = triton.cdiv(length, COPY_ROWS), triton.cdiv(new.shape[3], COPY_COLUMNS)
@@ -264,7 +266,7 @@ def decode_attention_forward(query: Tensor, key_cache: Tensor, value_cache: Tens
     if lse.numel() == 0:
         return output, lse
 
-    options, row = tile_options("decode", query, value_cache)
+    options, tile = tile_options("decode", query, value_cache, problem)
     rows = problem.group * length
     options["BLOCK_M"] = min(LARGEST_TILE, max(options["BLOCK_M"], triton.next_power_of_2(rows)))
     value_chunks = options.pop("VALUE_CHUNKS")
@@ -277,7 +279,7 @@ def decode_attention_forward(query: Tensor, key_cache: Tensor, value_cache: Tens
         "p": problem, "cache": cache, "maxima": maxima, "sums": sums, "outputs": outputs, "num_chunks": chunks,
         "num_tiles": tiles, "value_chunks": value_chunks, "num_kv_heads": kv_heads, "CHUNK": CHUNK_KEYS,
     }
-    launch(attention_decode_kernel, (tasks * chunks,), row, query.device, **shared, **options)
+    launch(attention_decode_kernel, (tasks * chunks,), tile.row, query.device, **shared, **options)
     names = ("BLOCK_M", "VALUE", "EXACT")
     launch(attention_decode_fold_kernel, (tasks,), Launch(4), query.device, **shared,
            output=view(output), lse=view(lse), **{name: options[name] for name in names})

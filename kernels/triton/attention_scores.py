@@ -37,6 +37,18 @@ class Strided(NamedTuple):
     col: Any
 
 
+class Matrix(NamedTuple):
+    """Rows of one head of one sequence."""
+
+    t: Any  # the Strided that they lie in
+    batch: Any
+    head: Any
+    first_row: Any
+    num_rows: Any
+    num_columns: Any  # None: as many as whole tiles have
+    tiles: Any  # a TMA descriptor of the same tensor, or None
+
+
 class Problem(NamedTuple):
     """What every attention kernel is given. None is a feature that is not in use."""
 
@@ -60,7 +72,7 @@ class Problem(NamedTuple):
     tokens_k: Any
     num_heads: Any
     group: Any  # query heads per key head
-    head_dim: Any
+    head_dim: Any  # None where tiles have as many columns
     value_head_dim: Any
     window_left: Any
     window_right: Any
@@ -124,17 +136,36 @@ def base_of(t, batch, head, first_row):
 
 
 @triton.jit
-def load_rows(base, t, rows, num_rows, columns, num_columns):
-    """A tile of rows (int32 [M]) and columns (int32 [D]); 0 beyond the tensor."""
-    addresses = base + rows.to(tl.int64)[:, None] * t.row + columns.to(tl.int64)[None, :] * t.col
-    return tl.load(addresses, mask=(rows < num_rows)[:, None] & (columns < num_columns)[None, :], other=0.0)
+def _tile_of(m, row, ROWS: tl.constexpr, column, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
+    """(addresses, which of them exist) of a tile that begins at (row, column). WHOLE: all its rows exist.
+
+    What the blocks of a walk differ in is added to one scalar, so that a step does not compute every address anew.
+    """
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    base = base_of(m.t, m.batch, m.head, m.first_row + row) + tl.cast(column, tl.int64) * m.t.col
+    exists = tl.full((ROWS, COLUMNS), True, tl.int1)
+    if not WHOLE:
+        exists = exists & (row + rows < m.num_rows)[:, None]
+    if m.num_columns is not None:
+        exists = exists & (column + columns < m.num_columns)[None, :]
+    return base + (rows.to(tl.int64)[:, None] * m.t.row + columns.to(tl.int64)[None, :] * m.t.col), exists
 
 
 @triton.jit
-def store_rows(base, t, rows, num_rows, columns, num_columns, tile):
-    addresses = base + rows.to(tl.int64)[:, None] * t.row + columns.to(tl.int64)[None, :] * t.col
-    inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
-    tl.store(addresses, narrowed(tile, t.data.dtype.element_ty), mask=inside)
+def load_rows(m, row, ROWS: tl.constexpr, column, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
+    """A tile of a matrix; 0 beyond it. A descriptor knows where the tensor ends, not where a sequence does: it takes
+    the tiles whose rows exist."""
+    if WHOLE and m.tiles is not None:
+        at = [m.batch, m.head, (m.first_row + row).to(tl.int32), column]
+        return tl.reshape(m.tiles.load(at), (ROWS, COLUMNS))
+    addresses, exists = _tile_of(m, row, ROWS, column, COLUMNS, WHOLE)
+    return tl.load(addresses, mask=exists, other=0.0)
+
+
+@triton.jit
+def store_rows(m, row, column, tile):
+    addresses, exists = _tile_of(m, row, tile.shape[0], column, tile.shape[1], False)
+    tl.store(addresses, narrowed(tile, m.t.data.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -147,16 +178,16 @@ def multiply(a, b, accumulator, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def products(a, a_base, a_view, rows, num_rows, b_base, b_view, columns, num_columns, depth,
-             DEPTH: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
-    """Rows of one tensor times rows of another: a [M, depth] @ b[columns]^T. With one chunk, a is already loaded."""
-    result = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+def products(tile, a, row, ROWS: tl.constexpr, b, column, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+             CHUNKS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr):
+    """a[rows] @ b[columns]^T, both of them rows of matrices. With one chunk, `tile` is that of a, already loaded.
+    WHOLE: all rows of b exist."""
+    result = tl.zeros((ROWS, COLUMNS), tl.float32)
     for chunk in tl.static_range(CHUNKS):
-        at = chunk * DEPTH + tl.arange(0, DEPTH)
         if CHUNKS > 1:
-            a = load_rows(a_base, a_view, rows, num_rows, at, depth)
-        b = load_rows(b_base, b_view, columns, num_columns, at, depth)
-        result = multiply(a, tl.trans(b), result, PRECISION)
+            tile = load_rows(a, row, ROWS, chunk * DEPTH, DEPTH, False)
+        other = load_rows(b, column, COLUMNS, chunk * DEPTH, DEPTH, WHOLE)
+        result = multiply(tile, tl.trans(other), result, PRECISION)
     return result
 
 
@@ -207,10 +238,18 @@ def rows_of_keys(p, s, key, key_stop, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def selects(p, EDGES: tl.constexpr):
+    """Whether a walk excludes pairs by select: for a length, a window or a mask. A bias of -inf need not be looked for,
+    it is added; what is not finite in spite of it sends the program on the walk over kept pairs, where all select."""
+    SELECTS: tl.constexpr = EDGES or (p.mask is not None)
+    return SELECTS
+
+
+@triton.jit
 def finish_scores(p, s, product, batch, head, rows, columns, EDGES: tl.constexpr):
     """(scores, keep, slope of the softcap) of a tile of products q . k.
 
-    EDGES: some pair may be excluded by length or window. Without EDGES, mask and bias, keep is not looked at.
+    EDGES: some pair may be excluded by length or window. Where nothing selects, keep is not looked at.
     """
     keep = columns >= 0
     if EDGES:
@@ -221,16 +260,18 @@ def finish_scores(p, s, product, batch, head, rows, columns, EDGES: tl.constexpr
             keep = keep & (columns >= rows + (s.diagonal - p.window_left))
     slope = 1.0
     score = product
-    if p.transforms is not None:
-        score = product * p.scale
-        if p.softcap is not None:
-            score, slope = tanh_and_slope(score)
-            score = score * p.softcap
-    else:
+    if p.transforms is None:
         if p.negates is not None:
             score = -product
+    elif p.softcap is not None:
+        score, slope = tanh_and_slope(product * p.scale)
+        score = score * p.softcap
+    elif p.bias is None:
+        score = product * p.scale
     if (p.mask is not None) or (p.bias is not None):
-        inside = (columns < s.len_k) & (rows < s.len_q)
+        inside = rows < s.len_q
+        if EDGES:
+            inside = inside & (columns < s.len_k)
         row64, column64 = rows.to(tl.int64), columns.to(tl.int64)
         if p.mask is not None:
             addresses = base_of(p.mask, batch, head, 0) + row64 * p.mask.row + column64 * p.mask.col
@@ -238,8 +279,12 @@ def finish_scores(p, s, product, batch, head, rows, columns, EDGES: tl.constexpr
         if p.bias is not None:
             addresses = base_of(p.bias, batch, head, 0) + row64 * p.bias.row + column64 * p.bias.col
             bias = widened(tl.load(addresses, mask=inside, other=0.0))
-            keep = keep & (bias != float("-inf"))
-            score = score + bias
+            if selects(p, EDGES):
+                keep = keep & (bias != float("-inf"))
+            if p.softcap is not None:
+                score = score + bias
+            else:
+                score = fma(product, p.scale, bias)
     if p.alibi_slopes is not None:
         score = score - alibi_slope(p, batch, head) * distance(s, rows, columns)
     return score, keep, slope

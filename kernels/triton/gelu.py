@@ -11,16 +11,14 @@ Policy: a program owns some columns and goes down the rows of its chunk, so that
 gradient stays in registers. The gradient of the bias is a sum by chunks, then over chunks (rows.py).
 """
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 
 from .gelu_far import CUT_ERF, CUT_TANH, erf_slope, erf_tail, tanh_slope, tanh_tail
 from .gelu_tables import NUM_COEFFICIENTS, NUM_SEGMENTS, SEGMENTS
-from .launch import Launch, architecture_of, launch
-from .rows import add_lines, on_boundary, rows_at_once
+from .launch import Launch, is_recording, launch
+from .rows import RowTile, add_lines, on_boundary, tile_of_elements
 from .versions import fma, narrowed, widened
 
 _SEGMENTS_END = tl.constexpr(63.0 / 16)
@@ -174,25 +172,53 @@ def gelu_backward_kernel(
         tl.store(bias_lines + chunk * columns + col, tl.sum(part, axis=0), mask=col < columns)
 
 
+@triton.jit
+def gelu_table_kernel(table, numbers, COUNT: tl.constexpr):
+    """Floats that arrive as arguments, one after the other."""
+    for i in tl.static_range(COUNT):
+        tl.store(table + i, numbers[i])
+
+
 # ---- host ----
 
-_LAUNCH = Launch(8, spill_bytes=8)
-_ELEMENTS = 1024  # of a tile
-_MOST_COLS = 1024
+FORWARD_TILE = RowTile(1024, 1, Launch(8, spill_bytes=8))
+BACKWARD_TILE = RowTile(1024, 1, Launch(8, spill_bytes=8))
 _COLUMNS = 2048  # of a tensor without bias, which has no columns of its own
 _MOST_CHUNKS, _LEAST_TILES = 1024, 4
 
 
-@lru_cache(maxsize=None)
+_TABLE_LAUNCH = Launch(1)
+_tables: dict[tuple[bool, bool, torch.device], torch.Tensor] = {}
+
+
+def _is_captured(device: torch.device) -> bool:
+    """Whether the device's current stream is being captured in a graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def _table(tanh: bool, backward: bool, device: torch.device) -> torch.Tensor:
+    """The coefficients on a device.
+
+    A kernel writes them, out of its own arguments: a copy from the host cannot be captured in a CUDA graph, and the
+    first call may lie in one. There the table is the graph's: written at each replay, in memory of the graph's own, so
+    it is not kept for others.
+    """
+    found = _tables.get((tanh, backward, device))
+    if found is not None:
+        return found
     rows = SEGMENTS["tanh" if tanh else "erf", "backward" if backward else "forward"]
-    return torch.tensor(rows, dtype=torch.float32).to(device)
-
-
-def _tile(columns: int, rows: int, device: torch.device) -> tuple[int, int]:
-    """(rows, columns) of a tile."""
-    cols = min(_MOST_COLS, max(16, triton.next_power_of_2(columns)))
-    return rows_at_once(_ELEMENTS // cols, cols, rows, architecture_of(device)), cols
+    numbers = tuple(x for row in rows for x in row)
+    table = torch.empty(len(numbers), dtype=torch.float32, device=device)
+    launch(gelu_table_kernel, (1,), _TABLE_LAUNCH, device, table=table, numbers=numbers, COUNT=len(numbers))
+    if is_recording() or _is_captured(device):
+        return table
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # other streams read it without waiting for this one
+    _tables[tanh, backward, device] = table
+    return table
 
 
 def gelu_forward(input, bias, tanh):
@@ -202,12 +228,13 @@ def gelu_forward(input, bias, tanh):
         return output
     columns = _COLUMNS if bias is None else bias.numel()
     rows = triton.cdiv(input.numel(), columns)
-    tile_rows, cols = _tile(columns, rows, input.device)
-    grid = (triton.cdiv(rows, tile_rows) * triton.cdiv(columns, cols),)
+    tile = tile_of_elements(FORWARD_TILE, columns, rows, input.device)
+    grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.cols),)
     launch(
-        gelu_forward_kernel, grid, _LAUNCH, input.device, input=input, bias=None if bias is None else bias.contiguous(),
-        output=output, table=_table(tanh, False, input.device), size=input.numel(), columns=columns, TANH=tanh,
-        ROWS=tile_rows, COLS=cols,
+        gelu_forward_kernel, grid, tile.launch, input.device, input=input,
+        bias=None if bias is None else bias.contiguous(), output=output,
+        table=_table(tanh, False, input.device), size=input.numel(), columns=columns, TANH=tanh, ROWS=tile.rows,
+        COLS=tile.cols,
     )  # fmt: skip
     return output
 
@@ -221,17 +248,18 @@ def gelu_backward(grad_output, input, bias, tanh, need_bias_grad):
     if columns == 0:
         return grad_input, grad_bias
     rows = triton.cdiv(input.numel(), columns)
-    tile_rows, cols = _tile(columns, rows, input.device)
-    chunks = triton.cdiv(rows, tile_rows)
+    tile = tile_of_elements(BACKWARD_TILE, columns, rows, input.device)
+    chunks = triton.cdiv(rows, tile.rows)
     bias_lines = None
     if need_bias_grad:
-        chunks = min(_MOST_CHUNKS, triton.cdiv(rows, _LEAST_TILES * tile_rows))
+        chunks = min(_MOST_CHUNKS, triton.cdiv(rows, _LEAST_TILES * tile.rows))
         bias_lines = input.new_empty((chunks, columns), dtype=torch.float32)
+    grid = (chunks * triton.cdiv(columns, tile.cols),)
     launch(
-        gelu_backward_kernel, (chunks * triton.cdiv(columns, cols),), _LAUNCH, input.device, grad_output=grad_output,
-        input=input, bias=None if bias is None else bias.contiguous(), grad_input=grad_input, bias_lines=bias_lines,
+        gelu_backward_kernel, grid, tile.launch, input.device, grad_output=grad_output, input=input,
+        bias=None if bias is None else bias.contiguous(), grad_input=grad_input, bias_lines=bias_lines,
         table=_table(tanh, True, input.device), size=input.numel(), columns=columns, rows=rows, chunks=chunks,
-        TANH=tanh, ROWS=tile_rows, COLS=cols,
+        TANH=tanh, ROWS=tile.rows, COLS=tile.cols,
     )  # fmt: skip
     if need_bias_grad:
         add_lines(bias_lines, grad_bias)

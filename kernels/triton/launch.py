@@ -1,7 +1,8 @@
 """How kernels are launched: architectures, launch rows, and the one function that launches.
 
 A launch row is frozen data with provenance; an op chooses one by a pure function of sizes and architecture, so that the
-choice can be tested, and every row compiled, on a machine with no GPU. Nothing is tuned at run time.
+choice can be tested, and every row compiled, on a machine with no GPU. Nothing is tuned at run time: what is measured
+by `bench_<op>.py --tune` is pasted into the tables by hand.
 """
 
 import threading
@@ -116,6 +117,34 @@ def recording(architecture: Architecture) -> Iterator[Recording]:
         _recording = before
 
 
+def is_recording() -> bool:
+    """Whether launches are written down and not run, so that what they would write is not there."""
+    return _recording is not None
+
+
+# (a row of a table, what is taken in its place)
+_trial: tuple[object, object] | None = None
+
+
+@contextmanager
+def trying(present: object, candidate: object) -> Iterator[None]:
+    """Within it, whoever chooses the row `present` of a table is given `candidate`: for bench_<op>.py --tune alone.
+
+    The tables themselves never change. `present` is told by identity: an equal row of another table stays.
+    """
+    global _trial
+    before, _trial = _trial, (present, candidate)
+    try:
+        yield
+    finally:
+        _trial = before
+
+
+def taken(row):
+    """The row, or what is tried in its place: every row of a table passes here on its way to a launch."""
+    return _trial[1] if _trial is not None and _trial[0] is row else row
+
+
 _interpreter = threading.RLock()  # it keeps its state in module globals
 
 
@@ -131,5 +160,14 @@ def launch(kernel, grid: tuple[int, ...], row: Launch, device: torch.device, **a
     if _recording is not None:
         _recording.calls.append(Call(kernel, grid, row, arguments, options))
         return
+    _run(kernel, grid, arguments, options, device)
+
+
+def run(call: Call, device: torch.device) -> None:
+    """Runs a recorded launch whose operands lie on `device`."""
+    _run(call.kernel, call.grid, call.arguments, call.options, device)
+
+
+def _run(kernel, grid, arguments, options, device) -> None:
     with _interpreter if INTERPRETED else torch.cuda.device(device):
         kernel[grid](**arguments, **options)

@@ -26,8 +26,8 @@ from .exact import (
     two_sum,
 )
 from .exp import exp_nonpositive
-from .launch import Launch, architecture_of, launch
-from .rows import ALIGNED_ELEMENTS, STREAMED, add_lines, is_aligned, on_boundary, row_tile
+from .launch import Launch, architecture_of, launch, taken
+from .rows import ALIGNED_ELEMENTS, STREAMED, RowTile, add_lines, is_aligned, on_boundary, row_tile, with_rows
 from .versions import fma, narrowed, widened
 
 _INFINITY = tl.constexpr(float("inf"))
@@ -311,8 +311,10 @@ def masked_softmax_mask_keys_kernel(sums, grad_mask, keys, COLS: tl.constexpr):
 # ---- host ----
 
 _MOST_DIMS = 4
-_MASK_LAUNCH = Launch(4)
-_MASK_ROWS, _MASK_COLS = 16, 128  # of a tile of the mask's gradient
+FORWARD_TILES, GRADIENT_TILES = with_rows(), with_rows()
+FORWARD_STREAMED, GRADIENT_STREAMED = RowTile(4096, 1, Launch(8, spill_bytes=8)), STREAMED
+MASK_TILE = RowTile(128, 16, Launch(4))  # of the mask's gradient
+MASK_KEYS = RowTile(4096, 1, Launch(4))  # of its sum over keys
 
 
 def _merged(dims):
@@ -370,15 +372,11 @@ def masked_softmax_forward(input, mask, scale, causal, bottom_right):
         mask_key_stride=0 if mask is None else mask.stride(-1), DIMS=len(dims), CAUSAL=causal, KEEP=keep,
         WHOLE_MASK=whole_mask, **_digit_arguments(dims, "ds"),
     )  # fmt: skip
-    tile = row_tile(keys, rows, architecture_of(input.device))
+    tile = row_tile(keys, rows, architecture_of(input.device), FORWARD_TILES)
     if tile is None:
+        tile = taken(FORWARD_STREAMED)
         launch(
-            masked_softmax_streamed_forward_kernel,
-            (rows,),
-            STREAMED.launch,
-            input.device,
-            COLS=STREAMED.cols,
-            **operands,
+            masked_softmax_streamed_forward_kernel, (rows,), tile.launch, input.device, COLS=tile.cols, **operands
         )
     else:
         grid = (triton.cdiv(rows, tile.rows),)
@@ -396,15 +394,11 @@ def _differentiate(grad_output, output, grad_input, means, scale):
     operands = dict(
         grad_output=grad_output, output=output, grad_input=grad_input, means=means, keys=keys, scale=split(scale)[0]
     )
-    tile = row_tile(keys, rows, architecture_of(output.device))
+    tile = row_tile(keys, rows, architecture_of(output.device), GRADIENT_TILES)
     if tile is None:
+        tile = taken(GRADIENT_STREAMED)
         launch(
-            masked_softmax_streamed_backward_kernel,
-            (rows,),
-            STREAMED.launch,
-            output.device,
-            COLS=STREAMED.cols,
-            **operands,
+            masked_softmax_streamed_backward_kernel, (rows,), tile.launch, output.device, COLS=tile.cols, **operands
         )
     else:
         grid = (triton.cdiv(rows, tile.rows),)
@@ -457,17 +451,19 @@ def masked_softmax_mask_backward(grad_output, output, mask):
     repeats = output.numel() // keys // mask_rows
     chunks = _chunks_of(repeats)
     lines = output.new_empty((chunks, mask_rows * keys), dtype=torch.float32)
+    tile = taken(MASK_TILE)
     launch(
-        masked_softmax_mask_lines_kernel, (mask_rows * chunks * triton.cdiv(keys, _MASK_COLS),), _MASK_LAUNCH,
+        masked_softmax_mask_lines_kernel, (mask_rows * chunks * triton.cdiv(keys, tile.cols),), tile.launch,
         output.device, grad_output=grad_output, output=output, means=means, lines=lines, mask_rows=mask_rows, keys=keys,
-        repeats=repeats, chunks=chunks, BASE_DIMS=len(base), DIMS=len(shift), ROWS=_MASK_ROWS, COLS=_MASK_COLS,
+        repeats=repeats, chunks=chunks, BASE_DIMS=len(base), DIMS=len(shift), ROWS=tile.rows, COLS=tile.cols,
         **_digit_arguments(base, "bt"), **_digit_arguments(shift, "ds"),
     )  # fmt: skip
     sums = grad_mask if mask.shape[-1] == keys else output.new_empty((mask_rows, keys), dtype=torch.float32)
     add_lines(lines, sums)
     if sums is not grad_mask:
+        tile = taken(MASK_KEYS)
         launch(
-            masked_softmax_mask_keys_kernel, (mask_rows,), _MASK_LAUNCH, output.device, sums=sums, grad_mask=grad_mask,
-            keys=keys, COLS=STREAMED.cols,
+            masked_softmax_mask_keys_kernel, (mask_rows,), tile.launch, output.device, sums=sums, grad_mask=grad_mask,
+            keys=keys, COLS=tile.cols,
         )  # fmt: skip
     return grad_mask

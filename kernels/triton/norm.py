@@ -33,8 +33,8 @@ from .exact import (
     to_pair,
     two_sum,
 )
-from .launch import Launch, architecture_of, launch
-from .rows import STREAMED, TILES, RowTile, add_lines, as_rows, on_boundary, row_tile
+from .launch import Launch, architecture_of, launch, taken
+from .rows import STREAMED, RowTile, add_lines, as_rows, on_boundary, row_tile, with_rows
 from .versions import fma, narrowed, widened
 
 # ---- statistics ----
@@ -401,9 +401,11 @@ def norm_streamed_lines_kernel(
 
 _MOST_CHUNKS = 512  # keep every GPU of today busy, and cost large batches a few percent of traffic
 _LEAST_TILES = 4  # of rows to a chunk: each chunk writes lines of partial sums
+FORWARD_TILES = with_rows()
 # Of the gradients: x, grad_output and two sums over rows stay in registers.
-GRADIENT_TILES = (*TILES[:-1], RowTile(8192, 1, Launch(16, spill_bytes=64)))
-_COLUMNS_AT_ONCE, _ROWS_AT_ONCE = 256, 8  # of the second pass over long rows
+GRADIENT_TILES = with_rows(RowTile(8192, 1, Launch(16, spill_bytes=64)))
+FORWARD_STREAMED, GRADIENT_STREAMED = STREAMED, STREAMED
+STREAMED_LINES = RowTile(256, 8, Launch(8))  # of the second pass over long rows
 
 
 def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -433,9 +435,10 @@ def norm_forward(input, residual, weight, bias, ndim, eps, centered):
         weight=_contiguous(weight), bias=_contiguous(bias), total=total, output=output, cols=cols, eps_hi=eps_hi,
         eps_lo=eps_lo, CENTERED=centered,
     )  # fmt: skip
-    tile = row_tile(cols, rows, architecture_of(input.device))
+    tile = row_tile(cols, rows, architecture_of(input.device), FORWARD_TILES)
     if tile is None:
-        launch(norm_streamed_forward_kernel, (rows,), STREAMED.launch, input.device, COLS=STREAMED.cols, **operands)
+        tile = taken(FORWARD_STREAMED)
+        launch(norm_streamed_forward_kernel, (rows,), tile.launch, input.device, COLS=tile.cols, **operands)
     else:
         grid = (triton.cdiv(rows, tile.rows),)
         launch(
@@ -461,7 +464,8 @@ def norm_backward(grad_output, grad_sum, input, weight, bias, ndim, eps, need_in
     grad_sum, grad_sum_stride = as_rows(grad_sum, ndim, cols)
     eps_hi, eps_lo = split(eps)
     tile = row_tile(cols, rows, architecture_of(input.device), GRADIENT_TILES)
-    rows_at_once = _ROWS_AT_ONCE if tile is None else tile.rows
+    lines_tile = taken(STREAMED_LINES)
+    rows_at_once = lines_tile.rows if tile is None else tile.rows
     chunks = min(_MOST_CHUNKS, triton.cdiv(rows, _LEAST_TILES * rows_at_once))
     weight_lines, bias_lines = (
         input.new_empty((chunks, cols), dtype=torch.float32) if need else None for need in (need_weight, need_bias)
@@ -483,15 +487,16 @@ def norm_backward(grad_output, grad_sum, input, weight, bias, ndim, eps, need_in
         )  # fmt: skip
     else:
         row_values = input.new_empty((rows, ROW_VALUES.value), dtype=torch.float32)
+        tile = taken(GRADIENT_STREAMED)
         launch(
-            norm_streamed_backward_kernel, (rows,), STREAMED.launch, device, row_values=row_values, COLS=STREAMED.cols,
+            norm_streamed_backward_kernel, (rows,), tile.launch, device, row_values=row_values, COLS=tile.cols,
             **operands, **gradient,
         )  # fmt: skip
         if need_weight or need_bias:
-            grid = (triton.cdiv(cols, _COLUMNS_AT_ONCE), chunks)
+            grid = (triton.cdiv(cols, lines_tile.cols), chunks)
             launch(
-                norm_streamed_lines_kernel, grid, STREAMED.launch, device, row_values=row_values, ROWS=_ROWS_AT_ONCE,
-                COLS=_COLUMNS_AT_ONCE, **operands, **lines,
+                norm_streamed_lines_kernel, grid, lines_tile.launch, device, row_values=row_values,
+                ROWS=lines_tile.rows, COLS=lines_tile.cols, **operands, **lines,
             )  # fmt: skip
     for needed, part, total in ((need_weight, weight_lines, grad_weight), (need_bias, bias_lines, grad_bias)):
         if needed:

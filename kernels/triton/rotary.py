@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from .exact import store_double
-from .launch import Launch, architecture_of, launch
-from .rows import rows_at_once
+from .launch import Launch, launch
+from .rows import RowTile, tile_of_elements
 from .versions import widened
 
 
@@ -89,15 +89,8 @@ def rotary_backward_kernel(
 
 # ---- host ----
 
-_LAUNCH = Launch(4)
-_ELEMENTS = 1024  # pairs of a tile
-_MOST_PAIRS = 256
-
-
-def _tile(pairs, rows, device):
-    """(rows, pairs) of a tile."""
-    width = min(_MOST_PAIRS, max(16, triton.next_power_of_2(pairs)))
-    return rows_at_once(_ELEMENTS // width, width, rows, architecture_of(device)), width
+FORWARD_TILE = RowTile(256, 4, Launch(4))  # pairs and rows
+BACKWARD_TILE = RowTile(256, 4, Launch(4))
 
 
 def _table_strides(table):
@@ -117,17 +110,18 @@ def rotary_forward(input, cos, sin, interleaved, inverse):
     rows = batch * heads * length
     if output.numel() == 0:
         return output
-    tile_rows, width = _tile(pairs, rows, input.device)
+    tile = tile_of_elements(FORWARD_TILE, pairs, rows, input.device)
+    grid = (triton.cdiv(rows, tile.rows), max(1, triton.cdiv(pairs, tile.cols)))
     cos_batch, cos_token, cos_col = _table_strides(cos)
     sin_batch, sin_token, sin_col = _table_strides(sin)
     launch(
-        rotary_forward_kernel, (triton.cdiv(rows, tile_rows), max(1, triton.cdiv(pairs, width))), _LAUNCH, input.device,
-        input=input, input_batch=input.stride(0), input_head=input.stride(1), input_token=input.stride(2),
-        input_col=input.stride(3), cos=cos, cos_batch=cos_batch, cos_token=cos_token, cos_col=cos_col, sin=sin,
-        sin_batch=sin_batch, sin_token=sin_token, sin_col=sin_col, output=output, output_batch=output.stride(0),
-        output_head=output.stride(1), output_token=output.stride(2), rows=rows, inner=heads if heads_inner else length,
-        outer=length if heads_inner else heads, head_dim=head_dim, pairs=pairs, HEADS_INNER=heads_inner,
-        INTERLEAVED=interleaved, INVERSE=inverse, ROWS=tile_rows, PAIRS=width,
+        rotary_forward_kernel, grid, tile.launch, input.device, input=input, input_batch=input.stride(0),
+        input_head=input.stride(1), input_token=input.stride(2), input_col=input.stride(3), cos=cos,
+        cos_batch=cos_batch, cos_token=cos_token, cos_col=cos_col, sin=sin, sin_batch=sin_batch, sin_token=sin_token,
+        sin_col=sin_col, output=output, output_batch=output.stride(0), output_head=output.stride(1),
+        output_token=output.stride(2), rows=rows, inner=heads if heads_inner else length, outer=length if heads_inner
+        else heads, head_dim=head_dim, pairs=pairs, HEADS_INNER=heads_inner, INTERLEAVED=interleaved, INVERSE=inverse,
+        ROWS=tile.rows, PAIRS=tile.cols,
     )  # fmt: skip
     return output
 
@@ -141,13 +135,13 @@ def rotary_backward(grad_output, input, cos, interleaved, inverse):
         return grad_cos, grad_sin
     shared = cos.dim() == 2 or cos.shape[0] == 1
     table_rows, repeats = (length, batch * heads) if shared else (batch * length, heads)
-    tile_rows, width = _tile(pairs, repeats, input.device)
+    tile = tile_of_elements(BACKWARD_TILE, pairs, repeats, input.device)
     launch(
-        rotary_backward_kernel, (table_rows, triton.cdiv(pairs, width)), _LAUNCH, input.device,
+        rotary_backward_kernel, (table_rows, triton.cdiv(pairs, tile.cols)), tile.launch, input.device,
         grad_output=grad_output, grad_batch=grad_output.stride(0), grad_head=grad_output.stride(1),
         grad_token=grad_output.stride(2), grad_col=grad_output.stride(3), input=input, input_batch=input.stride(0),
         input_head=input.stride(1), input_token=input.stride(2), input_col=input.stride(3), grad_cos=grad_cos,
         grad_sin=grad_sin, repeats=repeats, heads=heads, length=length, pairs=pairs, SHARED=shared,
-        INTERLEAVED=interleaved, INVERSE=inverse, ROWS=tile_rows, PAIRS=width,
+        INTERLEAVED=interleaved, INVERSE=inverse, ROWS=tile.rows, PAIRS=tile.cols,
     )  # fmt: skip
     return grad_cos, grad_sin

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Architecture, Launch, launch
+from .launch import Architecture, Launch, architecture_of, launch, taken
 from .versions import INTERPRETED, narrowed
 
 
@@ -25,7 +25,8 @@ class RowTile:
     launch: Launch
 
 
-# Up to 16 elements to a thread: more would spill beside a second operand.
+# Up to 16 elements to a thread: more would spill beside a second operand. Ops have tables of their own, of these rows
+# and what was found better for them (with_rows).
 TILES = (
     RowTile(16, 64, Launch(4)),
     RowTile(32, 32, Launch(4)),
@@ -44,6 +45,12 @@ STREAMED = RowTile(4096, 1, Launch(8))
 _INTERPRETED_ELEMENTS = 1 << 16
 
 
+def with_rows(*own: RowTile) -> tuple[RowTile, ...]:
+    """TILES, with an op's own rows in place of those for rows of the same length."""
+    by_cols = {tile.cols: tile for tile in own}
+    return tuple(by_cols.get(tile.cols, tile) for tile in TILES)
+
+
 def rows_at_once(rows_of_tile: int, cols: int, rows: int, architecture: Architecture) -> int:
     """Rows of a tile: the interpreter takes as long for one as for many, so there as many as there are."""
     if architecture.backend != "interpreter":
@@ -51,14 +58,24 @@ def rows_at_once(rows_of_tile: int, cols: int, rows: int, architecture: Architec
     return max(1, min(triton.next_power_of_2(rows), _INTERPRETED_ELEMENTS // cols))
 
 
-def row_tile(cols: int, rows: int, architecture: Architecture, tiles: tuple[RowTile, ...] = TILES) -> RowTile | None:
+def row_tile(cols: int, rows: int, architecture: Architecture, tiles: tuple[RowTile, ...]) -> RowTile | None:
     """The launch row for rows of `cols` elements; None for rows longer than any, which are streamed."""
     found = next((tile for tile in tiles if cols <= tile.cols), None)
     if found is None:
         return None
+    found = taken(found)
     return replace(found, rows=rows_at_once(found.rows, found.cols, rows, architecture))
 
 
+def tile_of_elements(tile: RowTile, cols: int, rows: int, device: torch.device) -> RowTile:
+    """For ops without sums along a row: narrower rows, but as many elements to a program."""
+    tile = taken(tile)
+    width = min(tile.cols, max(_LEAST_COLS, triton.next_power_of_2(cols)))
+    at_once = rows_at_once(max(1, tile.rows * tile.cols // width), width, rows, architecture_of(device))
+    return replace(tile, cols=width, rows=at_once)
+
+
+_LEAST_COLS = 16
 _ALIGNED_BYTES = 16  # what the compiler asks of an address
 ALIGNED_ELEMENTS = 16  # and, a plain number, of a stride
 
@@ -115,9 +132,7 @@ def _row_stride(tensor: torch.Tensor, ndim: int, cols: int) -> int | None:
 # ---- the second stage of every sum over rows ----
 # Programs leave a line of partial sums each, and these are added in one order that depends on their number alone.
 
-LINES_AT_ONCE = 32
-LINE_COLS = 64
-_ADD_LINES = Launch(4)
+LINES = RowTile(64, 32, Launch(4))
 
 
 @triton.jit
@@ -136,8 +151,9 @@ def _add_lines_kernel(lines, total, num_lines, cols, AT_ONCE: tl.constexpr, COLS
 def add_lines(lines: torch.Tensor, total: torch.Tensor) -> None:
     """total [cols], of any float dtype, becomes the sum of lines [num_lines, cols], float32; 0 of no lines."""
     num_lines, cols = lines.shape
-    width = LINE_COLS if not INTERPRETED else _INTERPRETED_ELEMENTS // LINES_AT_ONCE
+    tile = taken(LINES)
+    width = tile.cols if not INTERPRETED else _INTERPRETED_ELEMENTS // tile.rows
     launch(
-        _add_lines_kernel, (triton.cdiv(cols, width),), _ADD_LINES, total.device,
-        lines=lines, total=total, num_lines=num_lines, cols=cols, AT_ONCE=LINES_AT_ONCE, COLS=width,
+        _add_lines_kernel, (triton.cdiv(cols, width),), tile.launch, total.device,
+        lines=lines, total=total, num_lines=num_lines, cols=cols, AT_ONCE=tile.rows, COLS=width,
     )  # fmt: skip

@@ -25,8 +25,34 @@ def _let_one_element_be_an_index() -> None:
     interpreter._patch_lang_tensor = patch_index_too
 
 
+def _let_maxima_drop_nan() -> None:
+    """Interpreters before 3.8 keep a NaN in tl.maximum and tl.minimum, which GPUs and later interpreters drop."""
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    InterpreterBuilder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    InterpreterBuilder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
+
+
+def _let_a_constant_hold_a_tensor() -> None:
+    """3.7 and 3.8: interpreted, a constexpr times a tensor is a constexpr of a tensor, which comparisons refuse."""
+    from triton.language.semantic import TritonSemantic
+
+    to_tensor = TritonSemantic.to_tensor
+
+    def held_too(self, x, check_type=True):
+        held = x.value if isinstance(x, tl.constexpr) else None
+        return held if isinstance(held, tl.tensor) else to_tensor(self, x, check_type)
+
+    TritonSemantic.to_tensor = held_too
+
+
 if INTERPRETED.value and VERSION < (3, 9):
     _let_one_element_be_an_index()
+if INTERPRETED.value and VERSION < (3, 8):
+    _let_maxima_drop_nan()
+if INTERPRETED.value and (3, 7) <= VERSION < (3, 9):
+    _let_a_constant_hold_a_tensor()
 
 # Interpreters before 3.9 round a * b before they add c.
 _FMA_ROUNDS_TWICE = tl.constexpr(INTERPRETED.value and VERSION < (3, 9))

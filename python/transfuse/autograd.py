@@ -36,20 +36,29 @@ def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(result)
 
 
-def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
-    """RuntimeError under forward mode (jvp): a raw op would let it pass with tangents of 0."""
+def _backend(kind: str, tensor: Tensor) -> str:
+    """The backend's name for the user: compiled kernels are called by their device, as in dispatch."""
+    return kind if kind == "triton" else tensor.device.type
+
+
+def refuse_tangents(op: str, kind: str, *tensors: Tensor | None) -> None:
+    """RuntimeError under forward mode (jvp): a raw op would let it pass with tangents of 0.
+
+    Args:
+        kind: of kernel, "compiled" or "triton": whose backend the words name.
+    """
     if forward_ad._current_level < 0:
         return
     for tensor in tensors:
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            backend = tensor.device.type
+            backend = _backend(kind, tensor)
             raise RuntimeError(f"{op}: the {backend} backend has no forward-mode derivative; {_REFERENCE_HAS}")
 
 
-def first_derivative(op: str, backward: Callable[..., Any], *arguments: Any) -> Any:
+def first_derivative(op: str, kind: str, backward: Callable[..., Any], *arguments: Any) -> Any:
     """``backward(*arguments)``; under create_graph=True the same numbers, and a worded error for whoever derives them."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _FirstDerivative.apply(op, backward, *arguments)
+        return _FirstDerivative.apply(op, kind, backward, *arguments)
     return backward(*arguments)
 
 
@@ -57,14 +66,14 @@ class _FirstDerivative(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(op, backward, *arguments):
+    def forward(op, kind, backward, *arguments):
         return backward(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op = inputs[0]
+        ctx.op, ctx.kind = inputs[:2]
 
     @staticmethod
     def backward(ctx, *grads):
-        backend = next(grad.device.type for grad in grads if grad is not None)
+        backend = _backend(ctx.kind, next(grad for grad in grads if grad is not None))
         raise RuntimeError(f"{ctx.op}: the {backend} backend has no second derivative; {_REFERENCE_HAS}")

@@ -156,6 +156,20 @@ def test_rows_further_apart_than_an_int32_counts(dtype):
                 assert torch.equal(op(far, (cols,)), op(far.contiguous(), (cols,))), op.__name__
 
 
+@pytest.mark.parametrize("queries", [1, 2, 3, 641, 65_537, 6_700_417])
+def test_the_query_of_a_row_is_found_among_2_to_the_31_rows(queries):
+    """Of one key, seen by the last query alone. Row numbers are divided by multiplication, beyond that limit not."""
+    for heads in ((1 << 31) // queries, (1 << 31) // queries + 2):
+        rows = heads * queries
+        with emulator.Memory() as memory:
+            x = memory.strided("x", (heads, queries, 1), (queries, 1, 1), torch.bfloat16, "read-only")
+            ends = torch.cat([torch.arange(17), torch.arange(rows - 17, rows)])  # of two blocks one may hold a row
+            x.view(-1)[ends] = 1.0
+            with emulated_ops.EmulatedKernels(blocks_at_ends=2):
+                y = transfuse.masked_softmax(x, is_causal=True, causal_alignment="bottom_right")
+            assert torch.equal(y.view(-1)[ends].bool(), ends % queries == queries - 1), rows
+
+
 ROWS_AT_ENDS, BLOCKS_AT_ENDS = 16, 2
 
 

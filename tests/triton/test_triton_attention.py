@@ -13,6 +13,7 @@ from feature_cases import CASES, compare
 import transfuse
 from transfuse import promises
 from transfuse.dispatch import TRITON_DTYPES, dtype_name
+from transfuse.kernels.triton.attention_problem import Tile, takes_descriptor
 from transfuse.reference.attention import dropout_keep_mask
 from transfuse.testing import assert_close, draw
 
@@ -171,6 +172,62 @@ def test_decoding_appends_and_agrees_with_the_reference():
     assert _same(pages, exact_pages)
     assert_close(output, exact, 64, "output")
     assert_close(lse, exact_lse, 64, "lse")
+
+
+# ---- TMA descriptors ----
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    (torch.bfloat16, *(pytest.param(d, marks=pytest.mark.slow) for d in TRITON_DTYPES if d != torch.bfloat16)),
+    ids=dtype_name,
+)
+def test_descriptors_and_addresses_give_the_same_bits(dtype, monkeypatch):
+    """Batches that end anywhere, packed sequences, columns that do not fill a tile, values of another width."""
+    lengths = (130, 70)
+    batch = [draw(2, heads, 130, d, dtype=dtype, seed=heads + d) for heads, d in ((2, 40), (1, 40), (1, 24))]
+    batch[1][1, :, 70:] = batch[2][1, :, 70:] = torch.nan
+    packed = [t.transpose(1, 2).flatten(0, 1)[: sum(lengths)].nan_to_num() for t in batch]
+    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+    grad = draw(2, 2, 130, 24, dtype=dtype, seed=5)
+    taken = []
+    describe = Tile.descriptor_of
+
+    def results(described):
+        def descriptor_of(tile, *arguments):
+            taken.append(describe(tile, *arguments) if described else None)
+            return taken[-1]
+
+        def attend(*tensors):
+            options = {"is_causal": True, "causal_alignment": "bottom_right", "seqlens_k": torch.tensor(lengths)}
+            options["enable_gqa"] = True
+            return (transfuse.scaled_dot_product_attention(*tensors, **options),)
+
+        def attend_packed(*tensors):
+            return (transfuse.varlen_attention(*tensors, offsets, is_causal=True),)
+
+        monkeypatch.setattr(Tile, "descriptor_of", descriptor_of)
+        with transfuse.use_backend("triton"):
+            dense = _with_gradients(attend, batch, (grad,))
+            of_packed = grad.transpose(1, 2).flatten(0, 1)[: sum(lengths)]
+            return dense + _with_gradients(attend_packed, packed, (of_packed,))
+
+    described = results(True)
+    assert len(taken) == 12 and None not in taken  # keys and values, twice; queries and gradients; dense and packed
+    for with_descriptors, with_addresses in zip(described, results(False), strict=True):
+        assert torch.equal(with_descriptors.nan_to_num(7), with_addresses.nan_to_num(7))
+
+
+def test_what_a_descriptor_takes():
+    tensor = draw(2, 3, 8, 24, dtype=torch.bfloat16, seed=0)
+    assert takes_descriptor(tensor) and takes_descriptor(tensor.transpose(1, 2)) and takes_descriptor(tensor[:, :, ::2])
+    assert takes_descriptor(tensor[:, :, :, 8:20])  # from a 16-byte boundary
+    assert takes_descriptor(tensor[:, :1, :1, :13].as_strided((2, 1, 1, 13), (576, 1, 1, 1)))  # strides of nothing
+    for refused in (
+        tensor[:, :, :, 4:], tensor.transpose(2, 3), tensor[:, :, :, ::2], tensor[:, :, :0],
+        tensor[:, :1].expand(2, 3, 8, 24), draw(2, 3, 8, 20, dtype=torch.bfloat16, seed=0),
+    ):  # fmt: skip
+        assert not takes_descriptor(refused)
 
 
 # ---- dropout ----

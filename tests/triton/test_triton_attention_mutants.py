@@ -53,6 +53,40 @@ def poisoned():
     assert all(tensor.isfinite().all() for tensor in (output, *grads))
 
 
+def poisoned_by_a_query():
+    """A query of NaN: keys that it does not see have gradients as ever, those that it sees have none."""
+    leaves = [draw(1, 2, 70, 16, seed=i) for i in range(3)]
+    leaves[0][:, :, 3] = torch.nan
+    leaves = [tensor.requires_grad_() for tensor in leaves]
+    with transfuse.use_backend("triton"):
+        output = transfuse.scaled_dot_product_attention(*leaves, is_causal=True)
+        of_query, *of_keys = torch.autograd.grad(output, leaves, torch.ones_like(output))
+    rows = torch.arange(70) == 3
+    assert of_query.isfinite().all(-1).eq(~rows).all()
+    assert all(grad[:, :, 4:].isfinite().all() and grad[:, :, :4].isnan().all() for grad in of_keys)
+
+
+def poisoned_by_a_bias():
+    """NaN in the one key that a bias excludes, one query to a program: dropout leaves some of them no weight at all."""
+    query, key, value = (draw(8, 1, length, 16, seed=i) for i, length in enumerate((1, 64, 64)))
+    key[:, :, 33] = torch.nan
+    bias = torch.zeros(1, 64)
+    bias[:, 33] = -torch.inf
+    torch.manual_seed(3)
+    with transfuse.use_backend("triton"):
+        output = transfuse.scaled_dot_product_attention(query, key, value, bias, dropout_p=0.99)
+    assert output.isfinite().all()
+
+
+def padded():
+    """NaN in keys and values beyond the sequence's length."""
+    query, key, value = (draw(1, 1, length, 16, seed=i) for i, length in enumerate((20, 70, 70)))
+    key[:, :, 40:] = value[:, :, 40:] = torch.nan
+    with transfuse.use_backend("triton"):
+        output = transfuse.scaled_dot_product_attention(query, key, value, seqlens_k=torch.tensor([40]))
+    assert output.isfinite().all()
+
+
 def saturated():
     """Scores of 1e12, all equal in a row: weights of 1 / 33."""
     query = (133120.0 + 1000 * torch.arange(20.0)).view(1, 1, 20, 1).expand(1, 1, 20, 24).clone().requires_grad_()
@@ -97,8 +131,12 @@ CHECKS: dict[str, Callable] = {
     "mask": features(mask="pairs"),
     "lengths": features(lengths_k=True),
     "packed": features(layout="packed", causal="bottom_right"),
+    "packed, whole blocks": features(layout="packed", lengths=(20, 140)),
     "dropout": features(dropout=0.5),
     "poisoned": poisoned,
+    "poisoned by a query": poisoned_by_a_query,
+    "poisoned by a bias": poisoned_by_a_bias,
+    "padded": padded,
     "saturated": saturated,
     "decoding": decoding,
 }
@@ -125,15 +163,15 @@ MUTANTS = (
            "keep = (columns < s.len_k)",
            "keep = (columns <= s.len_k)", "plain"),
     Mutant("head of another group", "attention",
-           "base_of(p.key, batch, head // p.group",
-           "base_of(p.key, batch, head % 2", "plain"),
+           "Matrix(p.key, entry, head // p.group",
+           "Matrix(p.key, entry, head % 2", "plain"),
     Mutant("gradient of lse forgotten", "attention_backward",
            "of_lse = load_statistic(grad_lse",
            "of_lse = 0.0 * load_statistic(grad_lse", "plain"),
     Mutant("dK without the scale", "attention_backward", "key_result * scale", "key_result", "plain"),
     Mutant("one head of the group", "attention_backward",
-           "for head in range(kv_head * p.group, (kv_head + 1) * p.group):\n            if p.window_right",
-           "for head in range(kv_head * p.group, kv_head * p.group + 1):\n            if p.window_right", "plain"),
+           "for head in range(kv_head * p.group, (kv_head + 1) * p.group):\n            matrices",
+           "for head in range(kv_head * p.group, kv_head * p.group + 1):\n            matrices", "plain"),
     Mutant("diagonal excluded", "attention_scores",
            "columns <= rows + (s.diagonal",
            "columns < rows + (s.diagonal", "causal"),
@@ -183,8 +221,30 @@ MUTANTS = (
     Mutant("kept weights not scaled", "attention_scores",
            "result = result * p.dropout_scale",
            "result = result", "dropout"),
-    Mutant("excluded values leak", "attention", "if not all_finite(result):", "if False:", "poisoned"),
+    Mutant("excluded values leak", "attention", "if not (all_finite(result) &", "if False & (all_finite(result) &",
+           "poisoned"),
+    Mutant("excluded keys leak where dropout hides them", "attention",
+           "& all_finite(total[:, None])",
+           "", "poisoned by a bias"),
+    Mutant("a bias of -inf forgotten by every walk", "attention_scores",
+           "keep = keep & (bias != float(\"-inf\"))",
+           "pass", "poisoned by a bias"),
+    Mutant("a mask that no walk over whole blocks selects by", "attention_scores",
+           "SELECTS: tl.constexpr = EDGES or (p.mask is not None)",
+           "SELECTS: tl.constexpr = EDGES", "mask"),
+    Mutant("a descriptor's head", "attention_scores", "at = [m.batch, m.head,", "at = [m.batch, 0,", "plain"),
+    Mutant("a descriptor's first row", "attention_scores",
+           "(m.first_row + row).to(tl.int32)",
+           "(0 * m.first_row + row).to(tl.int32)", "packed, whole blocks"),
+    Mutant("a descriptor of what does not exist", "attention_scores",
+           "if WHOLE and m.tiles is not None:",
+           "if m.tiles is not None:", "padded"),
+    Mutant("the bias not added where a product is scaled", "attention_scores",
+           "score = fma(product, p.scale, bias)",
+           "score = product * p.scale", "bias"),
     Mutant("excluded keys leak into dQ", "attention_backward", "if not all_finite(result):", "if False:", "poisoned"),
+    Mutant("no key marked for the walk over kept pairs", "attention_backward", "tl.where(finite, 0, 1)",
+           "tl.where(finite, 0, 0)", "poisoned by a query"),
     Mutant("weights not divided by their sum", "attention_backward",
            "- reference[None, :], EXACT) * normaliser[None, :]",
            "- reference[None, :], EXACT)", "saturated"),

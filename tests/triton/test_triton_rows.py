@@ -79,9 +79,9 @@ def test_tiles_as_on_a_gpu(promise, monkeypatch):
 
 def test_the_tile_of_a_row_depends_on_its_length_alone():
     for cols in (1, 16, 17, 1000, 8192):
-        found = {rows.row_tile(cols, count, launch.SM90) for count in (1, 5, 10**6)}
+        found = {rows.row_tile(cols, count, launch.SM90, rows.TILES) for count in (1, 5, 10**6)}
         assert len(found) == 1 and found.pop().cols >= cols
-    assert rows.row_tile(8193, 4, launch.SM90) is None
+    assert rows.row_tile(8193, 4, launch.SM90, rows.TILES) is None
 
 
 LONG = rows.TILES[-1].cols + 9

@@ -121,7 +121,7 @@ def _run_kernels(kind, query, key, value, bias, mask, seqlens_k, scale, is_causa
         checks.check_length_values(_OP, "seqlens_k", seqlens_k, key.shape[2])
     alibi_slopes, sinks, dropout_seed, *options = checks.kernel_options(features, query.device)
     tensors = (query, key, value, bias, mask, seqlens_k, alibi_slopes, sinks, dropout_seed)
-    refuse_tangents(_OP, query, key, value, bias, alibi_slopes, sinks)
+    refuse_tangents(_OP, kind, query, key, value, bias, alibi_slopes, sinks)
     if wants_grad(query, key, value, bias, alibi_slopes, sinks):
         return AttentionFunction.apply(*distinct(*tensors), scale, is_causal, bottom_right, *options, kind)
     return _forward(*tensors, scale, is_causal, bottom_right, *options, kind)

@@ -147,8 +147,9 @@ def input_gradients(ctx, op: str, backward: Callable, extras: tuple[int, ...], g
     if grad_output is None:
         grad_output = torch.zeros_like(output)
     wanted = [ctx.needs_input_grad[i] for i in extras]
+    *_, kind = ctx.options
     grads = first_derivative(
-        op, backward, grad_output, grad_lse, *tensors[:3], output, lse, *tensors[3:], *ctx.options, *wanted
+        op, kind, backward, grad_output, grad_lse, *tensors[:3], output, lse, *tensors[3:], *ctx.options, *wanted
     )
     result = [*grads[:3], *(None,) * (NUM_TENSORS - 3 + len(ctx.options))]
     for i, grad, want in zip(extras, grads[3:], wanted):

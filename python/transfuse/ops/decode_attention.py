@@ -123,7 +123,7 @@ def _cuda_unsupported(problem: DecodeAttentionProblem) -> tuple[str, ...]:
 
 def _run_kernels(kind, query, key_cache, value_cache, seqlens, new_key, new_value, block_table, bias, scale, features):
     per_head = (features.get("alibi_slopes"), features.get("sinks"))
-    refuse_tangents(_OP, query, key_cache, value_cache, new_key, new_value, bias, *per_head)
+    refuse_tangents(_OP, kind, query, key_cache, value_cache, new_key, new_value, bias, *per_head)
     if kind == "triton":
         _check_values(key_cache, seqlens, new_key, block_table)
     if new_key is not None:

@@ -88,7 +88,7 @@ def _key(input: Tensor) -> tuple:
 
 
 def _run_kernels(kind, input, bias, tanh):
-    refuse_tangents("gelu", input, bias)
+    refuse_tangents("gelu", kind, input, bias)
     if wants_grad(input, bias):
         return GeluFunction.apply(*distinct(input, bias), tanh, kind)
     return RAW_OPS[kind]["gelu_forward"](input, bias, tanh)
@@ -142,7 +142,7 @@ class GeluFunction(torch.autograd.Function):
         input, bias = ctx.saved_tensors
         needs_input, needs_bias = ctx.needs_input_grad[:2]
         arguments = (grad_output, input, bias, ctx.tanh, needs_bias)
-        grad_input, grad_bias = first_derivative("gelu", RAW_OPS[ctx.kind]["gelu_backward"], *arguments)
+        grad_input, grad_bias = first_derivative("gelu", ctx.kind, RAW_OPS[ctx.kind]["gelu_backward"], *arguments)
         return grad_input if needs_input else None, grad_bias if needs_bias else None, None, None
 
 

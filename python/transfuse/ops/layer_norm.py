@@ -121,7 +121,7 @@ def _key(input: Tensor) -> tuple:
 
 
 def _run_kernels(kind, input, weight, bias, ndim, eps):
-    refuse_tangents("layer_norm", input, weight, bias)
+    refuse_tangents("layer_norm", kind, input, weight, bias)
     if wants_grad(input, weight, bias):
         return LayerNormFunction.apply(*distinct(input, weight, bias), ndim, eps, kind)
     return RAW_OPS[kind]["layer_norm_forward"](input, weight, bias, ndim, eps)
@@ -136,7 +136,7 @@ def _run_reference(input, weight, bias, ndim, eps):
 
 
 def _add_kernels(kind, input, residual, weight, bias, ndim, eps):
-    refuse_tangents("add_layer_norm", input, residual, weight, bias)
+    refuse_tangents("add_layer_norm", kind, input, residual, weight, bias)
     if wants_grad(input, residual, weight, bias):
         return AddLayerNormFunction.apply(*distinct(input, residual, weight, bias), ndim, eps, kind)
     return RAW_OPS[kind]["add_layer_norm_forward"](input, residual, weight, bias, ndim, eps)
@@ -236,7 +236,7 @@ def _gradients(op, ctx, grad_output, grad_sum, wanted):
     """Gradients of what was normalised, weight and bias; None where not wanted."""
     x, weight, bias = ctx.saved_tensors
     arguments = (grad_output, grad_sum, x, weight, bias, ctx.ndim, ctx.eps, *wanted)
-    grads = first_derivative(op, RAW_OPS[ctx.kind]["layer_norm_backward"], *arguments)
+    grads = first_derivative(op, ctx.kind, RAW_OPS[ctx.kind]["layer_norm_backward"], *arguments)
     return tuple(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True))
 
 

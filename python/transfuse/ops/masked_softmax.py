@@ -133,7 +133,7 @@ def _key(input: Tensor, mask: Tensor | None) -> tuple:
 
 
 def _run_kernels(kind, input, mask, scale, causal, bottom_right):
-    refuse_tangents("masked_softmax", input, mask)
+    refuse_tangents("masked_softmax", kind, input, mask)
     if wants_grad(input, mask):
         return MaskedSoftmaxFunction.apply(*distinct(input, mask), scale, causal, bottom_right, kind)
     return _forward(kind, input, mask, scale, causal, bottom_right)
@@ -199,7 +199,7 @@ class MaskedSoftmaxFunction(torch.autograd.Function):
     def backward(ctx, grad_output):
         output, mask = ctx.saved_tensors
         arguments = (ctx.kind, grad_output, output, mask, ctx.scale, ctx.needs_input_grad[0])
-        return *first_derivative("masked_softmax", _backward, *arguments), None, None, None, None
+        return *first_derivative("masked_softmax", ctx.kind, _backward, *arguments), None, None, None, None
 
 
 def _backward(kind, grad_output, output, mask, scale, needs_input):

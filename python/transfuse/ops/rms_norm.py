@@ -121,7 +121,7 @@ def _key(input: Tensor) -> tuple:
 
 
 def _run_kernels(kind, input, weight, ndim, eps):
-    refuse_tangents("rms_norm", input, weight)
+    refuse_tangents("rms_norm", kind, input, weight)
     if wants_grad(input, weight):
         return RMSNormFunction.apply(*distinct(input, weight), ndim, eps, kind)
     return RAW_OPS[kind]["rms_norm_forward"](input, weight, ndim, eps)
@@ -136,7 +136,7 @@ def _run_reference(input, weight, ndim, eps):
 
 
 def _add_kernels(kind, input, residual, weight, ndim, eps):
-    refuse_tangents("add_rms_norm", input, residual, weight)
+    refuse_tangents("add_rms_norm", kind, input, residual, weight)
     if wants_grad(input, residual, weight):
         return AddRMSNormFunction.apply(*distinct(input, residual, weight), ndim, eps, kind)
     return RAW_OPS[kind]["add_rms_norm_forward"](input, residual, weight, ndim, eps)
@@ -236,7 +236,7 @@ def _gradients(op, ctx, grad_output, grad_sum, wanted):
     """Gradients of what was normalised and of weight; None where not wanted."""
     x, weight = ctx.saved_tensors
     backward = RAW_OPS[ctx.kind]["rms_norm_backward"]
-    grads = first_derivative(op, backward, grad_output, grad_sum, x, weight, ctx.ndim, ctx.eps, *wanted)
+    grads = first_derivative(op, ctx.kind, backward, grad_output, grad_sum, x, weight, ctx.ndim, ctx.eps, *wanted)
     return tuple(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True))
 
 

@@ -100,7 +100,7 @@ def _problem(input: Tensor, cos: Tensor, sin: Tensor) -> RotaryProblem:
 
 
 def _run_kernels(kind, input, cos, sin, interleaved):
-    refuse_tangents(_OP, input, cos, sin)
+    refuse_tangents(_OP, kind, input, cos, sin)
     shape = input.shape
     if len(shape) != 4:
         input = input.unsqueeze(-3) if len(shape) < 4 else input.flatten(1, -3)
@@ -157,7 +157,7 @@ class RotaryFunction(torch.autograd.Function):
             grad_input = RotaryFunction.apply(grad_output, cos, sin, ctx.interleaved, not ctx.inverse, ctx.kind)
         if input is not None:
             arguments = (grad_output, input, cos, ctx.interleaved, ctx.inverse)
-            grad_cos, grad_sin = first_derivative(_OP, RAW_OPS[ctx.kind]["rotary_backward"], *arguments)
+            grad_cos, grad_sin = first_derivative(_OP, ctx.kind, RAW_OPS[ctx.kind]["rotary_backward"], *arguments)
         return grad_input, grad_cos, grad_sin, None, None, None
 
 

@@ -110,7 +110,7 @@ def _run_kernels(kind, query, key, value, cu_q, cu_k, max_q, max_k, scale, is_ca
         bias = bias[(None,) * (4 - bias.dim())]
     tensors = (query, key, value, cu_q, cu_k, bias, alibi_slopes, sinks, dropout_seed)
     options = (max_q, max_k, scale, is_causal, bottom_right, *options, kind)
-    refuse_tangents(_OP, query, key, value, bias, alibi_slopes, sinks)
+    refuse_tangents(_OP, kind, query, key, value, bias, alibi_slopes, sinks)
     if wants_grad(query, key, value, bias, alibi_slopes, sinks):
         return VarlenAttentionFunction.apply(*distinct(*tensors), *options)
     return _forward(*tensors, *options)

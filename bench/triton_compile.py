@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64", torch.bool: "*i1",
@@ -69,6 +70,8 @@ def compiled(call, architecture):
 
 def _type_of(value, path, constants, attributes, plain, unaligned):
     """The type of an argument, or of a tuple's parts, as the launch would see it; what is known of it by its path."""
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
     if isinstance(value, tuple):
         told = (constants, attributes, plain, unaligned)
         parts = [_type_of(part, (*path, index), *told) for index, part in enumerate(value)]
