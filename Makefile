@@ -9,7 +9,7 @@ RESULTS ?= $(if $(QUICK),build/bench,bench/results/cpu)
 # Two GPU architectures are enough to develop and test; a build from setup.py without it makes all of them.
 export TORCH_CUDA_ARCH_LIST ?= 8.0 9.0a
 # And of attention's units those of one head dimension: the others differ in numbers alone, and compile for minutes.
-export TRANSFUSE_ATTENTION_HEAD_DIMS ?= 64
+export TRANSFUSE_ATTENTION_HEAD_DIMS ?= $(if $(FULL),,64)
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

@@ -26,6 +26,8 @@ VARIABLES = (
              BACKENDS),
     Variable("TRANSFUSE_STRICT", "flag", "0", "1: a fallback raises instead of warning"),
     Variable("TRANSFUSE_CPU_ISA", "choice", "best", "instruction set that the CPU kernels use", CPU_ISA),
+    Variable("TRANSFUSE_CHECK", "flag", "0",
+             "1: lengths, offsets and block tables on a GPU are looked at, which waits for it; 0: kernels clamp them"),
     Variable("TRANSFUSE_DISABLE", "flag", "0", "1: accelerate() changes nothing"),
 )
 _BY_NAME = {variable.name: variable for variable in VARIABLES}

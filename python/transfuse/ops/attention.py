@@ -117,7 +117,7 @@ def _cuda_unsupported(problem: AttentionProblem) -> tuple[str, ...]:
 
 
 def _run_kernels(kind, query, key, value, bias, mask, seqlens_k, scale, is_causal, bottom_right, features):
-    if kind == "triton" and seqlens_k is not None:
+    if seqlens_k is not None and checks.page_reads_values(kind, query):
         checks.check_length_values(_OP, "seqlens_k", seqlens_k, key.shape[2])
     alibi_slopes, sinks, dropout_seed, *options = checks.kernel_options(features, query.device)
     tensors = (query, key, value, bias, mask, seqlens_k, alibi_slopes, sinks, dropout_seed)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from transfuse import dispatch, extension
+from transfuse import dispatch, env, extension
 from transfuse.autograd import first_derivative
 from transfuse.checks import check_dropout, check_tensor, is_dense
 from transfuse.dispatch import dtype_name
@@ -281,8 +281,19 @@ def check_offsets(op: str, name: str, offsets: Tensor, query: Tensor) -> None:
 
 
 def may_read_values(tensor: Tensor) -> bool:
-    """Values lie in this process's memory and reading them costs no synchronisation and breaks no graph."""
-    return type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """On the CPU always, on a GPU where TRANSFUSE_CHECK=1 asks for the wait; never in a graph that is being made."""
+    if type(tensor) is not Tensor or torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" or _may_wait_for(tensor.device.type)
+
+
+def _may_wait_for(device_type: str) -> bool:
+    return device_type == "cuda" and env.get("TRANSFUSE_CHECK") and not torch.cuda.is_current_stream_capturing()
+
+
+def page_reads_values(kind: str, query: Tensor) -> bool:
+    """Whether an op's page looks at values itself: the compiled kernels of the CPU do so alone."""
+    return kind == "triton" or query.device.type != "cpu"
 
 
 def check_length_values(op: str, name: str, lengths: Tensor, longest: int) -> None:

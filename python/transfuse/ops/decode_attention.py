@@ -78,8 +78,9 @@ def decode_attention(
         Autocast: query and the new keys and values are cast to the cache's dtype, and the cache never.
 
     Raises:
-        ValueError: shapes, options, and on the CPU lengths and block numbers out of range (the first bad entry is
-        named; on a GPU they are clamped, and new keys without a place are left out); nothing has been written then.
+        ValueError: shapes, options, and lengths and block numbers out of range (the first bad entry is named; on a GPU
+        with TRANSFUSE_CHECK=1, else they are clamped, and new keys without a place are left out); nothing has been
+        written then.
         TypeError: types and dtypes. RuntimeError: devices; an argument that requires grad, under enabled grad;
         appending inside torch.func transforms.
 
@@ -124,7 +125,7 @@ def _cuda_unsupported(problem: DecodeAttentionProblem) -> tuple[str, ...]:
 def _run_kernels(kind, query, key_cache, value_cache, seqlens, new_key, new_value, block_table, bias, scale, features):
     per_head = (features.get("alibi_slopes"), features.get("sinks"))
     refuse_tangents(_OP, kind, query, key_cache, value_cache, new_key, new_value, bias, *per_head)
-    if kind == "triton":
+    if checks.page_reads_values(kind, query):
         _check_values(key_cache, seqlens, new_key, block_table)
     if new_key is not None:
         RAW_OPS[kind]["decode_attention_append"](key_cache, value_cache, seqlens, block_table, new_key, new_value)

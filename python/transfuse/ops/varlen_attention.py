@@ -64,7 +64,8 @@ def varlen_attention(
     Numerics: those of scaled_dot_product_attention, and equal to it bit for bit, sequence by sequence.
 
     Raises:
-        ValueError: shapes, options, and offsets that are not monotone from 0 to tokens (the first bad entry is named).
+        ValueError: shapes, options, and offsets that are not monotone from 0 to tokens (the first bad entry is named;
+        on a GPU with TRANSFUSE_CHECK=1, else they are clamped).
         TypeError: types and dtypes. RuntimeError: devices; a second derivative of the compiled kernels.
     """
     arguments, features = _normalise(
@@ -102,7 +103,7 @@ def _cuda_unsupported(problem: VarlenAttentionProblem) -> tuple[str, ...]:
 
 
 def _run_kernels(kind, query, key, value, cu_q, cu_k, max_q, max_k, scale, is_causal, bottom_right, features):
-    if kind == "triton":
+    if checks.page_reads_values(kind, query):
         _check_offset_values(query, key, cu_q, cu_k, max_q, max_k)
     alibi_slopes, sinks, dropout_seed, *options = checks.kernel_options(features, query.device)
     bias = features.get("attn_bias")
@@ -117,7 +118,7 @@ def _run_kernels(kind, query, key, value, cu_q, cu_k, max_q, max_k, scale, is_ca
 
 
 def _check_offset_values(query, key, cu_q, cu_k, max_q, max_k):
-    """On a GPU, where they cannot be read, the kernels clamp them."""
+    """On a GPU, unless TRANSFUSE_CHECK=1, the kernels clamp them."""
     checks.check_offset_values(_OP, "cu_seqlens_q", cu_q, query.shape[0], "query", max_q)
     checks.check_offset_values(_OP, "cu_seqlens_k", cu_k, key.shape[0], "key", max_k)
 
