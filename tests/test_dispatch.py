@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import transfuse

@@ -100,9 +100,15 @@ class Run:
         self.save()
 
     @contextmanager
-    def within(self, section, seconds):
-        """Runs a section that must end by its own deadline; its rows are on disk when it ends, however it ends."""
+    def within(self, section, seconds, of=0):
+        """Runs a section that must end by its own deadline; its rows are on disk when it ends, however it ends.
+
+        Args:
+            of: what this section and all later ones ask for together; where that is not left, each gets its share.
+        """
         start = time.monotonic()
+        if of > max(0.0, self.end - start):
+            seconds *= max(0.0, self.end - start) / of
         self.section, self.section_end = section, min(self.end, start + seconds)
         print(f"-- {section} (at most {max(0.0, self.section_end - start):.0f} s)", flush=True)
         try:
