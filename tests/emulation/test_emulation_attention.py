@@ -204,6 +204,20 @@ def test_logits_beyond_the_precision_of_lse_have_gradients(dtype):
 
 
 @pytest.mark.parametrize("dtype", emulated_ops.DTYPES, ids=dtype_name)
+def test_padding_by_a_finite_value_refines_no_row(dtype):
+    """Keys that a huge negative bias takes out, before, between and behind the others, change no bit of a row's."""
+    tensors, _ = arguments({name: of[0] for name, of in FACTORS.items()} | {"dtype": dtype, "lengths": (40, 330)})
+    bias = torch.zeros(2, 1, 1, 330, dtype=dtype)
+    bias[..., :70] = bias[..., 100:200] = bias[..., 240:] = -torch.inf
+    bias[1, ..., :30] = 0
+    with emulated_ops.EmulatedKernels(seed=7):
+        expected = scaled_dot_product_attention(*tensors, attn_bias=bias, return_lse=True)
+        padding = bias.clamp(min=torch.finfo(dtype).min)
+        found = scaled_dot_product_attention(*tensors, attn_bias=padding, return_lse=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", emulated_ops.DTYPES, ids=dtype_name)
 def test_packed_heads_change_no_bit(dtype):
     """Short queries share tiles with other heads of their key head; the same rows in longer batches do not."""
     plain = {name: levels[0] for name, levels in FACTORS.items()}

@@ -164,6 +164,20 @@ def test_what_is_excluded_never_matters_and_what_is_kept_shows(poison, dtype):
     assert not found[0, :, 0].isfinite().any()  # key 290
 
 
+@in_every_dtype
+def test_padding_by_a_finite_value_refines_no_row(dtype):
+    """Keys that a huge negative bias takes out, before, between and behind the others, change no bit of a row's."""
+    case = plain(dtype=dtype, lengths=(600, 300), heads=(4, 2))
+    query, key, value, seqlens, _ = arguments(case)
+    bias = torch.zeros(2, 1, 1, key.shape[2], dtype=dtype)
+    bias[..., :270] = bias[..., 290:400] = bias[..., 500:] = -torch.inf
+    with emulated_ops.EmulatedKernels(seed=7):
+        expected = decode_attention(query, key, value, seqlens, attn_bias=bias, return_lse=True)
+        padding = bias.clamp(min=torch.finfo(dtype).min)
+        found = decode_attention(query, key, value, seqlens, attn_bias=padding, return_lse=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def raw_forward(query, key, value, seqlens, table, num_new=0):
     options = (None, None, None, num_new, 0.2, -1, 0.0)
     return torch.ops.transfuse.decode_attention_forward(query, key, value, seqlens, table, *options)
