@@ -60,13 +60,12 @@ __device__ __forceinline__ bool is_saturated(float maximum, float logit_scale) {
 // Whether a row wants its scores refined: the largest of this block is saturated, or earlier ones are relative to an
 // anchor. Not where that is padding by a large finite value: far below the running maximum every weight is 0.
 __device__ __forceinline__ bool wants_refining(float most, float maximum, float anchor, float logit_scale) {
-  return anchor != 0 ||
-      (is_saturated(most, logit_scale) && !((maximum - most) * logit_scale > saturated_logit));
+  return anchor != 0 || (is_saturated(most, logit_scale) && !((maximum - most) * logit_scale > saturated_logit));
 }
 
 // For a row that does: whether its scores are refined, and kept relative to the anchor. That follows the maximum: far
-// from it a score would be rounded at the size of the distance. A row whose maximum has risen to where floats suffice has
-// none: padding before its first key would have all later ones refined.
+// from it a score would be rounded at the size of the distance. A row whose maximum has risen to where floats suffice
+// has none: padding before its first key would have all later ones refined.
 __device__ __forceinline__ bool follow_maximum(float& maximum, float& anchor, float most, float logit_scale) {
   const bool rises = most > maximum + anchor && most < attention_infinity, saturated = is_saturated(most, logit_scale);
   const float higher = !rises ? anchor : saturated ? most : 0.0f;
