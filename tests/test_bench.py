@@ -302,8 +302,8 @@ def test_gpu_dry_run_walks_every_case(tmp_path, capsys):
     decode = [row for row in rows if row["section"] == "decode"]
     assert {row["peer"] for row in decode} == {"transfuse cuda", "transfuse triton", "sdpa gqa"}
     assert {row["status"] for row in decode} == {"ok"} and all(row["gbps"] > 0 for row in decode)
-    exact = [row["rms_error"] for row in decode if not row["variant"]]
-    assert len(exact) == 3 * len(gpu.gpu_peers.DECODE_SIZES) and max(exact) < 0.01
+    exact = [row["rms_error"] for row in decode]  # contiguous with torch's, and in pages
+    assert len(exact) == 5 * len(gpu.gpu_peers.DECODE_SIZES) and max(exact) < 0.01
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"{len(rows)} rows in {tmp_path / 'gpu.json'}; parity failures of transfuse: 0"
 
@@ -374,6 +374,17 @@ def test_gpu_one_failure_does_not_stop_the_rest(tmp_path, monkeypatch):
     ]
     assert run.rows[0]["reason"] == "RuntimeError: CUDA out of memory, tried"
     assert run.rows[1]["reason"].startswith("gave up after") and run.rows[3]["reason"] == "ValueError: a section breaks"
+
+
+@pytest.mark.parametrize("error", [0.5, math.nan])
+def test_gpu_a_wrong_result_has_no_speed(tmp_path, error):
+    run = gpu_rows.Run(tmp_path, budget_s=60, dry=True)
+    with run.within("decode", 60):
+        for peer in ("transfuse cuda", "sdpa gqa"):
+            row = run.measure(lambda: (lambda: None, error), op="decode_attention", peer=peer)
+            assert row["status"] == "failed" and row["median_us"] is None and "relative rms error" in row["reason"]
+            assert gpu.is_failure(row) == (peer in gpu_peers.OWN_BACKENDS)  # what torch gets wrong is not ours
+    run.close()
 
 
 def test_gpu_wrong_rows_are_refused(tmp_path):

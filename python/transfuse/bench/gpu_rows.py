@@ -41,6 +41,7 @@ STATUSES = ("ok", "failed", "refused", "error", "skipped")
 FLUSH_BYTES = 1 << 30  # written before each timed call: empties L2, and its 0.3 ms hide the launch of what follows
 MEASURE_SECONDS = 0.12  # timed work per figure
 HOST_ROUNDS, HOST_CALLS = 21, 100  # of small calls, timed with their host overhead
+LARGEST_ERROR = 0.05  # relative rms error in 16 bits: ten times what rounding makes; a wrong result has no speed
 ONE_FIGURE_SECONDS = 60  # a compile that takes longer than this is given up
 WATCHDOG_SECONDS = 25  # after the budget, when something does not come back at all
 
@@ -172,6 +173,9 @@ class Run:
                 with alarm(limit):
                     call = prepare()
                     call, rms_error = call if isinstance(call, tuple) else (call, None)
+                    if rms_error is not None and not rms_error <= LARGEST_ERROR:
+                        reason = f"relative rms error {rms_error:.1e}, allowed {LARGEST_ERROR}"
+                        return self.add(**facts, rms_error=rms_error, status="failed", reason=reason)
                     figures = (timer or self.time)(call)
             except Exception as error:
                 del call
