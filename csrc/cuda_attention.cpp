@@ -310,7 +310,11 @@ Grads run_backward(const CudaCall& call, const AttentionParams& problem, const T
   g.sink_parts = sink_parts.data();
   g.row_sums = row_sums.data();
   g.key_sums = key_sums.data();
-  Tensor grad_bias = call.empty({0}, query.scalar_type());
+  // Of an argument that is not there, or wants no gradient.
+  const auto nothing = [&](const std::optional<Tensor>& argument) {
+    return call.empty({0}, argument ? argument->scalar_type() : query.scalar_type());
+  };
+  Tensor grad_bias = nothing(options.bias);
   if (wanted.bias && !by_rows && !by_keys) {
     grad_bias = zeros(call, shape, options.bias->scalar_type());
     if (grad_bias.numel()) g.grad_bias = bias_view(grad_bias, *options.bias);
@@ -321,7 +325,6 @@ Grads run_backward(const CudaCall& call, const AttentionParams& problem, const T
   if (by_rows) grad_bias = row_sums.summed({shape[0], shape[1], shape[2]}, shape, options.bias->scalar_type());
   if (by_keys) grad_bias = key_sums.summed({shape[0], shape[1], shape[3]}, shape, options.bias->scalar_type());
 
-  const auto nothing = [&] { return call.empty({0}, query.scalar_type()); };
   const auto per_head = [&](const Parts& parts, const Tensor& argument) {
     const std::vector<int64_t> sizes(argument.sizes().begin(), argument.sizes().end());
     return parts.summed({sizes.size() == 2 ? sizes[0] : 1, problem.num_heads, 1}, sizes, argument.scalar_type());
@@ -330,8 +333,8 @@ Grads run_backward(const CudaCall& call, const AttentionParams& problem, const T
           grads[1],
           grads[2],
           grad_bias,
-          wanted.alibi_slopes ? per_head(slope_parts, *options.alibi_slopes) : nothing(),
-          wanted.sinks ? per_head(sink_parts, *options.sinks) : nothing()};
+          wanted.alibi_slopes ? per_head(slope_parts, *options.alibi_slopes) : nothing(options.alibi_slopes),
+          wanted.sinks ? per_head(sink_parts, *options.sinks) : nothing(options.sinks)};
 }
 
 Grads attention_backward(const Tensor grad_output, std::optional<Tensor> grad_lse, const Tensor query, const Tensor key,

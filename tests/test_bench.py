@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -289,14 +290,20 @@ def test_gpu_dry_run_walks_every_case(tmp_path, capsys):
     own = {(row["peer"], row["direction"], row["variant"]) for row in rows if row["section"] == "own_attention"}
     kinds = ("", "causal", "bias [1,H,L,L]", "bias [B,H,L,L]")
     assert own == set(itertools.product(gpu_peers.OWN_BACKENDS, ("forward", "backward"), kinds))
+    own = [(row["peer"], row["shape"]["seqlen"]) for row in rows if row["section"] == "own_attention"]
+    before_triton = own[: [peer for peer, _ in own].index("transfuse triton")]
+    assert len(set(before_triton)) > gpu_peers.LENGTHS_AHEAD  # where its compiler takes the time, CUDA has figures
+    packed = {(row["peer"], row["direction"], row["variant"]) for row in rows if row["section"] == "varlen"}
+    assert {(peer, way, "") for peer in gpu_peers.OWN_BACKENDS for way in ("forward", "backward")} <= packed
+    assert ("sdpa flash", "backward", "padded") in packed
     small = [(row["peer"], row["status"]) for row in rows if row["section"] == "small_rows"]
     assert {peer for peer, _ in small} == {"transfuse cuda", "transfuse triton", "torch eager"}
     assert {status for _, status in small} == {"ok"}
     decode = [row for row in rows if row["section"] == "decode"]
     assert {row["peer"] for row in decode} == {"transfuse cuda", "transfuse triton", "sdpa gqa"}
     assert {row["status"] for row in decode} == {"ok"} and all(row["gbps"] > 0 for row in decode)
-    exact = [row["rms_error"] for row in decode if not row["variant"]]
-    assert len(exact) == 3 * len(gpu.gpu_peers.DECODE_SIZES) and max(exact) < 0.01
+    exact = [row["rms_error"] for row in decode]  # contiguous with torch's, and in pages
+    assert len(exact) == 5 * len(gpu.gpu_peers.DECODE_SIZES) and max(exact) < 0.01
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"{len(rows)} rows in {tmp_path / 'gpu.json'}; parity failures of transfuse: 0"
 
@@ -309,10 +316,11 @@ def test_gpu_circumstances_are_compared_with_a_plain_call(tmp_path, monkeypatch)
     chosen |= {"wrong": lambda call, x: call(x) + 1, "raises": lambda call, x: call(x, x, x, x, x)}
     monkeypatch.setattr(gpu, "CIRCUMSTANCES", chosen)
     with run.within("parity", 60):
-        for op in gpu.CALLS:
+        for op in gpu.CALLS_ANYWHERE:
             gpu.check_circumstances(run, op, "cuda")
     run.close()
-    assert [row["status"] for row in run.rows] == ["ok", "ok", "failed", "error"] * len(gpu.CALLS)
+    assert [row["status"] for row in run.rows] == ["ok", "ok", "failed", "error"] * len(gpu.CALLS_ANYWHERE)
+    assert {row["op"] for row in run.rows} >= set(gpu.ATTENTION_OPS)
 
 
 def test_gpu_budget_is_kept(tmp_path):
@@ -326,6 +334,16 @@ def test_gpu_budget_is_kept(tmp_path):
         run.measure(never, op="copy", peer="torch")
     run.close()
     assert [(row["status"], row["reason"]) for row in run.rows] == [("skipped", "the section's time was used up")]
+
+
+def test_gpu_no_section_takes_the_time_of_the_later_ones(tmp_path):
+    """Half the time that all ask for: each has half of it; what one leaves over is the next one's."""
+    run = gpu_rows.Run(tmp_path, budget_s=100, dry=True)
+    with run.within("first", 150, of=200):
+        assert 70 < run.section_end - time.monotonic() <= 75
+    with run.within("last", 50, of=50):
+        assert 45 < run.section_end - time.monotonic() <= 50
+    run.close()
 
 
 def test_gpu_one_failure_does_not_stop_the_rest(tmp_path, monkeypatch):
@@ -356,6 +374,17 @@ def test_gpu_one_failure_does_not_stop_the_rest(tmp_path, monkeypatch):
     ]
     assert run.rows[0]["reason"] == "RuntimeError: CUDA out of memory, tried"
     assert run.rows[1]["reason"].startswith("gave up after") and run.rows[3]["reason"] == "ValueError: a section breaks"
+
+
+@pytest.mark.parametrize("error", [0.5, math.nan])
+def test_gpu_a_wrong_result_has_no_speed(tmp_path, error):
+    run = gpu_rows.Run(tmp_path, budget_s=60, dry=True)
+    with run.within("decode", 60):
+        for peer in ("transfuse cuda", "sdpa gqa"):
+            row = run.measure(lambda: (lambda: None, error), op="decode_attention", peer=peer)
+            assert row["status"] == "failed" and row["median_us"] is None and "relative rms error" in row["reason"]
+            assert gpu.is_failure(row) == (peer in gpu_peers.OWN_BACKENDS)  # what torch gets wrong is not ours
+    run.close()
 
 
 def test_gpu_wrong_rows_are_refused(tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import transfuse
 from transfuse import dispatch
@@ -185,8 +186,27 @@ def test_triton_names_its_reasons(monkeypatch):
 def test_what_is_automatic_on_one_device_alone():
     only_cuda = Implementation("triton", supports_all, abs, automatic="cuda")
     assert only_cuda.is_automatic_on("cuda") and not only_cuda.is_automatic_on("cpu")
+    assert only_cuda.is_automatic_on(str(torch.device("cuda", 1)))  # as a tensor's device prints
     assert Implementation("cpu", supports_all, abs).is_automatic_on("cpu")
     assert not Implementation("torch", supports_all, abs, automatic=False).is_automatic_on("cpu")
+
+
+def test_a_gpu_that_is_not_the_current_one_is_asked_for_itself():
+    """Of every attention op: the tensors' device decides, number and all, and Triton is automatic there."""
+    with FakeTensorMode():
+        x = torch.zeros(1, 2, 3, 64, device="cuda:1")
+        lengths = torch.zeros(1, dtype=torch.int32, device="cuda:1")
+        offsets = torch.zeros(2, dtype=torch.int32, device="cuda:1")
+        tokens = torch.zeros(3, 2, 64, device="cuda:1")
+        problems = (
+            transfuse.scaled_dot_product_attention.explain_problem(x, x, x),
+            transfuse.varlen_attention.explain_problem(tokens, tokens, tokens, offsets, max_seqlen_q=3),
+            transfuse.decode_attention.explain_problem(x, x, x, lengths),
+        )
+    for op, implementations, problem in problems:
+        assert problem.device == "cuda:1", op
+        automatic = [i.name for i in implementations if i.is_automatic_on(problem.device)]
+        assert automatic == ["cuda", "triton", "cpu", "reference"], op
 
 
 def test_compile_follows_the_setting():

@@ -117,9 +117,10 @@ cudaError_t decode_16_bits(const DecodeParams& d, int widest, cudaStream_t strea
 
 }  // namespace
 
-int attention_decode_parts(int length) {
-  const int keys = decode_keys_of_part(length);
-  return length > keys ? (length + keys - 1) / keys : 1;
+// Not those of the longest entry: where that one's parts are longer than the shortest, a shorter entry may have more.
+int attention_decode_parts(int capacity) {
+  const int shortest = (capacity + decode_part_keys - 1) / decode_part_keys;
+  return shortest < 1 ? 1 : shortest < decode_most_parts ? shortest : decode_most_parts;
 }
 
 cudaError_t attention_decode_forward(const DecodeParams& d, DType dtype, cudaStream_t stream) {

@@ -26,7 +26,7 @@ struct DecodeCache {
 struct DecodeParams {
   AttentionParams problem;  // key's and value's batch stride goes from block to block, row's within one
   DecodeCache cache;
-  int parts;             // of an entry that is as long as the capacity
+  int parts;             // the most that an entry in a cache of this capacity has
   int partial_columns;   // value_head_dim in whole vectors of four
   float* partial_outputs;  // [B, Hkv, rows, parts, partial_columns]; where parts > 1
   float* partial_stats;    // [B, Hkv, rows, parts, decode_stats]
@@ -44,8 +44,8 @@ struct DecodeAppendParams {
   int64_t batch;
 };
 
-// Of an entry of that many keys.
-int attention_decode_parts(int length);
+// The most that an entry of up to `capacity` keys has.
+int attention_decode_parts(int capacity);
 
 cudaError_t attention_decode_forward(const DecodeParams& params, DType dtype, cudaStream_t stream);
 cudaError_t attention_decode_append(const DecodeAppendParams& params, DType dtype, cudaStream_t stream);

@@ -181,9 +181,7 @@ struct DecodeWarp {
     }
     float maxima[2], factors[2];
     row_maxima(scores, maxima);
-    const bool may_saturate = is_saturated(maxima[0], p.logit_scale) || is_saturated(maxima[1], p.logit_scale) ||
-        rows.anchor[0] != 0 || rows.anchor[1] != 0;
-    if (p.softcap == 0 && __any_sync(whole_warp, may_saturate)) {
+    if (p.softcap == 0 && __any_sync(whole_warp, wants_refining(rows, maxima, p.logit_scale))) {
       const ScoreRow places[2] = {place_of_row(0), place_of_row(1)};
       const RowAnchor anchor = follow_maximum(rows, maxima, p.logit_scale);
       refine_scores<T, 2 * key_steps>(scores, p, work.task.sequence, places, anchor,

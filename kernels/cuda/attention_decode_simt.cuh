@@ -215,7 +215,7 @@ struct DecodeSimtWarp {
         if (takes_part[i][tile]) most[i] = fmaxf(most[i], scores[i][tile]);
       }
       most[i] = largest_of_lanes(most[i]);
-      refine[i] = p.softcap == 0 && (is_saturated(most[i], p.logit_scale) || anchor[i] != 0);
+      refine[i] = p.softcap == 0 && wants_refining(most[i], maximum[i], anchor[i], p.logit_scale);
       any |= refine[i];
     }
     if (__any_sync(whole_warp, any)) refine_scores(scores, most, refine, takes_part, key);
@@ -242,14 +242,11 @@ struct DecodeSimtWarp {
 
   // Rows to refine keep their scores relative to an anchor, which follows their maximum.
   __device__ __forceinline__ void refine_scores(float (&scores)[my_rows][key_tiles], float (&most)[my_rows],
-                                                const bool (&refine)[my_rows],
+                                                bool (&refine)[my_rows],
                                                 const bool (&takes_part)[my_rows][key_tiles], int key) {
 #pragma unroll
     for (int i = 0; i < my_rows; ++i) {
-      if (refine[i] && most[i] > maximum[i] + anchor[i] && most[i] < attention_infinity) {
-        maximum[i] += anchor[i] - most[i];
-        anchor[i] = most[i];
-      }
+      refine[i] = refine[i] && follow_maximum(maximum[i], anchor[i], most[i], p.logit_scale);
       most[i] = -attention_infinity;
     }
 #pragma unroll

@@ -136,9 +136,8 @@ struct ForwardBlock {
   __device__ __forceinline__ void update_softmax(ScoreFragment<keys>& scores, int t, int key, int stage) {
     float maxima[2], factors[2];
     row_maxima(scores, maxima);
-    const bool may_saturate = is_saturated(maxima[0], p.logit_scale) || is_saturated(maxima[1], p.logit_scale) ||
-        rows[t].anchor[0] != 0 || rows[t].anchor[1] != 0;
-    if ((!Policy::general || p.softcap == 0) && __any_sync(whole_warp, may_saturate)) {
+    const bool refine = wants_refining(rows[t], maxima, p.logit_scale);
+    if ((!Policy::general || p.softcap == 0) && __any_sync(whole_warp, refine)) {
       const ScoreRow places[2] = {score_row(p, task, tile_row(t, 0)), score_row(p, task, tile_row(t, 1))};
       const RowAnchor anchor = follow_maximum(rows[t], maxima, p.logit_scale);
       refine_scores<T, Policy::head_dim / 16>(

@@ -191,12 +191,9 @@ struct SimtBlock {
       if (takes_part[j]) most = fmaxf(most, scores[j]);
     }
     most = largest_of_lanes(most);
-    const bool refine = p.softcap == 0 && (is_saturated(most, p.logit_scale) || anchor[i] != 0);
+    bool refine = p.softcap == 0 && wants_refining(most, maximum[i], anchor[i], p.logit_scale);
     if (__any_sync(whole_warp, refine)) {
-      if (refine && most > maximum[i] + anchor[i] && most < attention_infinity) {
-        maximum[i] += anchor[i] - most;
-        anchor[i] = most;
-      }
+      refine = refine && follow_maximum(maximum[i], anchor[i], most, p.logit_scale);
       most = -attention_infinity;
 #pragma unroll
       for (int j = 0; j < my_keys; ++j) {

@@ -57,20 +57,35 @@ __device__ __forceinline__ bool is_saturated(float maximum, float logit_scale) {
   return size > saturated_logit && size < attention_infinity;
 }
 
-// Which rows keep their scores relative to an anchor. It follows the maximum: far from it a score would be rounded at
-// the size of the distance.
+// Whether a row wants its scores refined: the largest of this block is saturated, or earlier ones are relative to an
+// anchor. Not where that is padding by a large finite value: far below the running maximum every weight is 0.
+__device__ __forceinline__ bool wants_refining(float most, float maximum, float anchor, float logit_scale) {
+  return anchor != 0 || (is_saturated(most, logit_scale) && !((maximum - most) * logit_scale > saturated_logit));
+}
+
+// For a row that does: whether its scores are refined, and kept relative to the anchor. That follows the maximum: far
+// from it a score would be rounded at the size of the distance. A row whose maximum has risen to where floats suffice
+// has none: padding before its first key would have all later ones refined.
+__device__ __forceinline__ bool follow_maximum(float& maximum, float& anchor, float most, float logit_scale) {
+  const bool rises = most > maximum + anchor && most < attention_infinity, saturated = is_saturated(most, logit_scale);
+  const float higher = !rises ? anchor : saturated ? most : 0.0f;
+  maximum += anchor - higher;
+  anchor = higher;
+  return saturated || higher != 0;
+}
 __device__ __forceinline__ RowAnchor follow_maximum(SoftmaxRows& rows, const float (&maxima)[2], float logit_scale) {
   RowAnchor result;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    result.refine[half] = is_saturated(maxima[half], logit_scale) || rows.anchor[half] != 0;
-    const bool rises = result.refine[half] && maxima[half] > rows.maximum[half] + rows.anchor[half] &&
-        maxima[half] < attention_infinity;
-    const float higher = rises ? maxima[half] : rows.anchor[half];
-    rows.maximum[half] += rows.anchor[half] - higher;
-    result.anchor[half] = rows.anchor[half] = higher;
+    result.refine[half] = wants_refining(maxima[half], rows.maximum[half], rows.anchor[half], logit_scale) &&
+        follow_maximum(rows.maximum[half], rows.anchor[half], maxima[half], logit_scale);
+    result.anchor[half] = rows.anchor[half];
   }
   return result;
+}
+__device__ __forceinline__ bool wants_refining(const SoftmaxRows& rows, const float (&maxima)[2], float logit_scale) {
+  return wants_refining(maxima[0], rows.maximum[0], rows.anchor[0], logit_scale) ||
+      wants_refining(maxima[1], rows.maximum[1], rows.anchor[1], logit_scale);
 }
 
 // Scores become weights; the rows' maxima and sums take them in. `factors` are what earlier sums and outputs have been

@@ -22,8 +22,8 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 
 // Along x; 65,535 along y and z.
 constexpr int64_t most_blocks = 0x7FFFFFFF;
-// A block may have this much without asking the driver first.
-constexpr size_t shared_bytes_unasked = 48 * 1024;
+// A block may have 48 KB without asking the driver first; what is left to them is for a kernel's static __shared__.
+constexpr size_t shared_bytes_unasked = 32 * 1024;
 
 // What the code of this process's GPU was compiled for ("80", also where it runs on a later GPU of that family), and the
 // shared memory that a block may have there.

@@ -55,7 +55,7 @@ class Implementation:
     automatic: bool | str = True
 
     def is_automatic_on(self, device: str) -> bool:
-        return self.automatic is True or self.automatic == device
+        return self.automatic is True or self.automatic == device.partition(":")[0]
 
 
 _default: str = env.get("TRANSFUSE_BACKEND")  # read once: the environment costs a microsecond per look

@@ -9,6 +9,7 @@ import random
 import emulated_ops
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import transfuse
 from transfuse import scaled_dot_product_attention, varlen_attention
@@ -201,6 +202,41 @@ def test_logits_beyond_the_precision_of_lse_have_gradients(dtype):
         grads = torch.autograd.grad(output, (query, key, value), torch.ones_like(output))
     assert all(grad.isfinite().all() for grad in grads)
     assert_close(grads[2], torch.full_like(grads[2], 5 / 33), 33, "value", slack=4.0)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_results_have_the_form_that_is_declared(wanted):
+    """torch.compile goes by it: shapes, dtypes and strides, of gradients that nobody wants too."""
+    tensors, _ = arguments({name: of[0] for name, of in FACTORS.items()} | {"dtype": torch.bfloat16, "lengths": (5, 7)})
+    bias, slopes, sinks = torch.zeros(1, 2, 5, 7), torch.ones(2), torch.ones(2)  # float32 beside bfloat16
+    extras, numbers = (bias.expand(2, 2, 5, 7), None, None, slopes, sinks, None), (0.1, False, False, -1, -1, 0.0, 0.0)
+
+    def results(tensors, extras):
+        forward, backward = torch.ops.transfuse.attention_forward, torch.ops.transfuse.attention_backward
+        output, lse = forward(*tensors, *extras, *numbers)
+        grads = backward(output, None, *tensors, output, lse, *extras, *numbers, list(bias.shape), *(wanted,) * 3)
+        return [(t.shape, t.dtype, t.stride()) for t in (output, lse, *grads)]
+
+    with emulated_ops.EmulatedKernels() as mode:
+        found = results(tensors, extras)
+    assert mode.calls == 2
+    with FakeTensorMode() as fake:
+        fakes = [[fake.from_tensor(t) if t is not None else None for t in of] for of in (tensors, extras)]
+        assert found == results(*fakes)
+
+
+@pytest.mark.parametrize("dtype", emulated_ops.DTYPES, ids=dtype_name)
+def test_padding_by_a_finite_value_refines_no_row(dtype):
+    """Keys that a huge negative bias takes out, before, between and behind the others, change no bit of a row's."""
+    tensors, _ = arguments({name: of[0] for name, of in FACTORS.items()} | {"dtype": dtype, "lengths": (40, 330)})
+    bias = torch.zeros(2, 1, 1, 330, dtype=dtype)
+    bias[..., :70] = bias[..., 100:200] = bias[..., 240:] = -torch.inf
+    bias[1, ..., :30] = 0
+    with emulated_ops.EmulatedKernels(seed=7):
+        expected = scaled_dot_product_attention(*tensors, attn_bias=bias, return_lse=True)
+        padding = bias.clamp(min=torch.finfo(dtype).min)
+        found = scaled_dot_product_attention(*tensors, attn_bias=padding, return_lse=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", emulated_ops.DTYPES, ids=dtype_name)

@@ -136,6 +136,19 @@ def test_the_parts_of_a_long_entry_are_longer(dtype):
 
 
 @in_every_dtype
+def test_an_entry_may_have_more_parts_than_a_longer_one(dtype):
+    """64 * 256 keys are 64 parts; a cache with room for one more key would have 33 of an entry that fills it."""
+    case = plain(dtype=dtype, head_dims=(17, 5), lengths=(64 * 256, 64 * 256 - 5), heads=(1, 1))
+    query, key, value, seqlens, _ = arguments(case)
+    with emulated_ops.EmulatedKernels(seed=3):
+        output, lse = decode_attention(query, key, value, seqlens, return_lse=True)
+    with transfuse.use_backend("reference"):
+        exact = decode_attention(query.double(), key.double(), value.double(), seqlens, return_lse=True)
+    assert_close(output, exact[0], 64 * 256, "output")
+    assert_close(lse, exact[1], 64 * 256, "lse")
+
+
+@in_every_dtype
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_what_is_excluded_never_matters_and_what_is_kept_shows(poison, dtype):
     case = plain(dtype=dtype, lengths=(300, 40), queries=2, heads=(4, 2))
@@ -149,6 +162,20 @@ def test_what_is_excluded_never_matters_and_what_is_kept_shows(poison, dtype):
     assert torch.equal(found[1, :, 0], clean[1, :, 0])
     assert not found[:, :, 1].isfinite().any()  # key 7
     assert not found[0, :, 0].isfinite().any()  # key 290
+
+
+@in_every_dtype
+def test_padding_by_a_finite_value_refines_no_row(dtype):
+    """Keys that a huge negative bias takes out, before, between and behind the others, change no bit of a row's."""
+    case = plain(dtype=dtype, lengths=(600, 300), heads=(4, 2))
+    query, key, value, seqlens, _ = arguments(case)
+    bias = torch.zeros(2, 1, 1, key.shape[2], dtype=dtype)
+    bias[..., :270] = bias[..., 290:400] = bias[..., 500:] = -torch.inf
+    with emulated_ops.EmulatedKernels(seed=7):
+        expected = decode_attention(query, key, value, seqlens, attn_bias=bias, return_lse=True)
+        padding = bias.clamp(min=torch.finfo(dtype).min)
+        found = decode_attention(query, key, value, seqlens, attn_bias=padding, return_lse=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def raw_forward(query, key, value, seqlens, table, num_new=0):

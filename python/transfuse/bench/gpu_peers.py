@@ -5,6 +5,7 @@ Sizes follow what the field quotes: 16384 tokens (or one longer sequence) and 20
 forwards (five products of which the forward does two). Backward is timed alone, on a graph that is kept.
 """
 
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ OWN_BACKENDS = {"transfuse cuda": "cuda", "transfuse triton": "triton"}
 SEQLENS = (4096, 1024, 16384, 512, 2048, 8192, 32768)  # the most telling first: a deadline cuts the end
 HEAD_DIMS = (128, 64, 256)
 BIAS_SEQLENS = (4096, 512, 2048, 8192)
+LENGTHS_AHEAD = 3  # of SEQLENS
 COLUMNS = (768, 384, 1024, 4096, 2048, 8192)
 # Batch and keys of one new token, grouped queries as LLaMA's; first where keys and values exceed 64 MB by far.
 DECODE_SIZES = ((16, 16384), (64, 4096), (1, 65536), (8, 65536), (4, 4096), (1, 16384), (1, 4096), (64, 65536))
@@ -164,23 +166,26 @@ def sdpa_bias(run):
 
 
 def own_attention(run):
-    """Ours on the same shapes, CUDA beside Triton: every kind and head size at one length, then at the others."""
+    """Ours on the same shapes: every kind and head size at one length, then at the others.
+
+    Triton compiles each case for seconds, so CUDA is LENGTHS_AHEAD of it.
+    """
     peers = _there(run, OWN_BACKENDS, op="attention")
     kinds = ((False, "none"), (True, "none"), (False, "bias [1,H,L,L]"), (False, "bias [B,H,L,L]"))
     seqlens = {kind: BIAS_SEQLENS if kind != "none" else SEQLENS for _, kind in kinds}
-    for rank in range(len(SEQLENS)):
+    turns = itertools.product(range(len(peers)), range(len(SEQLENS)))
+    for place, rank in sorted(turns, key=lambda turn: turn[0] * LENGTHS_AHEAD + turn[1]):
         for head_dim in HEAD_DIMS:
             for causal, kind in kinds:
                 for seqlen in seqlens[kind][rank : rank + 1]:
-                    _own_rows(run, peers, _attention_shape(run, seqlen, head_dim), causal, kind)
+                    _own_rows(run, peers[place], _attention_shape(run, seqlen, head_dim), causal, kind)
 
 
-def _own_rows(run, peers, shape, causal, kind):
-    with run.guarded(op="attention", peer="transfuse", variant=kind, shape=shape):
+def _own_rows(run, peer, shape, causal, kind):
+    with run.guarded(op="attention", peer=peer, variant=kind, shape=shape):
         bias = _bias(run, shape, kind)
         tensors = _qkv(run, shape) + ([] if bias is None else [bias])
-        for peer in peers:
-            _sdpa_rows(run, peer, shape, tensors, causal, kind)
+        _sdpa_rows(run, peer, shape, tensors, causal, kind)
 
 
 def _own_sdpa(run, peer, query, key, value, bias, mask, causal, gqa):
@@ -210,18 +215,19 @@ def _sdpa_rows(run, peer, shape, tensors, causal, kind, mask=None, gqa=False):
 
 
 def varlen(run):
-    """Packed sequences of mixed lengths (1/16 to all of the longest) through torch's own varlen attention."""
+    """Packed sequences of mixed lengths (1/16 to all of the longest): ours, torch's own, and flash on them padded."""
+    peers = _there(run, OWN_BACKENDS, op="varlen_attention")
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError as error:
+        varlen_attn = None
         run.add(op="varlen_attention", peer="torch varlen_attn", status="refused", reason=str(error))
-        return
     for longest in (512, 4096):
         for head_dim in (64, 128):
-            _varlen_rows(run, varlen_attn, *((8, 2) if run.dry else (longest, CHANNELS // head_dim)), head_dim)
+            _varlen_rows(run, peers, varlen_attn, *((8, 2) if run.dry else (longest, CHANNELS // head_dim)), head_dim)
 
 
-def _varlen_rows(run, varlen_attn, longest, heads, head_dim):
+def _varlen_rows(run, peers, varlen_attn, longest, heads, head_dim):
     shares = (0.06, 0.5, 0.25, 1.0, 0.12, 0.37, 0.75, 0.18)  # of the longest; repeated until about TOKENS are there
     repeats = 1 if run.dry else max(1, round(TOKENS / (longest * sum(shares))))
     lengths = [max(1, int(longest * share)) for share in shares * repeats]
@@ -234,12 +240,31 @@ def _varlen_rows(run, varlen_attn, longest, heads, head_dim):
         "head_dim": head_dim,
     }
 
-    def forward(query, key, value):
+    def torchs(query, key, value):
         return varlen_attn(query, key, value, offsets, offsets, longest, longest)
 
-    flops = sum(length * length for length in lengths) * heads * 4 * head_dim
+    def ours(peer):
+        def forward(query, key, value):
+            with transfuse.use_backend("auto" if run.dry else OWN_BACKENDS[peer]):
+                return transfuse.varlen_attention(query, key, value, offsets, max_seqlen_q=longest)
+
+        return forward
+
+    def padded(query, key, value):
+        with sdpa_kernel(SDPA_PEERS["flash"]):
+            return F.scaled_dot_product_attention(query, key, value)
+
+    flops = sum(length * length for length in lengths) * heads * 4 * head_dim  # of what is asked for: no padding
+    facts = {"op": "varlen_attention", "shape": shape, "flops": flops}
     tensors = [_random(run, sum(lengths), heads, head_dim) for _ in range(3)]
-    _directions(run, forward, tensors, flops=flops, op="varlen_attention", peer="torch varlen_attn", shape=shape)
+    for peer in peers[:1]:
+        _directions(run, ours(peer), tensors, peer=peer, **facts)
+    if varlen_attn is not None:
+        _directions(run, torchs, tensors, peer="torch varlen_attn", **facts)
+    whole = [_random(run, len(lengths), longest, heads, head_dim).transpose(1, 2) for _ in range(3)]
+    _directions(run, padded, whole, peer="sdpa flash", variant="padded", **facts)
+    for peer in peers[1:]:  # Triton compiles: last
+        _directions(run, ours(peer), tensors, peer=peer, **facts)
 
 
 def decode(run):
@@ -276,8 +301,10 @@ def _decode_rows(run, own, shape):
 
         return call
 
-    def judged(call):
+    def judged(call, caches=caches, table=None):
         """With the relative rms error of the first entry's first head against float64."""
+        if table is not None:
+            caches = [pages[table[0].long()].flatten(0, 1).transpose(0, 1)[None] for pages in caches]
         key, value = (cache[:1, :1, :keys].double() for cache in caches)
         exact = (query[:1, :1].double() @ key.mT * head_dim**-0.5).softmax(-1) @ value
         return call, ((call()[:1, :1].double() - exact).norm() / exact.norm()).item()
@@ -288,7 +315,8 @@ def _decode_rows(run, own, shape):
         run.measure(lambda: judged(stock), peer="sdpa gqa", **facts)
         pages = [_random(run, table.numel(), page, kv_heads, head_dim) for _ in range(2)]
         for peer in own:
-            run.measure(lambda peer=peer: ours(peer, pages, table), peer=peer, variant=f"pages of {page}", **facts)
+            call = ours(peer, pages, table)
+            run.measure(lambda call=call: judged(call, pages, table), peer=peer, variant=f"pages of {page}", **facts)
 
 
 def flex(run):

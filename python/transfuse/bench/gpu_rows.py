@@ -41,6 +41,7 @@ STATUSES = ("ok", "failed", "refused", "error", "skipped")
 FLUSH_BYTES = 1 << 30  # written before each timed call: empties L2, and its 0.3 ms hide the launch of what follows
 MEASURE_SECONDS = 0.12  # timed work per figure
 HOST_ROUNDS, HOST_CALLS = 21, 100  # of small calls, timed with their host overhead
+LARGEST_ERROR = 0.05  # relative rms error in 16 bits: ten times what rounding makes; a wrong result has no speed
 ONE_FIGURE_SECONDS = 60  # a compile that takes longer than this is given up
 WATCHDOG_SECONDS = 25  # after the budget, when something does not come back at all
 
@@ -100,9 +101,15 @@ class Run:
         self.save()
 
     @contextmanager
-    def within(self, section, seconds):
-        """Runs a section that must end by its own deadline; its rows are on disk when it ends, however it ends."""
+    def within(self, section, seconds, of=0):
+        """Runs a section that must end by its own deadline; its rows are on disk when it ends, however it ends.
+
+        Args:
+            of: what this section and all later ones ask for together; where that is not left, each gets its share.
+        """
         start = time.monotonic()
+        if of > max(0.0, self.end - start):
+            seconds *= max(0.0, self.end - start) / of
         self.section, self.section_end = section, min(self.end, start + seconds)
         print(f"-- {section} (at most {max(0.0, self.section_end - start):.0f} s)", flush=True)
         try:
@@ -166,6 +173,9 @@ class Run:
                 with alarm(limit):
                     call = prepare()
                     call, rms_error = call if isinstance(call, tuple) else (call, None)
+                    if rms_error is not None and not rms_error <= LARGEST_ERROR:
+                        reason = f"relative rms error {rms_error:.1e}, allowed {LARGEST_ERROR}"
+                        return self.add(**facts, rms_error=rms_error, status="failed", reason=reason)
                     figures = (timer or self.time)(call)
             except Exception as error:
                 del call

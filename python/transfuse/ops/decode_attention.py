@@ -301,7 +301,7 @@ def _problem(arguments, features) -> DecodeAttentionProblem:
     query, key_cache, value_cache, _, new_key, _, block_table, bias, _ = arguments
     return DecodeAttentionProblem(
         op=_OP,
-        device=query.device.type,
+        device=str(query.device),
         dtype=query.dtype,
         requires_grad=False,
         query_shape=tuple(query.shape),
