@@ -10,20 +10,20 @@
 
 namespace transfuse::cuda {
 
-// The shared memory that launch() was asked for, aligned to 16 bytes.
+// The shared memory that launch() was asked for, aligned to 128 bytes.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
 #ifdef TRANSFUSE_EMULATION
   return ::emulation::dynamic_shared();
 #else
-  extern __shared__ __align__(16) unsigned char shared_memory[];
+  extern __shared__ __align__(128) unsigned char shared_memory[];
   return shared_memory;
 #endif
 }
 
 // Along x; 65,535 along y and z.
 constexpr int64_t most_blocks = 0x7FFFFFFF;
-// A block may have this much without asking the driver first.
-constexpr size_t shared_bytes_unasked = 48 * 1024;
+// A block may have 48 KB without asking the driver first, and its static variables are among them.
+constexpr size_t shared_bytes_unasked = 47 * 1024;
 
 // What the code of this process's GPU was compiled for ("80", also where it runs on a later GPU of that family), and the
 // shared memory that a block may have there.
