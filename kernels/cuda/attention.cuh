@@ -96,19 +96,22 @@ struct AttentionPartsParams {
 /* Tiles of the forward on tensor cores, one row per head dimension and size of a block's shared memory: of the rows
    that the GPU has the memory for, the one that takes most.
 
-   Two stages of keys and values beside the queries fit one block's shared memory. Up to 96 dimensions a warp holds 32
-   queries, so that each fragment of keys and values is used twice: with 16 the reads of shared memory alone take as
-   long as the products. The number of keys is what registers leave beside the output's accumulators: with 32 queries
-   64 keys spill at 96 dimensions, and 32 at 128; with 16 queries, 32 keys do at 256 on sm_80 (nvcc 13.0). 227 KB have
-   no row of their own: registers end before the memory. Arithmetic and the compiler's figures alone, no timing. */
+   Two stages of keys and values beside the queries fit one block's shared memory. A warp holds 32 queries where
+   registers allow, so that each fragment of keys and values is used twice: with 16 the reads of shared memory alone
+   take as long as the products. The number of keys is what registers leave beside the output's accumulators: with 32
+   queries 64 keys spill at 128 dimensions (nvcc 13.0). There 48 keys let two blocks of four warps share the 164 KB of
+   sm_80; in 99 KB there is one block, and it has eight warps. At 256 dimensions 227 KB take twice the keys, which the
+   queries are read for half as often. Arithmetic and the compiler's figures alone, no timing. */
 struct AttentionTile {
   int head_dim, shared_kb;
   int queries, keys;         // of a tile
   int warps, general_warps;  // of the plain kernel, and of the one with biases, masks, softcap and dropout
 };
 constexpr AttentionTile attention_tiles[] = {
-    {32, 99, 128, 64, 4, 8}, {64, 99, 128, 64, 4, 8},   {96, 99, 128, 48, 4, 8}, {128, 99, 128, 64, 8, 8},
-    {192, 99, 64, 32, 4, 4}, {192, 163, 128, 64, 8, 8}, {256, 99, 64, 16, 4, 4}, {256, 163, 128, 32, 8, 8},
+    {32, 99, 128, 64, 4, 8},   {64, 99, 128, 64, 4, 8}, {96, 99, 128, 64, 4, 8},
+    {128, 99, 128, 64, 8, 8},  {128, 163, 128, 48, 4, 8}, {192, 99, 64, 32, 4, 4},
+    {192, 163, 128, 64, 8, 8}, {256, 99, 64, 16, 4, 4}, {256, 163, 128, 32, 8, 8},
+    {256, 227, 128, 64, 8, 8},
 };
 
 // The widest head dimension that the units of this build take in 16 bits; float32 always takes 256.

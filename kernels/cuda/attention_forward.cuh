@@ -63,12 +63,23 @@ struct AttentionPolicy {
 
 namespace {
 
+// What a block of threads finds once and reads seldom. It lies in shared memory: the registers are the products'.
+template <int warps>
+struct ForwardShared {
+  AttentionTask task;
+  KeyRange walked;                   // the keys that some row of the tile sees
+  KeyRange some[warps], all[warps];  // that some, or all, of a warp's rows see
+  int streamed_end;                  // keys in front of it come in whole tiles of whole vectors
+};
+
 template <class Policy>
 struct ForwardBlock {
   using T = typename Policy::T;
   static constexpr int keys = Policy::keys, m_tiles = Policy::m_tiles, columns = Policy::head_dim / 8;
+  using KeyStream = TileStream<Policy::threads, typename Policy::KeyTile>;
 
   const AttentionParams& p;
+  const ForwardShared<Policy::warps>& shared;
   const AttentionTask& task;
   const AttentionSequence& sequence;
   const typename Policy::QueryTile query_tile;
@@ -76,13 +87,16 @@ struct ForwardBlock {
   const int warp_row;                                               // the warp's first row in the tile
   float output[m_tiles][columns][4];
   SoftmaxRows rows[m_tiles];
+  bool saturated;  // some row of the thread asks for an exact walk
 
-  __device__ __forceinline__ ForwardBlock(const AttentionParams& params, const AttentionTask& its_task, T* shared)
+  __device__ __forceinline__ ForwardBlock(const AttentionParams& params, const ForwardShared<Policy::warps>& its,
+                                          T* tiles)
       : p(params),
-        task(its_task),
-        sequence(its_task.sequence),
-        query_tile{shared},
-        first_key_tile{shared + Policy::queries * Policy::head_dim},
+        shared(its),
+        task(its.task),
+        sequence(its.task.sequence),
+        query_tile{tiles},
+        first_key_tile{tiles + Policy::queries * Policy::head_dim},
         first_value_tile{first_key_tile.data + Policy::stages * keys * Policy::head_dim},
         warp_row(static_cast<int>(threadIdx.x) / warp_size * Policy::warp_rows) {}
 
@@ -103,54 +117,53 @@ struct ForwardBlock {
         [&](int row) { return task.query(row) * p.query.row + (task.head(row) - task.first_head) * p.query.head; },
         p.query.col, task.num_rows, p.head_dim, p.whole_query);
   }
-  __device__ __forceinline__ void load_keys(int key, int stage) const {
-    const int rows_left = sequence.seqlen_k - key;
-    const T* keys_at = row_of<T>(p.key, sequence.batch, task.kv_head, sequence.key_row + key);
-    const T* values_at = row_of<T>(p.value, sequence.batch, task.kv_head, sequence.key_row + key);
+  __device__ __forceinline__ const T* rows_from(const AttentionTensor& t, int key) const {
+    return row_of<T>(t, sequence.batch, task.kv_head, sequence.key_row + key);
+  }
+  // Any block of keys, into any tile.
+  __device__ __forceinline__ void load_rows(const AttentionTensor& t, int key, const typename Policy::KeyTile& tile,
+                                            int columns_there, bool whole) const {
     load_tile<Policy::threads>(
-        stage_of(first_key_tile, stage), keys_at, [&](int row) { return row * p.key.row; }, p.key.col, rows_left,
-        p.head_dim, p.whole_key);
-    load_tile<Policy::threads>(
-        stage_of(first_value_tile, stage), values_at, [&](int row) { return row * p.value.row; }, p.value.col,
-        rows_left, p.value_head_dim, p.whole_value);
+        tile, rows_from(t, key), [&](int row) { return row * t.row; }, t.col, sequence.seqlen_k - key, columns_there,
+        whole);
   }
 
   // ---- mask ----
 
+  // The thread's two rows of a fragment.
+  struct Places {
+    ScoreRow row[2];
+  };
+  __device__ __forceinline__ Places places_of(int t) const {
+    return {{score_row(p, task, tile_row(t, 0)), score_row(p, task, tile_row(t, 1))}};
+  }
+
   // What is added to the scores of a block of keys, and which of them take part.
-  __device__ __forceinline__ void finish_scores(ScoreFragment<keys> (&scores)[m_tiles], int key, bool edge) const {
+  __device__ __forceinline__ void finish_scores(ScoreFragment<keys>& scores, int t, int key, bool edge) const {
     if (!edge && !Policy::general) return;
-#pragma unroll
-    for (int t = 0; t < m_tiles; ++t) {
-      const ScoreRow places[2] = {score_row(p, task, tile_row(t, 0)), score_row(p, task, tile_row(t, 1))};
-      if constexpr (Policy::general) {
-        if (p.transforms) transform_scores<T>(scores[t], p, sequence, places, key);
-        if (p.mask.data) exclude_masked(scores[t], p, sequence, places, key);
-      }
-      if (edge) exclude_unseen(scores[t], places, key);
+    const Places places = places_of(t);
+    if constexpr (Policy::general) {
+      if (p.transforms) transform_scores<T>(scores, p, sequence, places.row, key);
+      if (p.mask.data) exclude_masked(scores, p, sequence, places.row, key);
     }
+    if (edge) exclude_unseen(scores, places.row, key);
   }
 
   // ---- online softmax ----
 
+  template <bool exact>
   __device__ __forceinline__ void update_softmax(ScoreFragment<keys>& scores, int t, int key, int stage) {
     float maxima[2], factors[2];
     row_maxima(scores, maxima);
-    const bool refine = wants_refining(rows[t], maxima, p.logit_scale);
-    if ((!Policy::general || p.softcap == 0) && __any_sync(whole_warp, refine)) {
-      const ScoreRow places[2] = {score_row(p, task, tile_row(t, 0)), score_row(p, task, tile_row(t, 1))};
-      const RowAnchor anchor = follow_maximum(rows[t], maxima, p.logit_scale);
-      refine_scores<T, Policy::head_dim / 16>(
-          scores, p, sequence, places, anchor, RowsOperand<typename Policy::QueryTile>(query_tile, warp_row + 16 * t),
-          ProductsOperand<typename Policy::KeyTile>(stage_of(first_key_tile, stage)), key, Policy::general);
-      row_maxima(scores, maxima);
+    const bool refine = (!Policy::general || p.softcap == 0) && wants_refining(rows[t], maxima, p.logit_scale);
+    if constexpr (exact) {
+      if (__any_sync(whole_warp, refine)) refine_rows(scores, t, maxima, key, stage);
+    } else {
+      saturated |= refine;
     }
     take_weights(scores, rows[t], maxima, p.exp2_scale, factors);
     if constexpr (Policy::general) {
-      if (p.dropout_seed) {
-        const ScoreRow places[2] = {score_row(p, task, tile_row(t, 0)), score_row(p, task, tile_row(t, 1))};
-        drop_weights(scores, p, sequence, places, key);
-      }
+      if (p.dropout_seed) drop_weights(scores, p, sequence, places_of(t).row, key);
     }
     if (!__any_sync(whole_warp, factors[0] != 1.0f || factors[1] != 1.0f)) return;
 #pragma unroll
@@ -159,23 +172,49 @@ struct ForwardBlock {
       for (int e = 0; e < 4; ++e) output[t][n][e] *= factors[e / 2];
   }
 
+  __device__ __forceinline__ void refine_rows(ScoreFragment<keys>& scores, int t, float (&maxima)[2], int key,
+                                              int stage) {
+    const RowAnchor anchor = follow_maximum(rows[t], maxima, p.logit_scale);
+    refine_scores<T, Policy::head_dim / 16>(
+        scores, p, sequence, places_of(t).row, anchor,
+        RowsOperand<typename Policy::QueryTile>(query_tile, warp_row + 16 * t),
+        ProductsOperand<typename Policy::KeyTile>(stage_of(first_key_tile, stage)), key, Policy::general);
+    row_maxima(scores, maxima);
+  }
+
   // ---- one block of keys ----
 
-  __device__ __forceinline__ void take_keys(int key, int stage, bool edge, bool kept_alone) {
+  // Each fragment of keys and values meets all rows of the warp.
+  __device__ __forceinline__ void take_keys(int key, int stage, bool edge) {
     ScoreFragment<keys> scores[m_tiles];
     multiply_keys(scores, query_tile, stage_of(first_key_tile, stage), warp_row);
-    finish_scores(scores, key, edge);
 #pragma unroll
-    for (int t = 0; t < m_tiles; ++t) update_softmax(scores[t], t, key, stage);
-    if (kept_alone)
-      add_kept_values<T>(output, scores, stage_of(first_value_tile, stage));
-    else
-      add_values<T>(output, scores, stage_of(first_value_tile, stage));
+    for (int t = 0; t < m_tiles; ++t) finish_scores(scores[t], t, key, edge);
+#pragma unroll
+    for (int t = 0; t < m_tiles; ++t) update_softmax<false>(scores[t], t, key, stage);
+    add_values<T>(output, scores, stage_of(first_value_tile, stage));
+  }
+  // 16 rows at a time, so that what refining takes finds registers. Rows that need none of it have the same bits.
+  __device__ __forceinline__ void take_keys_exactly(int key, int stage, bool edge, bool kept_alone) {
+#pragma unroll
+    for (int t = 0; t < m_tiles; ++t) {
+      ScoreFragment<keys> scores[1];
+      multiply_keys(scores, query_tile, stage_of(first_key_tile, stage), warp_row + 16 * t);
+      finish_scores(scores[0], t, key, edge);
+      update_softmax<true>(scores[0], t, key, stage);
+      float(&sums)[1][columns][4] = reinterpret_cast<float(&)[1][columns][4]>(output[t]);
+      if (kept_alone)
+        add_kept_values<T>(sums, scores, stage_of(first_value_tile, stage));
+      else
+        add_values<T>(sums, scores, stage_of(first_value_tile, stage));
+    }
   }
 
   // ---- all of them ----
 
+  template <bool exact>
   __device__ __forceinline__ void walk_keys(bool kept_alone) {
+    saturated = false;
 #pragma unroll
     for (int t = 0; t < m_tiles; ++t) {
       rows[t] = SoftmaxRows();
@@ -184,21 +223,38 @@ struct ForwardBlock {
 #pragma unroll
         for (int e = 0; e < 4; ++e) output[t][n][e] = 0;
     }
-    const KeyRange walked = task.seen_by_some(p, 0, Policy::queries);
-    const KeyRange some = task.seen_by_some(p, warp_row, Policy::warp_rows);
-    const KeyRange all = task.seen_by_all(p, warp_row, Policy::warp_rows);
-    int stage = 0;
+    const int warp = static_cast<int>(threadIdx.x) / warp_size;
+    const KeyRange walked = shared.walked;
     const int first = walked.begin / keys * keys;
-    if (first < walked.end) load_keys(first, stage);
+    KeyStream key_stream(rows_from(p.key, first), p.key.row), value_stream(rows_from(p.value, first), p.value.row);
+    const auto stage_at = [](unsigned key) { return static_cast<int>(key / keys % Policy::stages); };
+    const auto load_keys = [&](int key) {
+      const typename Policy::KeyTile key_tile = stage_of(first_key_tile, stage_at(key));
+      const typename Policy::KeyTile value_tile = stage_of(first_value_tile, stage_at(key));
+      if (key + keys <= shared.streamed_end) {
+        key_stream.load(key_tile, p.key.row);
+        value_stream.load(value_tile, p.value.row);
+      } else {
+        load_rows(p.key, key, key_tile, p.head_dim, p.whole_key);
+        load_rows(p.value, key, value_tile, p.value_head_dim, p.whole_value);
+      }
+    };
+    if (first < walked.end) load_keys(first);
     ptx::cp_async_commit();
+#pragma unroll 1
     for (int key = first; key < walked.end; key += keys) {
       ptx::cp_async_wait<0>();
       __syncthreads();  // this stage is there for all, and nobody reads the other one any more
-      if (key + keys < walked.end) load_keys(key + keys, stage ^ 1);
+      if (key + keys < walked.end) load_keys(key + keys);
       ptx::cp_async_commit();
-      if (key < some.end && key + keys > some.begin)
-        take_keys(key, stage, key < all.begin || key + keys > all.end, kept_alone);
-      stage ^= 1;
+      const KeyRange some = shared.some[warp], all = shared.all[warp];
+      if (key < some.end && key + keys > some.begin) {
+        const bool edge = key < all.begin || key + keys > all.end;
+        if constexpr (exact)
+          take_keys_exactly(key, stage_at(key), edge, kept_alone);
+        else
+          take_keys(key, stage_at(key), edge);
+      }
     }
     if (first < walked.end) return;
     ptx::cp_async_wait<0>();  // no key at all: the queries' place is still to be filled
@@ -257,15 +313,28 @@ template <class Policy>
 __global__ void __launch_bounds__(Policy::threads)
     attention_forward_kernel(const __grid_constant__ AttentionParams p) {
   if constexpr (Policy::is_built) {
-    const AttentionTask task(p, Policy::queries, blockIdx.x);
-    if (task.num_rows <= 0) return;
-    ForwardBlock<Policy> block(p, task, reinterpret_cast<typename Policy::T*>(dynamic_shared()));
-    block.load_queries();  // the first group of copies, with the first keys
-    for (bool kept_alone = false;; kept_alone = true) {
-      block.walk_keys(kept_alone);
-      if (kept_alone || !p.excludes) break;
-      if (!__syncthreads_or(!block.is_finite())) break;
+    __shared__ ForwardShared<Policy::warps> shared;
+    if (threadIdx.x < Policy::warps) {
+      const AttentionTask task(p, Policy::queries, blockIdx.x);
+      const int first_row = static_cast<int>(threadIdx.x) * Policy::warp_rows;
+      if (threadIdx.x == 0) {
+        shared.task = task;
+        shared.walked = task.seen_by_some(p, 0, Policy::queries);
+        const bool whole = p.whole_key && p.whole_value && p.head_dim == Policy::head_dim &&
+            p.value_head_dim == Policy::head_dim;
+        shared.streamed_end = whole ? task.sequence.seqlen_k : 0;
+      }
+      shared.some[threadIdx.x] = task.seen_by_some(p, first_row, Policy::warp_rows);
+      shared.all[threadIdx.x] = task.seen_by_all(p, first_row, Policy::warp_rows);
     }
+    __syncthreads();
+    if (shared.task.num_rows <= 0) return;
+    ForwardBlock<Policy> block(p, shared, reinterpret_cast<typename Policy::T*>(dynamic_shared()));
+    block.load_queries();  // the first group of copies, with the first keys
+    block.template walk_keys<false>(false);
+    const bool refine = __syncthreads_or(block.saturated);
+    const bool kept_alone = p.excludes && __syncthreads_or(!block.is_finite());
+    if (refine || kept_alone) block.template walk_keys<true>(kept_alone);
     block.write_rows();
   }
 }

@@ -79,6 +79,7 @@ struct AttentionTask {
   int first_row, num_rows;  // num_rows may be 0 or less: nothing to do
   int first_head, kv_head, packed_heads;
 
+  AttentionTask() = default;  // for shared memory, where it waits for its few readers and takes no registers
   __device__ __forceinline__ AttentionTask(const AttentionParams& p, int tile_queries, int64_t block) {
     packed_heads = p.packed_heads;
     const int64_t tiles = attention_tile_count(p, tile_queries);

@@ -30,21 +30,39 @@ struct SharedTile {
   }
 };
 
-// A lane's address in a tile, from which the steps of a product are constants and one xor away: addresses that each
-// step computed for itself would fill the registers of the whole loop.
+// A lane's address in a tile, from which the steps of a product are constants and one xor away. The compiler is not
+// told that it stays the same: addresses that it kept for all steps would fill the registers of the whole loop.
 template <class Tile>
 struct TileReader {
   using T = std::remove_pointer_t<decltype(Tile::data)>;
-  const T* row;
-  int swizzle;
+  ptx::SharedAddress place;
 
   // Of row `first` and chunk `odd`, 0 or 1.
   __device__ __forceinline__ TileReader(const Tile& tile, int first, int odd)
-      : row(tile.data + first * Tile::columns), swizzle(Tile::swizzle_of(first) ^ odd) {}
+      : place(ptx::opaque(ptx::shared_address(tile.data) + first * Tile::columns * static_cast<int>(sizeof(T)) +
+                          (Tile::swizzle_of(first) ^ odd) * vector_bytes)) {}
   // `down` rows below, a multiple of 8, and `even` chunks to the right.
-  __device__ __forceinline__ const T* at(int down, int even) const {
+  __device__ __forceinline__ ptx::SharedAddress at(int down, int even) const {
     constexpr int in_group = Tile::group - 1;
-    return row + (down * Tile::chunks + (even & ~in_group) + ((even & in_group) ^ swizzle)) * width<T>;
+    return (place ^ (even & in_group) * vector_bytes) + (down * Tile::chunks + (even & ~in_group)) * vector_bytes;
+  }
+};
+
+// How the threads of a block share the chunks of a tile: neighbours take the neighbouring chunks of one group.
+template <int threads, class Tile>
+struct TileShares {
+  static constexpr int group = Tile::group, row_step = threads / group;
+  static_assert(threads % group == 0, "whole groups");
+
+  // Calls body(down, right) for what a thread has, so many rows and chunks away from its first row and chunk.
+  template <class Body>
+  static __device__ __forceinline__ void for_each(int row, Body body) {
+#pragma unroll
+    for (int down = 0; down < Tile::rows; down += row_step) {
+      if (down + row_step > Tile::rows && down + row >= Tile::rows) break;
+#pragma unroll
+      for (int right = 0; right < Tile::chunks; right += group) body(down, right);
+    }
   }
 };
 
@@ -54,19 +72,20 @@ template <int threads, class Tile, class T, class Offset>
 __device__ __forceinline__ void load_tile(const Tile& tile, const T* first, Offset offset, int64_t column_stride,
                                           int rows, int columns, bool whole) {
   constexpr int chunks = Tile::chunks, all = Tile::rows * chunks;
+  const int thread = ptx::opaque(threadIdx.x);  // nothing of this waits in registers while other tiles are multiplied
   if (whole) {
-#pragma unroll
-    for (int i = 0; i < (all + threads - 1) / threads; ++i) {
-      const int place = i * threads + static_cast<int>(threadIdx.x), row = place / chunks, chunk = place % chunks;
-      if (all % threads != 0 && place >= all) break;
+    using Shares = TileShares<threads, Tile>;
+    const int first_row = thread / Shares::group, first_chunk = thread % Shares::group;
+    Shares::for_each(first_row, [&](int down, int right) {
+      const int row = first_row + down, chunk = first_chunk + right;
       const int elements = row < rows ? min(max(columns - chunk * width<T>, 0), width<T>) : 0;
       const T* from = elements > 0 ? first + offset(row) + chunk * width<T> : first;
       ptx::cp_async<vector_bytes>(tile.at(row, chunk), from, elements * static_cast<int>(sizeof(T)));
-    }
+    });
     return;
   }
 #pragma unroll 1
-  for (int place = threadIdx.x; place < all; place += threads) {
+  for (int place = thread; place < all; place += threads) {
     const int row = place / chunks, chunk = place % chunks;
     const T* from = first + offset(row < rows ? row : 0) + chunk * width<T> * column_stride;
     T* to = tile.at(row, chunk);
@@ -75,6 +94,31 @@ __device__ __forceinline__ void load_tile(const Tile& tile, const T* first, Offs
       to[j] = row < rows && chunk * width<T> + j < columns ? from[j * column_stride] : T{};
   }
 }
+
+// A thread's share of whole tiles that follow one another in memory: a chunk costs it little more than the copy, since
+// its chunks lie constants apart, in memory row by row, and in shared memory, where they all are swizzled alike.
+template <int threads, class Tile>
+struct TileStream {
+  using T = std::remove_pointer_t<decltype(Tile::data)>;
+  using Shares = TileShares<threads, Tile>;
+  static_assert(Shares::row_step % 8 == 0, "a thread's rows are swizzled alike");
+  const T* from;  // the thread's first chunk in the next tile
+
+  static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / Shares::group; }
+  static __device__ __forceinline__ int chunk() { return static_cast<int>(threadIdx.x) % Shares::group; }
+
+  __device__ __forceinline__ TileStream(const T* first_row, int64_t row_stride)
+      : from(first_row + row() * row_stride + chunk() * width<T>) {}
+
+  __device__ __forceinline__ void load(const Tile& tile, int64_t row_stride) {
+    T* to = tile.at(row(), chunk());
+    Shares::for_each(row(), [&](int down, int right) {
+      ptx::cp_async<vector_bytes>(to + (down * Tile::chunks + right) * width<T>,
+                                  from + down * row_stride + right * width<T>);
+    });
+    from += Tile::rows * row_stride;
+  }
+};
 
 // ---- fragments of mma.m16n8k16 ----
 

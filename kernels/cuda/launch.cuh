@@ -10,12 +10,12 @@
 
 namespace transfuse::cuda {
 
-// The shared memory that launch() was asked for, aligned to 16 bytes.
+// The shared memory that launch() was asked for, aligned to 128 bytes.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
 #ifdef TRANSFUSE_EMULATION
   return ::emulation::dynamic_shared();
 #else
-  extern __shared__ __align__(16) unsigned char shared_memory[];
+  extern __shared__ __align__(128) unsigned char shared_memory[];
   return shared_memory;
 #endif
 }

@@ -16,9 +16,14 @@
 
 namespace transfuse::cuda::ptx {
 
-#ifndef TRANSFUSE_EMULATION
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+// Where something lies in shared memory, as a number.
+#ifdef TRANSFUSE_EMULATION
+using SharedAddress = uintptr_t;
+inline SharedAddress shared_address(const void* pointer) { return reinterpret_cast<SharedAddress>(pointer); }
+#else
+using SharedAddress = uint32_t;
+__device__ __forceinline__ SharedAddress shared_address(const void* pointer) {
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(pointer));
 }
 #endif
 
@@ -68,38 +73,37 @@ __device__ __forceinline__ void cp_async_wait() {
 // (i / 4, 2 * (i % 4)) and the one to its right; Transposed: the one below, of the transposed matrix. All lanes call
 // it.
 template <int Matrices, bool Transposed = false>
-__device__ __forceinline__ void ldmatrix(uint32_t (&registers)[Matrices], const void* row TRANSFUSE_SITE) {
+__device__ __forceinline__ void ldmatrix(uint32_t (&registers)[Matrices], SharedAddress row TRANSFUSE_SITE) {
   static_assert(Matrices == 1 || Matrices == 2 || Matrices == 4, "ldmatrix loads 1, 2 or 4 matrices");
 #ifdef TRANSFUSE_EMULATION
-  ::emulation::load_matrix(Matrices, Transposed, row, registers, site);
+  ::emulation::load_matrix(Matrices, Transposed, reinterpret_cast<const void*>(row), registers, site);
 #else
-  const uint32_t address = shared_address(row);
   if constexpr (Matrices == 1 && !Transposed)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(registers[0]) : "r"(address) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(registers[0]) : "r"(row) : "memory");
   if constexpr (Matrices == 1 && Transposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
                  : "=r"(registers[0])
-                 : "r"(address)
+                 : "r"(row)
                  : "memory");
   if constexpr (Matrices == 2 && !Transposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                  : "=r"(registers[0]), "=r"(registers[1])
-                 : "r"(address)
+                 : "r"(row)
                  : "memory");
   if constexpr (Matrices == 2 && Transposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                  : "=r"(registers[0]), "=r"(registers[1])
-                 : "r"(address)
+                 : "r"(row)
                  : "memory");
   if constexpr (Matrices == 4 && !Transposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
-                 : "r"(address)
+                 : "r"(row)
                  : "memory");
   if constexpr (Matrices == 4 && Transposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
-                 : "r"(address)
+                 : "r"(row)
                  : "memory");
 #endif
 }
@@ -183,6 +187,17 @@ __device__ __forceinline__ float rsqrt_approx(float x) {
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 #endif
+}
+
+// ---- no instruction at all ----
+
+// x, of which the compiler knows no more: what is made of it is made where it is used, and holds no register before.
+template <class T>
+__device__ __forceinline__ T opaque(T x) {
+#ifndef TRANSFUSE_EMULATION
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
 }
 
 // ---- named barriers: bar 1..15 of a part of the block (0 is __syncthreads) ----

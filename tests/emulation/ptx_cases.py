@@ -296,7 +296,13 @@ def barriers():
     )
 
 
-CASES = (*approximations(), *asynchronous_copies(), *matrix_loads(), *products(), *barriers())
+def nothing():
+    """No instruction: what the compiler is not told has to come out as it went in."""
+    words = np.arange(0xFFFFFFF0, 0x100000030, dtype=np.uint64).astype(np.uint32)
+    yield Case("words as they were", "opaque", ("opaque",), words, words, n=len(words))
+
+
+CASES = (*approximations(), *asynchronous_copies(), *matrix_loads(), *products(), *barriers(), *nothing())
 FUNCTIONS = sorted({function for case in CASES for function in case.functions})
 EMULATED_ONLY = [function for function in FUNCTIONS if function not in RUN_ON_A_DEVICE]
 

@@ -47,9 +47,16 @@ MUTANTS = (
     KernelMutant(
         "32-bit offset of a key's row",
         "attention_forward.cuh",
-        "return row * p.key.row;",
-        "return static_cast<int>(row * p.key.row);",
+        "return row * t.row;",
+        "return static_cast<int>(row * t.row);",
         ("out of bounds",),
+    ),
+    KernelMutant(
+        "a whole tile goes on a row too early",
+        "attention_tile.cuh",
+        "from += Tile::rows * row_stride;",
+        "from += (Tile::rows - 1) * row_stride;",
+        (WRONG_RESULT,),
     ),
     KernelMutant(
         "odd rows taken as whole vectors",
@@ -75,8 +82,8 @@ MUTANTS = (
     KernelMutant(
         "excluded values leak",
         "attention_forward.cuh",
-        "if (kept_alone || !p.excludes) break;",
-        "break;",
+        "p.excludes && __syncthreads_or(!block.is_finite())",
+        "false",
         (WRONG_RESULT,),
     ),
     KernelMutant(
@@ -84,6 +91,13 @@ MUTANTS = (
         "attention_scores.cuh",
         "saturated_logit = 128.0f",
         "saturated_logit = 1e30f",
+        (WRONG_RESULT,),
+    ),
+    KernelMutant(
+        "no exact walk for saturated rows",
+        "attention_forward.cuh",
+        "__syncthreads_or(block.saturated)",
+        "false",
         (WRONG_RESULT,),
     ),
     KernelMutant(

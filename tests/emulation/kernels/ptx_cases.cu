@@ -58,7 +58,7 @@ __global__ void ldmatrix(const __grid_constant__ Params p) {
   for (int i = 0; i < 4; ++i) shared[threadIdx.x * 4 + i] = p.in[threadIdx.x * 4 + i];
   __syncthreads();
   uint32_t registers[Matrices];
-  ptx::ldmatrix<Matrices, Transposed>(registers, shared + threadIdx.x * 5 % 32 * 4);
+  ptx::ldmatrix<Matrices, Transposed>(registers, ptx::shared_address(shared + threadIdx.x * 5 % 32 * 4));
   for (int i = 0; i < Matrices; ++i) p.out[i * 32 + threadIdx.x] = registers[i];
 }
 
@@ -96,6 +96,10 @@ __global__ void named_barriers(const __grid_constant__ Params p) {
       if (i + 1 < p.n) ptx::named_barrier_arrive(2, 64);
     }
   }
+}
+
+__global__ void opaque(const __grid_constant__ Params p) {
+  for (int64_t at = threadIdx.x; at < p.n; at += blockDim.x) p.out[at] = ptx::opaque(p.in[at]);
 }
 
 // Each block's first thread hands its input to the next block of the cluster; out: rank, size, what came.
@@ -141,5 +145,6 @@ extern "C" int run_ptx_case(const char* name, const uint32_t* in, uint32_t* out,
   CASE("mma_m16n8k8_tf32", mma_m16n8k8_tf32);
   CASE("named_barriers", named_barriers);
   CASE("clusters", clusters);
+  CASE("opaque", opaque);
   return -1;
 }
