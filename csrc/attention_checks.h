@@ -130,6 +130,7 @@ inline void check_options(const char* op, const AttentionOptions& o, const Tenso
   if (o.dropout_p > 0) {
     check(o.dropout_seed.has_value(), op, ": dropout_p is ", o.dropout_p, ", expected a dropout_seed");
     check_integers(op, "dropout_seed", *o.dropout_seed, 1, backend);
+    check_place("dropout_seed", *o.dropout_seed);
     check_shape(op, "dropout_seed", *o.dropout_seed, {2});
   }
 }

@@ -46,6 +46,8 @@ def sources_of(stem):
 # Of attention's units: one whose rows are whole groups of eight chunks, one of four, and the widest; `make test FULL=1`
 # asks for all. A problem takes the next larger one.
 ATTENTION_HEAD_DIMS = tuple(map(int, os.environ.get("TRANSFUSE_EMULATED_HEAD_DIMS", "64 96 256").split()))
+# Attention in float32 multiplies on no tensor core: here, each of its multiplications costs as much as 2048 of theirs.
+FLOAT32_SEEDS = int(os.environ.get("TRANSFUSE_EMULATED_SEEDS", "8"))
 
 
 def attention_units(head_dims=ATTENTION_HEAD_DIMS, types=("f16", "bf16")):
