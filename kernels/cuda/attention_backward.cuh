@@ -26,7 +26,9 @@
 // storage type for the products they enter, and nowhere else.
 #pragma once
 
-#include "cuda/attention_forward.cuh"
+#include "cuda/attention_backward_pairs.cuh"
+#include "cuda/attention_values.cuh"
+#include "cuda/launch.cuh"
 
 namespace transfuse::cuda {
 
@@ -38,9 +40,10 @@ struct AttentionGradPolicy {
   static constexpr bool general = General;
   static constexpr int head_dim = HeadDim, stages = 2;
   static constexpr int warps = 4, threads = warps * warp_size, warp_rows = 16;
-  static constexpr int owned = warps * warp_rows;                // queries, or keys, of a block
-  static constexpr int walked = HeadDim <= 96 ? 32 : 16;         // keys, or queries, of one step
-  static constexpr int column_shares = HeadDim <= 128 ? 1 : 2;   // of dK and dV
+  static constexpr int owned = warps * warp_rows;               // queries, or keys, of a block
+  static constexpr int walked = General ? (HeadDim <= 96 ? 32 : 16)  // keys, or queries, of one step
+                                        : HeadDim <= 64 ? 64 : HeadDim <= 128 ? 32 : 16;
+  static constexpr int column_shares = HeadDim <= 128 ? 1 : 2;  // of dK and dV
   static constexpr int columns = HeadDim / column_shares;
   using OwnedTile = SharedTile<T, owned, HeadDim>;
   using WalkedTile = SharedTile<T, walked, HeadDim>;
@@ -55,215 +58,23 @@ struct AttentionGradPolicy {
 
 namespace {
 
-// One pair of a query and a key: what its score is made of, and whether it takes part.
-struct PairScore {
-  float score, cap_slope;
-  bool kept;
+// What a block of threads finds once and reads seldom, as in the forward.
+template <class Policy>
+struct GradShared {
+  AttentionTask task;
+  KeyRange seen;                                     // what some owned row has pairs with
+  KeyRange some[Policy::warps], all[Policy::warps];  // what some, or all, of a warp's rows have pairs with
+  int streamed_end;                                  // what lies in front of it comes in whole tiles of whole vectors
 };
-
-// From a product to a score, element by element: the general kernels of the backward look everything up where it lies.
-template <class T>
-__device__ __forceinline__ PairScore pair_score(const AttentionParams& p, const AttentionSequence& s, int head,
-                                                int query, int key, bool inside, float product) {
-  PairScore r{product, 1.0f, inside};
-  if (p.mask.data && r.kept) r.kept = row_of<uint8_t>(p.mask, s.batch, head, query)[key * p.mask.col] != 0;
-  if (!p.transforms) return r;
-  float bias = 0;
-  if (p.bias.data && r.kept) {
-    bias = p.bias_in_float ? row_of<float>(p.bias, s.batch, head, query)[key * p.bias.col]
-                           : to_float(row_of<T>(p.bias, s.batch, head, query)[key * p.bias.col]);
-    r.kept = bias != -attention_infinity;
-  }
-  if (p.softcap > 0) {
-    const TanhAndSlope capped = tanh_and_slope(product * p.scale_over_softcap);
-    r.score = fmaf(capped.value, p.softcap, bias);
-    r.cap_slope = capped.slope;
-  } else {
-    r.score = fmaf(product, p.scale, bias);
-  }
-  if (p.alibi_slopes) r.score = fmaf(-alibi_slope(p, s, head), distance(p, s, query, key), r.score);
-  return r;
-}
-
-// What a pair needs of its row. A row without any key that takes part has a reference of -inf.
-struct RowStatistics {
-  float reference;   // a score near the row's lse, or its largest one
-  float normaliser;  // P = normaliser * exp(score - reference)
-  float delta;
-};
-
-struct PairGrad {
-  float score, weight;                             // the weight before dropout
-  float dropped_weight, grad_score, grad_product;  // P * D, dS, dR
-  float cap_slope;
-  bool kept;
-};
-
-// exp(logit_scale * difference), as exact as the type asks for; a NaN stays.
-template <class T>
-__device__ __forceinline__ float weight_of(const AttentionParams& p, float difference) {
-  constexpr float largest = 64.0f;  // of exponents; only an lse that is not this row's has larger ones
-  if constexpr (sizeof(T) == 4)
-    return difference != difference     ? difference
-        : difference * p.logit_scale > largest ? exp_nonpositive(largest, 0.0f)
-                                               : exp_scaled(difference, p.logit_scale);
-  return ptx::exp2_approx(difference * p.exp2_scale);
-}
-
-// P and dS of one pair. `rest` is what rounding took from the product.
-template <class T, bool general>
-__device__ __forceinline__ PairGrad pair_grad(const AttentionParams& p, const AttentionSequence& s, int head, int query,
-                                              int key, bool inside, float product, float rest, float grad_weight,
-                                              const RowStatistics& row) {
-  PairScore of{product, 1.0f, inside};
-  if constexpr (general) of = pair_score<T>(p, s, head, query, key, inside, product);
-  PairGrad r{of.score, 0, 0, 0, 0, of.cap_slope, of.kept};
-  if (!of.kept || row.reference == -attention_infinity) return r;
-  const float difference = (of.score - row.reference) + rest * p.rest_scale;
-  r.weight = r.dropped_weight = weight_of<T>(p, difference) * row.normaliser;
-  if constexpr (general) {
-    if (p.dropout_seed) {
-      const PhiloxWords words = dropout_words(p, s, query, head, key / 4 * 4);
-      const uint32_t low = key & 1 ? words.word[1] : words.word[0], high = key & 1 ? words.word[3] : words.word[2];
-      const bool keeps = (key & 2 ? high : low) >= p.dropout_threshold && !p.drops_all;
-      const float share = keeps ? p.dropout_scale : 0.0f;
-      r.dropped_weight *= share;
-      grad_weight *= share;
-    }
-  }
-  r.grad_score = r.weight * (grad_weight - row.delta);
-  r.grad_product = r.grad_score * of.cap_slope;
-  return r;
-}
-
-// ---- what the sums of a row say ----
-
-// From here on floats are too coarse for exp(score - lse) not to overflow: such a row is taken relative to its largest
-// score, and products are what one float holds.
-constexpr float huge_logit = 0x1p24f;
-__device__ __forceinline__ bool is_huge(float logit) {
-  return fabsf(logit) > huge_logit && fabsf(logit) < attention_infinity;
-}
-
-// lse as a score.
-__device__ __forceinline__ float reference_of(float lse, float logit_scale) {
-  const float score = lse / logit_scale;
-  return isfinite(score) || !isfinite(lse) ? score : 0.0f;
-}
-
-// Over the keys of a row, with w = exp(score - reference).
-struct RowSums {
-  float weights, grads;    // of w, and of w * (dP - delta)
-  float slope, distances;  // of -w * (dP - delta) * distance, and of w * distance
-};
-
-struct RowGrad {
-  float normaliser, delta;
-  float slope, sink, sum;  // the row's parts of dslope and dsink, and the sum of its dS
-};
-
-__device__ __forceinline__ double exp_in_range(double x) {
-  constexpr double range = 690;  // of exp_wide
-  return x != x ? x : exp_wide(fmin(fmax(x, -range), range));
-}
-
-// `row` has a normaliser of 1.
-__device__ __forceinline__ RowGrad grad_of_row(const AttentionParams& p, int head, float lse, float grad_lse,
-                                               const RowStatistics& row, const RowSums& sums) {
-  constexpr double lse_rounding = 0x1p-20;  // a few ulp
-  if (lse == -attention_infinity) return {0, -grad_lse, 0, 0, 0};
-  const double logit = static_cast<double>(row.reference) * p.logit_scale;
-  const double sink = p.sinks ? p.sinks[head] : -__builtin_huge_val();
-  const double share = sink == -__builtin_huge_val() ? 0.0 : exp_in_range(sink - logit);
-  const double whole = sums.weights + share, relative = exp_in_range(logit - lse);
-  const double size = fmax(fabs(static_cast<double>(lse)), fabs(logit));
-  const bool is_part = whole < __builtin_huge_val() && fabs(relative * whole - 1) > lse_rounding * (1 + size);
-  const double factor = is_part ? relative : 1 / whole, normaliser = sums.weights == 0 ? 0.0 : factor;
-  const double sum_of_products = normaliser * sums.grads + normaliser * sums.weights * row.delta;  // of P * dP
-  const double delta = is_part ? row.delta : sum_of_products - grad_lse;
-  return {static_cast<float>(normaliser),
-          static_cast<float>(delta),
-          static_cast<float>(normaliser * (sums.slope + (delta - row.delta) * sums.distances)),
-          static_cast<float>(share == 0 ? 0.0 : -factor * share * delta),
-          static_cast<float>(sum_of_products - normaliser * sums.weights * delta)};
-}
-
-// Leaves them for the kernels that follow. One lane of a row calls it.
-__device__ __forceinline__ void write_row(const AttentionGradParams& g, const AttentionSequence& s, int head, int query,
-                                          float reference, const RowGrad& of) {
-  const int64_t row = s.query_row + query;
-  row_of<float>(g.reference, s.batch, head, row)[0] = reference;
-  row_of<float>(g.normaliser, s.batch, head, row)[0] = of.normaliser;
-  row_of<float>(g.delta, s.batch, head, row)[0] = of.delta;
-  const int64_t part = (s.batch * g.problem.num_heads + head) * g.problem.max_seqlen_q + query;
-  if (g.slope_parts) g.slope_parts[part] = of.slope;
-  if (g.sink_parts) g.sink_parts[part] = of.sink;
-  if (g.row_sums) g.row_sums[part] = of.sum;
-}
-
-__device__ __forceinline__ RowStatistics read_row(const AttentionGradParams& g, const AttentionSequence& s, int head,
-                                                  int query) {
-  const int64_t row = s.query_row + query;
-  return {row_of<float>(g.reference, s.batch, head, row)[0], row_of<float>(g.normaliser, s.batch, head, row)[0],
-          row_of<float>(g.delta, s.batch, head, row)[0]};
-}
-
-// The element of a bias's gradient that belongs to a pair.
-template <class T>
-__device__ __forceinline__ void write_grad_bias(const AttentionGradParams& g, int64_t batch, int head, int query,
-                                                int key, float value) {
-  if (sizeof(T) == 4 || g.problem.bias_in_float)
-    row_of<float>(g.grad_bias, batch, head, query)[key] = value;
-  else
-    row_of<T>(g.grad_bias, batch, head, query)[key] = from_float<T>(value);
-}
-
-// What rounding took from the products of 16 rows with Others others, as bfloat16: a share of 2^-9 of it decides
-// nothing, and registers are scarce.
-template <int Others>
-struct ProductRests {
-  uint32_t pairs[Others / 8][2];
-
-  __device__ __forceinline__ float at(int n, int e) const {
-    const uint32_t pair = pairs[n][e / 2];
-    return __uint_as_float(e % 2 == 0 ? pair << 16 : pair & 0xFFFF0000u);
-  }
-};
-
-// Products of 16 rows with all rows of another tile; in two floats where some row is saturated, else the rests are 0.
-// In huge rows too: huge(n, e).
-template <class T, int Others, class RowsTile, class OthersTile, class Huge>
-__device__ __forceinline__ void careful_products(ScoreFragment<Others> (&products)[1], ProductRests<Others>& rests,
-                                                 const RowsTile& rows, const OthersTile& others, int row, bool refine,
-                                                 Huge huge) {
-  multiply_keys(products, rows, others, row);
-#pragma unroll
-  for (int n = 0; n < Others / 8; ++n) rests.pairs[n][0] = rests.pairs[n][1] = 0;
-  if (!refine) return;
-  const RowsOperand<RowsTile> first(rows, row);
-  const ProductsOperand<OthersTile> second(others);
-#pragma unroll
-  for (int n = 0; n < Others / 8; ++n) {
-    Pair sums[4];
-    multiply_in_two_floats<T, RowsTile::columns / 16>(sums, first, second, 8 * n);
-    float rest[4];
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const bool finite = isfinite(sums[e].hi + sums[e].lo);
-      if (finite) products[0].x[n][e] = sums[e].hi;
-      rest[e] = finite && !huge(n, e) ? sums[e].lo : 0.0f;
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) rests.pairs[n][half] = pair_of<bf16>(rest[2 * half], rest[2 * half + 1]);
-  }
-}
 
 template <class Policy>
 struct GradBlock {
   using T = typename Policy::T;
+  using Stream = TileStream<Policy::threads, typename Policy::WalkedTile>;
   static constexpr int walked = Policy::walked;
   const AttentionGradParams& g;
   const AttentionParams& p;
+  const GradShared<Policy>& shared;
   const AttentionTask& task;
   const AttentionSequence& sequence;
   const typename Policy::OwnedTile first_owned, second_owned;      // queries and dO, or keys and values
@@ -271,14 +82,15 @@ struct GradBlock {
   float* statistics;                                               // [stages][3][walked]: RowStatistics
   const int warp_row;
 
-  __device__ __forceinline__ GradBlock(const AttentionGradParams& params, const AttentionTask& its_task, T* shared)
+  __device__ __forceinline__ GradBlock(const AttentionGradParams& params, const GradShared<Policy>& its, T* tiles)
       : g(params),
         p(params.problem),
-        task(its_task),
-        sequence(its_task.sequence),
-        first_owned{shared},
-        second_owned{shared + Policy::owned * Policy::head_dim},
-        first_walked{shared + 2 * Policy::owned * Policy::head_dim},
+        shared(its),
+        task(its.task),
+        sequence(its.task.sequence),
+        first_owned{tiles},
+        second_owned{tiles + Policy::owned * Policy::head_dim},
+        first_walked{tiles + 2 * Policy::owned * Policy::head_dim},
         second_walked{first_walked.data + Policy::stages * walked * Policy::head_dim},
         statistics(reinterpret_cast<float*>(second_walked.data + Policy::stages * walked * Policy::head_dim)),
         warp_row(static_cast<int>(threadIdx.x) / warp_size * Policy::warp_rows) {}
@@ -286,6 +98,15 @@ struct GradBlock {
   __device__ __forceinline__ typename Policy::WalkedTile stage_of(const typename Policy::WalkedTile& first,
                                                                   int stage) const {
     return {first.data + stage * walked * Policy::head_dim};
+  }
+  // Whether the warp has pairs with what is walked from `at` on, and whether with all of it.
+  __device__ __forceinline__ bool takes_part(int at) const {
+    const KeyRange some = shared.some[threadIdx.x / warp_size];
+    return at < some.end && at + walked > some.begin;
+  }
+  __device__ __forceinline__ bool is_edge(int at) const {
+    const KeyRange all = shared.all[threadIdx.x / warp_size];
+    return at < all.begin || at + walked > all.end;
   }
   __device__ __forceinline__ int row_of_thread(int half) const { return warp_row + fragment_row() + 8 * half; }
 
@@ -352,7 +173,7 @@ struct QueryGradBlock : GradBlock<Policy> {
   // Of RowSums. In two floats, as thousands of equal terms are rounded to the same side; in shared memory in one.
   Pair weights[2], grads[2];
   float slope[2], distances[2];  // slope: in a walk for maxima the largest score
-  using Base::Base, Base::g, Base::p, Base::task, Base::sequence, Base::stage_of;
+  using Base::Base, Base::g, Base::p, Base::shared, Base::task, Base::sequence, Base::stage_of;
 
   __device__ __forceinline__ int query_of(int half) const { return task.query(this->row_of_thread(half)); }
   __device__ __forceinline__ float lse_of(int half) const {
@@ -369,7 +190,13 @@ struct QueryGradBlock : GradBlock<Policy> {
     this->load(this->second_owned, g.grad_output, head, sequence.query_row + query, count, p.value_head_dim,
                g.whole_grad_output);
   }
-  __device__ __forceinline__ void load_keys(int key, int stage) const {
+  __device__ __forceinline__ void load_keys(typename Base::Stream& key_stream, typename Base::Stream& value_stream,
+                                            int key, int stage) const {
+    if (key + keys <= shared.streamed_end) {
+      key_stream.load(stage_of(this->first_walked, stage), p.key.row);
+      value_stream.load(stage_of(this->second_walked, stage), p.value.row);
+      return;
+    }
     const int left = sequence.seqlen_k - key;
     this->load(stage_of(this->first_walked, stage), p.key, task.kv_head, sequence.key_row + key, left, p.head_dim,
                p.whole_key);
@@ -390,7 +217,45 @@ struct QueryGradBlock : GradBlock<Policy> {
   }
   __device__ __forceinline__ bool huge(int half) const { return is_huge(rows[half].reference * p.logit_scale); }
 
-  __device__ __forceinline__ void take_keys(int key, int stage, GradWalk walk) {
+  // Rows whose pairs ask for more than take_keys makes of them: saturated ones, and those without a reference.
+  __device__ __forceinline__ bool asks_for_more() const {
+    bool more = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      more |= is_saturated(rows[half].reference, p.logit_scale) || rows[half].reference == -attention_infinity;
+    return more;
+  }
+
+  // What pair_grad makes of pairs without bias, mask, softcap, dropout or rests, to the bit; a pair that takes no part
+  // has a score of -inf. What is not finite there shows in the sums.
+  __device__ __forceinline__ void take_keys(int key, int stage) {
+    ScoreFragment<keys> scores[1], products[1];
+    multiply_keys(scores, this->first_owned, stage_of(this->first_walked, stage), this->warp_row);
+    if (this->is_edge(key)) {
+      const ScoreRow places[2] = {score_row(p, task, this->row_of_thread(0)),
+                                  score_row(p, task, this->row_of_thread(1))};
+      exclude_unseen(scores[0], places, key);
+    }
+    multiply_keys(products, this->second_owned, stage_of(this->second_walked, stage), this->warp_row);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float weight_sum = 0, grad_sum = 0;
+#pragma unroll
+      for (int n = 0; n < keys / 8; ++n)
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e) {
+          const float weight = weight_of<T>(p, scores[0].x[n][e] - rows[half].reference);
+          const float grad_score = weight * (products[0].x[n][e] - rows[half].delta);
+          products[0].x[n][e] = grad_score;
+          weight_sum += weight;
+          grad_sum += grad_score;
+        }
+      add_sums(half, weight_sum, grad_sum);
+    }
+    add_values<T>(grad_query, products, stage_of(this->first_walked, stage));
+  }
+
+  __device__ __forceinline__ void take_keys_exactly(int key, int stage, GradWalk walk) {
     ScoreFragment<keys> scores[1], products[1];
     ProductRests<keys> rests;
     const bool saturated =
@@ -432,6 +297,7 @@ struct QueryGradBlock : GradBlock<Policy> {
       add_values<T>(grad_query, products, stage_of(this->first_walked, stage));
   }
 
+  template <bool exact>
   __device__ __forceinline__ void walk_keys(GradWalk walk) {
     this->clear(grad_query);
 #pragma unroll
@@ -443,17 +309,24 @@ struct QueryGradBlock : GradBlock<Policy> {
       slope[half] = walk == GradWalk::maxima ? -attention_infinity : 0.0f;
       distances[half] = 0;
     }
-    const KeyRange seen = task.seen_by_some(p, 0, Policy::owned);
+    const KeyRange seen = shared.seen;
     const int first = seen.begin / keys * keys;
+    const int64_t first_row = sequence.key_row + first;
+    typename Base::Stream key_stream(row_of<T>(p.key, sequence.batch, task.kv_head, first_row), p.key.row);
+    typename Base::Stream value_stream(row_of<T>(p.value, sequence.batch, task.kv_head, first_row), p.value.row);
     int stage = 0;
-    if (first < seen.end) load_keys(first, stage);
+    if (first < seen.end) load_keys(key_stream, value_stream, first, stage);
     ptx::cp_async_commit();
+#pragma unroll 1
     for (int key = first; key < seen.end; key += keys) {
       ptx::cp_async_wait<0>();
       __syncthreads();  // this stage is there for all, and nobody reads the other one any more
-      if (key + keys < seen.end) load_keys(key + keys, stage ^ 1);
+      if (key + keys < seen.end) load_keys(key_stream, value_stream, key + keys, stage ^ 1);
       ptx::cp_async_commit();
-      take_keys(key, stage, walk);
+      if constexpr (exact)
+        take_keys_exactly(key, stage, walk);
+      else if (this->takes_part(key))
+        take_keys(key, stage);
       stage ^= 1;
     }
     ptx::cp_async_wait<0>();
@@ -492,171 +365,46 @@ struct QueryGradBlock : GradBlock<Policy> {
 template <class Policy>
 __global__ void __launch_bounds__(Policy::threads, 1)
     attention_grad_query_kernel(const __grid_constant__ AttentionGradParams g) {
-  const AttentionTask task(g.problem, Policy::owned, blockIdx.x);
-  if (task.num_rows <= 0) return;
-  QueryGradBlock<Policy> block(g, task, reinterpret_cast<typename Policy::T*>(dynamic_shared()));
+  const AttentionParams& p = g.problem;
+  __shared__ GradShared<Policy> shared;
+  if (threadIdx.x < Policy::warps) {
+    const AttentionTask task(p, Policy::owned, blockIdx.x);
+    const int first_row = static_cast<int>(threadIdx.x) * Policy::warp_rows;
+    if (threadIdx.x == 0) {
+      shared.task = task;
+      shared.seen = task.seen_by_some(p, 0, Policy::owned);
+      const bool whole = p.whole_key && p.whole_value && p.head_dim == Policy::head_dim &&
+          p.value_head_dim == Policy::head_dim;
+      shared.streamed_end = whole ? task.sequence.seqlen_k : 0;
+    }
+    shared.some[threadIdx.x] = task.seen_by_some(p, first_row, Policy::warp_rows);
+    shared.all[threadIdx.x] = task.seen_by_all(p, first_row, Policy::warp_rows);
+  }
+  __syncthreads();
+  if (shared.task.num_rows <= 0) return;
+  QueryGradBlock<Policy> block(g, shared, reinterpret_cast<typename Policy::T*>(dynamic_shared()));
   block.load_queries();
+  if constexpr (!Policy::general) {
+    if (!__syncthreads_or(block.asks_for_more())) {
+      block.template walk_keys<false>(GradWalk::all);
+      if (!p.excludes || !__syncthreads_or(!block.is_finite(block.grad_query))) {
+        block.write_rows();
+        return;
+      }
+    }
+  }
   GradWalk walk = __syncthreads_or(block.has_huge_rows()) ? GradWalk::maxima : GradWalk::all;
   for (;;) {
-    block.walk_keys(walk);
+    block.template walk_keys<true>(walk);
     if (walk == GradWalk::maxima) {
       __syncthreads();  // nobody reads the last stage any more
       block.take_maxima();
       walk = GradWalk::all;
       continue;
     }
-    if (walk == GradWalk::kept_alone || !g.problem.excludes) break;
+    if (walk == GradWalk::kept_alone || !p.excludes) break;
     if (!__syncthreads_or(!block.is_finite(block.grad_query))) break;
     walk = GradWalk::kept_alone;
-  }
-  block.write_rows();
-}
-
-// ---- dK and dV: a tile of keys walks the queries that see it ----
-
-template <class Policy>
-struct KeyGradBlock : GradBlock<Policy> {
-  using Base = GradBlock<Policy>;
-  using T = typename Policy::T;
-  static constexpr int queries = Policy::walked;
-  const int key, first_column;  // of the tile, and of the block's share of the columns
-  float grad_key[1][Policy::columns / 8][4], grad_value[1][Policy::columns / 8][4];
-  float key_sum[2];  // of one head's dS, the thread's own part
-  using Base::g, Base::p, Base::task, Base::sequence, Base::stage_of;
-
-  __device__ __forceinline__ KeyGradBlock(const AttentionGradParams& params, const AttentionTask& its_task, T* shared,
-                                          int first_key, int share)
-      : Base(params, its_task, shared),
-        key(first_key),
-        first_column(share * Policy::columns) {}
-
-  // Found wherever it is wanted: a register that held it would be spilled.
-  __device__ __forceinline__ int rows() const { return min(Policy::owned, sequence.seqlen_k - key); }
-  __device__ __forceinline__ void load_keys() const {
-    this->load(this->first_owned, p.key, task.kv_head, sequence.key_row + key, rows(), p.head_dim, p.whole_key);
-    this->load(this->second_owned, p.value, task.kv_head, sequence.key_row + key, rows(), p.value_head_dim,
-               p.whole_value);
-  }
-  __device__ __forceinline__ float* statistics_of(int stage) const { return this->statistics + 3 * queries * stage; }
-  __device__ __forceinline__ void load_queries(int head, int query, int stage) const {
-    const int left = sequence.seqlen_q - query;
-    this->load(stage_of(this->first_walked, stage), p.query, head, sequence.query_row + query, left, p.head_dim,
-               p.whole_query);
-    this->load(stage_of(this->second_walked, stage), g.grad_output, head, sequence.query_row + query, left,
-               p.value_head_dim, g.whole_grad_output);
-    for (int i = threadIdx.x; i < 3 * queries; i += Policy::threads)
-      statistics_of(stage)[i] = this->statistic(
-          i < queries ? g.reference : i < 2 * queries ? g.normaliser : g.delta, head, query + i % queries);
-  }
-
-  __device__ __forceinline__ void take_queries(int head, int query, int stage, bool kept_alone) {
-    ScoreFragment<queries> scores[1], weights[1], grads[1];
-    ProductRests<queries> rests;
-    const float* statistics = statistics_of(stage);
-    const bool saturated = is_saturated(statistics[lane_of_warp() % queries], p.logit_scale);
-    const bool refine = p.softcap == 0 && __any_sync(whole_warp, saturated);
-    careful_products<T>(scores, rests, this->first_owned, stage_of(this->first_walked, stage), this->warp_row, refine,
-                        [&](int n, int e) {
-                          return is_huge(statistics[8 * n + fragment_column() + e % 2] * p.logit_scale);
-                        });
-    multiply_keys(grads, this->second_owned, stage_of(this->second_walked, stage), this->warp_row);
-    weights[0].excluded = 0;
-#pragma unroll
-    for (int n = 0; n < queries / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int column = 8 * n + fragment_column() + i, at = query + column;
-        const KeyRange seen = keys_of_query(p, sequence, min(at, sequence.seqlen_q - 1));
-        const RowStatistics row = {statistics[column], statistics[queries + column], statistics[2 * queries + column]};
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int e = 2 * half + i, of_row = key + this->row_of_thread(half);
-          const bool inside = at < sequence.seqlen_q && of_row >= seen.begin && of_row < seen.end;
-          const PairGrad of = pair_grad<T, Policy::general>(p, sequence, head, at, of_row, inside, scores[0].x[n][e],
-                                                            rests.at(n, e), grads[0].x[n][e], row);
-          weights[0].x[n][e] = of.dropped_weight;
-          grads[0].x[n][e] = of.grad_product;
-          if constexpr (Policy::general) {
-            key_sum[half] += of.grad_score;
-            if (of.kept && first_column == 0 && g.whole_grad_bias)
-              write_grad_bias<T>(g, sequence.batch, head, at, of_row, of.grad_score);
-          }
-          if (!of.kept) weights[0].excluded |= 1u << (4 * n + e);
-        }
-      }
-    grads[0].excluded = weights[0].excluded;
-    const int chunk = first_column / width<T>;
-    if (kept_alone) {
-      add_kept_values<T>(grad_value, weights, stage_of(this->second_walked, stage), chunk);
-      add_kept_values<T>(grad_key, grads, stage_of(this->first_walked, stage), chunk);
-    } else {
-      add_values<T>(grad_value, weights, stage_of(this->second_walked, stage), chunk);
-      add_values<T>(grad_key, grads, stage_of(this->first_walked, stage), chunk);
-    }
-  }
-
-  __device__ __forceinline__ void walk_queries(bool kept_alone) {
-    this->clear(grad_key);
-    this->clear(grad_value);
-    key_sum[0] = key_sum[1] = 0;
-    const KeyRange seeing = queries_of_keys(p, sequence, key, rows());
-    const int first = seeing.begin / queries * queries, group = p.num_heads / p.num_kv_heads;
-    const int steps = seeing.end > first ? (seeing.end - first + queries - 1) / queries : 0;  // of a head
-    // Which head and queries a step is about is found twice: a register that holds it would be wanted elsewhere.
-    const auto head_of = [&](int step) { return task.kv_head * group + step / steps; };
-    const auto query_of = [&](int step) { return first + step % steps * queries; };
-    const auto load_step = [&](int step) {
-      if (step < steps * group) load_queries(head_of(step), query_of(step), step % 2);
-      ptx::cp_async_commit();
-    };
-    load_step(0);
-    for (int step = 0; step < steps * group; ++step) {
-      ptx::cp_async_wait<0>();
-      __syncthreads();  // this stage is there for all, and nobody reads the other one any more
-      load_step(step + 1);
-      take_queries(head_of(step), query_of(step), step % 2, kept_alone);
-      if (Policy::general && g.key_sums && (step + 1) % steps == 0) write_key_sums(head_of(step));
-    }
-    ptx::cp_async_wait<0>();
-  }
-  // Of a head that is done.
-  __device__ __forceinline__ void write_key_sums(int head) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = this->row_of_thread(half);
-      const float sum = sum_of_row(key_sum[half]);
-      if (row < rows() && fragment_column() == 0 && first_column == 0)
-        g.key_sums[(sequence.batch * p.num_heads + head) * p.max_seqlen_k + key + row] = sum;
-      key_sum[half] = 0;
-    }
-  }
-  __device__ __forceinline__ void write_rows() const {
-    this->write(grad_key, g.grad_key, task.kv_head, sequence.key_row + key, rows(), first_column, p.head_dim,
-                {p.scale, p.scale});
-    this->write(grad_value, g.grad_value, task.kv_head, sequence.key_row + key, rows(), first_column, p.value_head_dim,
-                {1.0f, 1.0f});
-  }
-};
-
-template <class Policy>
-__global__ void __launch_bounds__(Policy::threads, 1)
-    attention_grad_key_kernel(const __grid_constant__ AttentionGradParams g) {
-  const AttentionParams& p = g.problem;
-  int64_t block_number = blockIdx.x;
-  const int share = static_cast<int>(block_number % Policy::column_shares);
-  block_number /= Policy::column_shares;
-  const int tiles = (p.max_seqlen_k + Policy::owned - 1) / Policy::owned;
-  const int key = static_cast<int>(block_number % tiles) * Policy::owned;
-  block_number /= tiles;
-  const AttentionTask task(AttentionTask::KeysAlone{}, p, static_cast<int>(block_number % p.num_kv_heads),
-                           block_number / p.num_kv_heads);
-  if (key >= task.sequence.seqlen_k) return;
-  KeyGradBlock<Policy> block(g, task, reinterpret_cast<typename Policy::T*>(dynamic_shared()), key, share);
-  block.load_keys();
-  for (bool kept_alone = false;; kept_alone = true) {
-    block.walk_queries(kept_alone);
-    if (kept_alone || !p.excludes) break;
-    if (!__syncthreads_or(!block.is_finite(block.grad_key) || !block.is_finite(block.grad_value))) break;
   }
   block.write_rows();
 }

@@ -9,7 +9,7 @@
 // blocks that run beside.
 #pragma once
 
-#include "cuda/attention_backward.cuh"
+#include "cuda/attention_backward_keys.cuh"
 
 namespace transfuse::cuda {
 

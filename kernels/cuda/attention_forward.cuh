@@ -64,12 +64,13 @@ struct AttentionPolicy {
 namespace {
 
 // What a block of threads finds once and reads seldom. It lies in shared memory: the registers are the products'.
-template <int warps>
+template <class Policy>
 struct ForwardShared {
   AttentionTask task;
-  KeyRange walked;                   // the keys that some row of the tile sees
-  KeyRange some[warps], all[warps];  // that some, or all, of a warp's rows see
-  int streamed_end;                  // keys in front of it come in whole tiles of whole vectors
+  KeyRange walked;                                   // the keys that some row of the tile sees
+  KeyRange some[Policy::warps], all[Policy::warps];  // that some, or all, of a warp's rows see
+  int streamed_end;                                  // keys in front of it come in whole tiles of whole vectors
+  ScoreRow rows[Policy::general ? Policy::queries : 1];  // of the general kernel, which asks in each block of keys
 };
 
 template <class Policy>
@@ -79,7 +80,7 @@ struct ForwardBlock {
   using KeyStream = TileStream<Policy::threads, typename Policy::KeyTile>;
 
   const AttentionParams& p;
-  const ForwardShared<Policy::warps>& shared;
+  const ForwardShared<Policy>& shared;
   const AttentionTask& task;
   const AttentionSequence& sequence;
   const typename Policy::QueryTile query_tile;
@@ -89,7 +90,7 @@ struct ForwardBlock {
   SoftmaxRows rows[m_tiles];
   bool saturated;  // some row of the thread asks for an exact walk
 
-  __device__ __forceinline__ ForwardBlock(const AttentionParams& params, const ForwardShared<Policy::warps>& its,
+  __device__ __forceinline__ ForwardBlock(const AttentionParams& params, const ForwardShared<Policy>& its,
                                           T* tiles)
       : p(params),
         shared(its),
@@ -135,12 +136,15 @@ struct ForwardBlock {
     ScoreRow row[2];
   };
   __device__ __forceinline__ Places places_of(int t) const {
-    return {{score_row(p, task, tile_row(t, 0)), score_row(p, task, tile_row(t, 1))}};
+    if constexpr (Policy::general)
+      return {{shared.rows[tile_row(t, 0)], shared.rows[tile_row(t, 1)]}};
+    else
+      return {{score_row(p, task, tile_row(t, 0)), score_row(p, task, tile_row(t, 1))}};
   }
 
   // What is added to the scores of a block of keys, and which of them take part.
   __device__ __forceinline__ void finish_scores(ScoreFragment<keys>& scores, int t, int key, bool edge) const {
-    if (!edge && !Policy::general) return;
+    if (!edge && !(Policy::general && (p.transforms || p.mask.data))) return;
     const Places places = places_of(t);
     if constexpr (Policy::general) {
       if (p.transforms) transform_scores<T>(scores, p, sequence, places.row, key);
@@ -313,7 +317,7 @@ template <class Policy>
 __global__ void __launch_bounds__(Policy::threads)
     attention_forward_kernel(const __grid_constant__ AttentionParams p) {
   if constexpr (Policy::is_built) {
-    __shared__ ForwardShared<Policy::warps> shared;
+    __shared__ ForwardShared<Policy> shared;
     if (threadIdx.x < Policy::warps) {
       const AttentionTask task(p, Policy::queries, blockIdx.x);
       const int first_row = static_cast<int>(threadIdx.x) * Policy::warp_rows;
@@ -329,6 +333,10 @@ __global__ void __launch_bounds__(Policy::threads)
     }
     __syncthreads();
     if (shared.task.num_rows <= 0) return;
+    if constexpr (Policy::general) {
+      for (int row = threadIdx.x; row < Policy::queries; row += Policy::threads)
+        shared.rows[row] = score_row(p, shared.task, row);  // the first block of keys has a barrier before their use
+    }
     ForwardBlock<Policy> block(p, shared, reinterpret_cast<typename Policy::T*>(dynamic_shared()));
     block.load_queries();  // the first group of copies, with the first keys
     block.template walk_keys<false>(false);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/attention_backward_bias.cuh"
+#include "cuda/attention_forward.cuh"
 
 namespace transfuse::cuda {
 

@@ -82,12 +82,17 @@ __device__ __forceinline__ ScoreRow score_row(const AttentionParams& p, const At
 template <int Keys>
 __device__ __forceinline__ void exclude_unseen(ScoreFragment<Keys>& scores, const ScoreRow (&rows)[2], int key) {
 #pragma unroll
-  for (int n = 0; n < Keys / 8; ++n)
+  for (int half = 0; half < 2; ++half) {
+    const int column = key + fragment_column();
+    const int begin = rows[half].seen.begin - column, end = rows[half].seen.end - column;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int at = key + 8 * n + fragment_column() + e % 2;
-      if (at < rows[e / 2].seen.begin || at >= rows[e / 2].seen.end) scores.exclude(n, e);
-    }
+    for (int at = 0; at < Keys; ++at)
+      if (at % 8 < 2 && at >= end) scores.exclude(at / 8, 2 * half + at % 8);
+    if (begin <= 0) continue;
+#pragma unroll
+    for (int at = 0; at < Keys; ++at)
+      if (at % 8 < 2 && at < begin) scores.exclude(at / 8, 2 * half + at % 8);
+  }
 }
 
 struct Two {

@@ -63,6 +63,16 @@ __device__ __forceinline__ KeyRange queries_of_keys(const AttentionParams& p, co
           static_cast<int>(clamped(key + keys - opposite + p.window_left, 0, s.seqlen_q))};
 }
 
+// Queries each of which sees all of these keys; none where a key is past the last one. Its end may lie past theirs.
+__device__ __forceinline__ KeyRange queries_that_see(const AttentionParams& p, const AttentionSequence& s, int key,
+                                                     int keys) {
+  constexpr int64_t far = 1 << 30;
+  const int64_t opposite = diagonal(p, s);
+  if (key + keys > s.seqlen_k) return {static_cast<int>(far), 0};
+  return {static_cast<int>(clamped(key + keys - 1 - opposite - p.window_right, 0, far)),
+          static_cast<int>(clamped(key + 1 - opposite + p.window_left, 0, far))};
+}
+
 template <class T>
 __device__ __forceinline__ const T* row_of(const AttentionTensor& t, int64_t batch, int64_t head, int64_t row) {
   return static_cast<const T*>(t.data) + batch * t.batch + head * t.head + row * t.row;
@@ -108,8 +118,12 @@ struct AttentionTask {
 
   // Of a row of the tile; rows past the last one stand for the last one, and are not written.
   __device__ __forceinline__ int existing(int row) const { return row < num_rows ? row : num_rows - 1; }
-  __device__ __forceinline__ int query(int row) const { return (first_row + existing(row)) / packed_heads; }
-  __device__ __forceinline__ int head(int row) const { return first_head + (first_row + existing(row)) % packed_heads; }
+  __device__ __forceinline__ int query(int row) const {
+    return packed_heads == 1 ? first_row + existing(row) : (first_row + existing(row)) / packed_heads;
+  }
+  __device__ __forceinline__ int head(int row) const {
+    return packed_heads == 1 ? first_head : first_head + (first_row + existing(row)) % packed_heads;
+  }
 
   // The keys that some of the rows [row, row + rows) may see.
   __device__ __forceinline__ KeyRange seen_by_some(const AttentionParams& p, int row, int rows) const {

@@ -1,6 +1,6 @@
 """Mistakes in attention's tensor-core backward as it ships: each, put into a copy, is found, by a report or by results.
 
-One head dimension, one type, the general kernels; what the forward saves is the CPU's, so that a mutant compiles soon.
+One head dimension, one type; what the forward saves is the CPU's, so that a mutant compiles soon.
 """
 
 import contextlib
@@ -17,7 +17,9 @@ from transfuse import scaled_dot_product_attention
 from transfuse.testing import draw
 
 HEAD_DIM = 32
-BACKWARD, BIAS = "attention_backward.cuh", "attention_backward_bias.cuh"
+BACKWARD, KEYS, PAIRS, BIAS = (
+    f"attention_backward{part}.cuh" for part in ("", "_keys", "_pairs", "_bias")
+)
 MUTANTS = (
     KernelMutant(
         "dQ: a stage is overwritten while it is read",
@@ -29,11 +31,9 @@ MUTANTS = (
     ),
     KernelMutant(
         "dK: the wait for a stage is left out",
-        BACKWARD,
-        "      ptx::cp_async_wait<0>();\n"
-        "      __syncthreads();  // this stage is there for all, and nobody reads the other one any more\n"
-        "      load_step",
-        "      ptx::cp_async_wait<1>();\n      __syncthreads();\n      load_step",
+        KEYS,
+        "ptx::cp_async_wait<0>();\n        __syncthreads();",
+        "ptx::cp_async_wait<1>();\n        __syncthreads();",
         ("pending copy",),
     ),
     KernelMutant(
@@ -43,17 +43,30 @@ MUTANTS = (
         "",
         ("race",),
     ),
-    KernelMutant("dK without its scale", BACKWARD, "{p.scale, p.scale}", "{1.0f, 1.0f}", (WRONG_RESULT,)),
     KernelMutant(
-        "one key too many in a row",
-        BACKWARD,
-        "of_row >= seen.begin && of_row < seen.end",
-        "of_row >= seen.begin && of_row <= seen.end",
+        "dQ: the diagonal is not seen", BACKWARD, "if (this->is_edge(key))", "if (false)", (WRONG_RESULT,)
+    ),
+    KernelMutant(
+        "dK: the diagonal is not seen", KEYS, "if (this->is_edge(query))", "if (false)", (WRONG_RESULT,)
+    ),
+    KernelMutant(
+        "dK: statistics of the next tile are this one's",
+        KEYS,
+        "streams.statistic[j] += queries * statistic_of(i).row;",
+        "",
+        (WRONG_RESULT,),
+    ),
+    KernelMutant("dK without its scale", KEYS, "{p.scale, p.scale}", "{1.0f, 1.0f}", (WRONG_RESULT,)),
+    KernelMutant(
+        "a query too many sees a key",
+        KEYS,
+        "at >= seen_by[half].seen.begin && at <",
+        "at + 1 >= seen_by[half].seen.begin && at <",
         (WRONG_RESULT,),
     ),
     KernelMutant(
         "dropout takes the word of a neighbouring key",
-        BACKWARD,
+        PAIRS,
         "low = key & 1 ? words.word[1] : words.word[0]",
         "low = key & 1 ? words.word[0] : words.word[1]",
         (WRONG_RESULT,),
@@ -65,23 +78,23 @@ MUTANTS = (
         "[&](int r) { return static_cast<int>(r * t.row); }",
         ("out of bounds",),
     ),
-    KernelMutant("excluded values leak", BACKWARD, "if (kept_alone || !p.excludes) break;", "break;", (WRONG_RESULT,)),
+    KernelMutant("excluded values leak", KEYS, "if (kept_alone || !p.excludes) break;", "break;", (WRONG_RESULT,)),
     KernelMutant(
         "delta of the rounded output alone",
-        BACKWARD,
+        PAIRS,
         "const double delta = is_part ? row.delta : sum_of_products - grad_lse;",
         "const double delta = row.delta;",
         (WRONG_RESULT,),
     ),
     KernelMutant(
         "weights are not normalised",
-        BACKWARD,
+        PAIRS,
         "weight_of<T>(p, difference) * row.normaliser",
         "weight_of<T>(p, difference)",
         (WRONG_RESULT,),
     ),
     KernelMutant(
-        "sums of columns go on from head to head", BACKWARD, "      key_sum[half] = 0;\n", "", (WRONG_RESULT,)
+        "sums of columns go on from head to head", KEYS, "      key_sum[half] = 0;\n", "", (WRONG_RESULT,)
     ),
     KernelMutant(
         "a broadcast bias's gradient from the first sequence alone",
@@ -91,10 +104,10 @@ MUTANTS = (
         (WRONG_RESULT,),
     ),
     KernelMutant(
-        "dsink without its sign", BACKWARD, "-factor * share * delta", "factor * share * delta", (WRONG_RESULT,)
+        "dsink without its sign", PAIRS, "-factor * share * delta", "factor * share * delta", (WRONG_RESULT,)
     ),
 )
-# The general backward in bfloat16 alone.
+# The backward in bfloat16 alone.
 NARROWED = (
     ("if (dtype == DType::f32) return attention_forward_f32(prepared<float>(params), stream);\n", ""),
     ("if (dtype == DType::f32) return attention_backward_f32(prepared<float>(params), stream);\n", ""),
@@ -111,8 +124,8 @@ NARROWED = (
 )
 UNIT = f"""#include "cuda/attention_launch.cuh"
 namespace transfuse::cuda {{
-cudaError_t attention_backward_{HEAD_DIM}_bf16(const AttentionGradParams& g, bool, cudaStream_t stream) {{
-  return launch_backward<AttentionGradPolicy<bf16, {HEAD_DIM}, true>>(g, stream);
+cudaError_t attention_backward_{HEAD_DIM}_bf16(const AttentionGradParams& g, bool general, cudaStream_t stream) {{
+  return attention_backward_of<bf16, {HEAD_DIM}>(g, general, stream);
 }}
 }}  // namespace transfuse::cuda
 """

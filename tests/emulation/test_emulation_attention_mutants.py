@@ -68,8 +68,8 @@ MUTANTS = (
     KernelMutant(
         "one key too many below the diagonal",
         "attention_scores.cuh",
-        "at >= rows[e / 2].seen.end",
-        "at > rows[e / 2].seen.end",
+        "at >= end)",
+        "at > end)",
         (WRONG_RESULT,),
     ),
     KernelMutant(
