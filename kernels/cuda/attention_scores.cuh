@@ -66,6 +66,41 @@ __device__ __forceinline__ void multiply_keys(ScoreFragment<Keys> (&scores)[m_ti
   }
 }
 
+// The first operand of 16 rows, held in registers from block to block.
+template <class Tile>
+struct HeldRows {
+  static constexpr int steps = Tile::columns / 16;
+  uint32_t a[steps][4];
+
+  __device__ __forceinline__ void load(const Tile& tile, int row) {
+    const RowsOperand<Tile> rows(tile, row);
+#pragma unroll
+    for (int step = 0; step < steps; ++step) rows.load(a[step], 0, step);
+  }
+};
+
+// The same products as above, in the same order.
+template <int Keys, class Tile, class KeyTile>
+__device__ __forceinline__ void multiply_keys(ScoreFragment<Keys> (&scores)[1], const HeldRows<Tile>& held,
+                                              const KeyTile& key) {
+  using T = std::remove_pointer_t<decltype(Tile::data)>;
+  scores[0].excluded = 0;
+  const ProductsOperand<KeyTile> keys(key);
+#pragma unroll
+  for (int n = 0; n < Keys / 8; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) scores[0].x[n][e] = 0;
+#pragma unroll
+  for (int step = 0; step < HeldRows<Tile>::steps; ++step)
+#pragma unroll
+    for (int n = 0; n < Keys / 8; n += 2) {
+      uint32_t b[2][2];
+      keys.load(b, 8 * n, step);
+      multiply<T>(scores[0].x[n], held.a[step], b[0]);
+      multiply<T>(scores[0].x[n + 1], held.a[step], b[1]);
+    }
+}
+
 // ---- what is added, and what is excluded ----
 
 // One of the two rows of a fragment that a thread has, against a block of keys that begins at `key`.
