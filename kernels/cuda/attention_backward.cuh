@@ -45,6 +45,8 @@ struct AttentionGradPolicy {
                                         : HeadDim <= 64 ? 64 : HeadDim <= 128 ? 32 : 16;
   static constexpr int column_shares = HeadDim <= 128 ? 1 : 2;  // of dK and dV
   static constexpr int columns = HeadDim / column_shares;
+  // Whether owned rows stay in registers, where they are the first operand of each step's products.
+  static constexpr bool holds_queries = HeadDim <= 128, holds_keys = HeadDim <= 96;
   using OwnedTile = SharedTile<T, owned, HeadDim>;
   using WalkedTile = SharedTile<T, walked, HeadDim>;
   static constexpr int statistics_bytes = stages * 3 * walked * static_cast<int>(sizeof(float));
@@ -71,6 +73,7 @@ template <class Policy>
 struct GradBlock {
   using T = typename Policy::T;
   using Stream = TileStream<Policy::threads, typename Policy::WalkedTile>;
+  using Held = HeldRows<typename Policy::OwnedTile>;
   static constexpr int walked = Policy::walked;
   const AttentionGradParams& g;
   const AttentionParams& p;
@@ -119,6 +122,25 @@ struct GradBlock {
   template <class Tensor>
   __device__ __forceinline__ float statistic(const Tensor& t, int head, int query) const {
     return query < sequence.seqlen_q ? row_of<float>(t, sequence.batch, head, sequence.query_row + query)[0] : 0.0f;
+  }
+
+  // Products of the warp's rows of an owned tile with a walked one, from registers where the policy has them there.
+  template <bool in_registers, class Tile>
+  __device__ __forceinline__ void multiply_owned(ScoreFragment<walked> (&products)[1], const Tile& owned,
+                                                 const Held& held, const typename Policy::WalkedTile& other) const {
+    if constexpr (in_registers)
+      multiply_keys(products, held, other);
+    else
+      multiply_keys(products, owned, other, warp_row);
+  }
+  template <bool in_registers>
+  __device__ __forceinline__ void hold(Held& first, Held& second) const {
+    if constexpr (in_registers) {
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // the owned tiles are there for all
+      first.load(first_owned, warp_row);
+      second.load(second_owned, warp_row);
+    }
   }
 
   template <int shares>
@@ -206,10 +228,14 @@ struct QueryGradBlock : GradBlock<Policy> {
   __device__ __forceinline__ float& shared_sum(int number) const {
     return this->statistics[Policy::statistics_bytes / sizeof(float) + number * Policy::threads + threadIdx.x];
   }
+  __device__ __forceinline__ static void add_to(Pair& sum, float x) {
+    const Pair higher = two_sum(sum.hi, x);
+    sum = {higher.hi, sum.lo + higher.lo};
+  }
   __device__ __forceinline__ void add_sums(int half, float weight_sum, float grad_sum) {
     if constexpr (Policy::sums_in_registers) {
-      weights[half] = weights[half] + weight_sum;
-      grads[half] = grads[half] + grad_sum;
+      add_to(weights[half], weight_sum);
+      add_to(grads[half], grad_sum);
     } else {
       shared_sum(half) += weight_sum;
       shared_sum(2 + half) += grad_sum;
@@ -228,15 +254,17 @@ struct QueryGradBlock : GradBlock<Policy> {
 
   // What pair_grad makes of pairs without bias, mask, softcap, dropout or rests, to the bit; a pair that takes no part
   // has a score of -inf. What is not finite there shows in the sums.
-  __device__ __forceinline__ void take_keys(int key, int stage) {
+  __device__ __forceinline__ void take_keys(int key, int stage, const typename Base::Held& held_queries,
+                                            const typename Base::Held& held_grads) {
+    constexpr bool held = Policy::holds_queries;
     ScoreFragment<keys> scores[1], products[1];
-    multiply_keys(scores, this->first_owned, stage_of(this->first_walked, stage), this->warp_row);
+    this->template multiply_owned<held>(scores, this->first_owned, held_queries, stage_of(this->first_walked, stage));
     if (this->is_edge(key)) {
       const ScoreRow places[2] = {score_row(p, task, this->row_of_thread(0)),
                                   score_row(p, task, this->row_of_thread(1))};
       exclude_unseen(scores[0], places, key);
     }
-    multiply_keys(products, this->second_owned, stage_of(this->second_walked, stage), this->warp_row);
+    this->template multiply_owned<held>(products, this->second_owned, held_grads, stage_of(this->second_walked, stage));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float weight_sum = 0, grad_sum = 0;
@@ -317,6 +345,8 @@ struct QueryGradBlock : GradBlock<Policy> {
     int stage = 0;
     if (first < seen.end) load_keys(key_stream, value_stream, first, stage);
     ptx::cp_async_commit();
+    typename Base::Held held_queries, held_grads;
+    this->template hold<!exact && Policy::holds_queries>(held_queries, held_grads);
 #pragma unroll 1
     for (int key = first; key < seen.end; key += keys) {
       ptx::cp_async_wait<0>();
@@ -326,7 +356,7 @@ struct QueryGradBlock : GradBlock<Policy> {
       if constexpr (exact)
         take_keys_exactly(key, stage, walk);
       else if (this->takes_part(key))
-        take_keys(key, stage);
+        take_keys(key, stage, held_queries, held_grads);
       stage ^= 1;
     }
     ptx::cp_async_wait<0>();

@@ -76,7 +76,9 @@ struct KeyGradBlock : GradBlock<Policy> {
   }
 
   // As take_keys of QueryGradBlock. Of queries past the last one the statistics are 0, so what they add is.
-  __device__ __forceinline__ void take_queries(int query, int stage) {
+  __device__ __forceinline__ void take_queries(int query, int stage, const typename Base::Held& held_keys,
+                                               const typename Base::Held& held_values) {
+    constexpr bool held = Policy::holds_keys;
     ScoreFragment<queries> scores[1], grads[1];
     const float* statistics = statistics_of(stage);
 #pragma unroll
@@ -84,9 +86,9 @@ struct KeyGradBlock : GradBlock<Policy> {
       const float reference = statistics[(i + lane_of_warp()) % queries];
       asks_for_more |= is_saturated(reference, p.logit_scale) || reference == -attention_infinity;
     }
-    multiply_keys(scores, this->first_owned, stage_of(this->first_walked, stage), this->warp_row);
+    this->template multiply_owned<held>(scores, this->first_owned, held_keys, stage_of(this->first_walked, stage));
     if (this->is_edge(query)) exclude_unseen(scores[0], {seeing(0), seeing(1)}, query);
-    multiply_keys(grads, this->second_owned, stage_of(this->second_walked, stage), this->warp_row);
+    this->template multiply_owned<held>(grads, this->second_owned, held_values, stage_of(this->second_walked, stage));
 #pragma unroll
     for (int n = 0; n < queries / 8; ++n) {
       const float* of = statistics + 8 * n + fragment_column();
@@ -182,6 +184,8 @@ struct KeyGradBlock : GradBlock<Policy> {
     Streams streams;
     load_queries(streams, first_head, first, 0, true);
     ptx::cp_async_commit();
+    typename Base::Held held_keys, held_values;
+    this->template hold<!exact && Policy::holds_keys>(held_keys, held_values);
     int stage = 0;
 #pragma unroll 1
     for (int head = first_head; head <= last_head; ++head) {
@@ -196,7 +200,7 @@ struct KeyGradBlock : GradBlock<Policy> {
         if constexpr (exact)
           take_queries_exactly(head, query, stage, kept_alone);
         else if (this->takes_part(query))
-          take_queries(query, stage);
+          take_queries(query, stage, held_keys, held_values);
         stage ^= 1;
       }
       if (Policy::general && g.key_sums) write_key_sums(head);

@@ -66,6 +66,41 @@ __device__ __forceinline__ void multiply_keys(ScoreFragment<Keys> (&scores)[m_ti
   }
 }
 
+// The first operand of 16 rows, held in registers from block to block.
+template <class Tile>
+struct HeldRows {
+  static constexpr int steps = Tile::columns / 16;
+  uint32_t a[steps][4];
+
+  __device__ __forceinline__ void load(const Tile& tile, int row) {
+    const RowsOperand<Tile> rows(tile, row);
+#pragma unroll
+    for (int step = 0; step < steps; ++step) rows.load(a[step], 0, step);
+  }
+};
+
+// The same products as above, in the same order.
+template <int Keys, class Tile, class KeyTile>
+__device__ __forceinline__ void multiply_keys(ScoreFragment<Keys> (&scores)[1], const HeldRows<Tile>& held,
+                                              const KeyTile& key) {
+  using T = std::remove_pointer_t<decltype(Tile::data)>;
+  scores[0].excluded = 0;
+  const ProductsOperand<KeyTile> keys(key);
+#pragma unroll
+  for (int n = 0; n < Keys / 8; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) scores[0].x[n][e] = 0;
+#pragma unroll
+  for (int step = 0; step < HeldRows<Tile>::steps; ++step)
+#pragma unroll
+    for (int n = 0; n < Keys / 8; n += 2) {
+      uint32_t b[2][2];
+      keys.load(b, 8 * n, step);
+      multiply<T>(scores[0].x[n], held.a[step], b[0]);
+      multiply<T>(scores[0].x[n + 1], held.a[step], b[1]);
+    }
+}
+
 // ---- what is added, and what is excluded ----
 
 // One of the two rows of a fragment that a thread has, against a block of keys that begins at `key`.
@@ -99,21 +134,26 @@ struct Two {
   float x[2];
 };
 
+// Two neighbouring elements of a bias, one aligned access.
+template <class E>
+using PairOf = std::conditional_t<sizeof(E) == 4, float2, uint32_t>;
+template <class E>
+__device__ __forceinline__ PairOf<E> load_pair(const E* row, int key) {
+  return *reinterpret_cast<const PairOf<E>*>(row + key);
+}
+__device__ __forceinline__ Two widened(float, float2 pair) { return {{pair.x, pair.y}}; }
+template <class E>
+__device__ __forceinline__ Two widened(E low, uint32_t pair) {
+  E high;
+  set_bits(low, pair);
+  set_bits(high, pair >> 16);
+  return {{to_float(low), to_float(high)}};
+}
+
 // Elements `key` and key + 1 of a row of a bias, 0 from `end` on. `pairs`: both are one aligned access.
 template <class E>
 __device__ __forceinline__ Two load_two(const E* row, int64_t stride, int key, int end, bool pairs) {
-  if (pairs && key + 1 < end) {
-    if constexpr (sizeof(E) == 4) {
-      const float2 v = *reinterpret_cast<const float2*>(row + key);
-      return {{v.x, v.y}};
-    } else {
-      const uint32_t word = *reinterpret_cast<const uint32_t*>(row + key);
-      E low, high;
-      set_bits(low, word);
-      set_bits(high, word >> 16);
-      return {{to_float(low), to_float(high)}};
-    }
-  }
+  if (pairs && key + 1 < end) return widened(E{}, load_pair(row, key));
   return {{key < end ? to_float(row[key * stride]) : 0.0f, key + 1 < end ? to_float(row[(key + 1) * stride]) : 0.0f}};
 }
 
@@ -126,6 +166,14 @@ __device__ __forceinline__ void for_each_bias(const AttentionParams& p, const At
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const E* row = row_of<E>(p.bias, s.batch, rows[half].head, rows[half].query);
+      if (p.bias_pairs && key + Keys <= s.seqlen_k) {  // all of them are under way before the first is used
+        PairOf<E> pairs[Keys / 8];
+#pragma unroll
+        for (int n = 0; n < Keys / 8; ++n) pairs[n] = load_pair(row, key + 8 * n + fragment_column());
+#pragma unroll
+        for (int n = 0; n < Keys / 8; ++n) body(n, half, widened(E{}, pairs[n]));
+        continue;
+      }
 #pragma unroll
       for (int n = 0; n < Keys / 8; ++n)
         body(n, half, load_two(row, p.bias.col, key + 8 * n + fragment_column(), s.seqlen_k, p.bias_pairs));
@@ -193,6 +241,18 @@ __device__ __forceinline__ void exclude_masked(ScoreFragment<Keys>& scores, cons
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const uint8_t* row = row_of<uint8_t>(p.mask, s.batch, rows[half].head, rows[half].query);
+    if (p.mask_pairs && key + Keys <= s.seqlen_k) {  // as for biases
+      uint16_t pairs[Keys / 8];
+#pragma unroll
+      for (int n = 0; n < Keys / 8; ++n)
+        pairs[n] = *reinterpret_cast<const uint16_t*>(row + key + 8 * n + fragment_column());
+#pragma unroll
+      for (int n = 0; n < Keys / 8; ++n) {
+        if ((pairs[n] & 0xFF) == 0) scores.exclude(n, 2 * half);
+        if (pairs[n] >> 8 == 0) scores.exclude(n, 2 * half + 1);
+      }
+      continue;
+    }
 #pragma unroll
     for (int n = 0; n < Keys / 8; ++n) {
       const int at = key + 8 * n + fragment_column();

@@ -17,9 +17,7 @@ from transfuse import scaled_dot_product_attention
 from transfuse.testing import draw
 
 HEAD_DIM = 32
-BACKWARD, KEYS, PAIRS, BIAS = (
-    f"attention_backward{part}.cuh" for part in ("", "_keys", "_pairs", "_bias")
-)
+BACKWARD, KEYS, PAIRS, BIAS = (f"attention_backward{part}.cuh" for part in ("", "_keys", "_pairs", "_bias"))
 MUTANTS = (
     KernelMutant(
         "dQ: a stage is overwritten while it is read",
@@ -43,12 +41,8 @@ MUTANTS = (
         "",
         ("race",),
     ),
-    KernelMutant(
-        "dQ: the diagonal is not seen", BACKWARD, "if (this->is_edge(key))", "if (false)", (WRONG_RESULT,)
-    ),
-    KernelMutant(
-        "dK: the diagonal is not seen", KEYS, "if (this->is_edge(query))", "if (false)", (WRONG_RESULT,)
-    ),
+    KernelMutant("dQ: the diagonal is not seen", BACKWARD, "if (this->is_edge(key))", "if (false)", (WRONG_RESULT,)),
+    KernelMutant("dK: the diagonal is not seen", KEYS, "if (this->is_edge(query))", "if (false)", (WRONG_RESULT,)),
     KernelMutant(
         "dK: statistics of the next tile are this one's",
         KEYS,
@@ -93,9 +87,7 @@ MUTANTS = (
         "weight_of<T>(p, difference)",
         (WRONG_RESULT,),
     ),
-    KernelMutant(
-        "sums of columns go on from head to head", KEYS, "      key_sum[half] = 0;\n", "", (WRONG_RESULT,)
-    ),
+    KernelMutant("sums of columns go on from head to head", KEYS, "      key_sum[half] = 0;\n", "", (WRONG_RESULT,)),
     KernelMutant(
         "a broadcast bias's gradient from the first sequence alone",
         BIAS,
@@ -103,9 +95,7 @@ MUTANTS = (
         "batch_end = own_batch + 1;",
         (WRONG_RESULT,),
     ),
-    KernelMutant(
-        "dsink without its sign", PAIRS, "-factor * share * delta", "factor * share * delta", (WRONG_RESULT,)
-    ),
+    KernelMutant("dsink without its sign", PAIRS, "-factor * share * delta", "factor * share * delta", (WRONG_RESULT,)),
 )
 # The backward in bfloat16 alone.
 NARROWED = (
@@ -181,7 +171,7 @@ def check_backward(mode):
     query, key, value = (draw(2, 2, length, HEAD_DIM, seed=i).bfloat16() for i, length in enumerate((70, 75, 75)))
     one = slice(0, 1)
     _compare(mode, (query, key, value), is_causal=True, sinks=draw(2, seed=4))
-    _compare(mode, (query[one], key[one], value[one]), dropout_p=0.4)
+    _compare(mode, (query[one], key[one], value[one]), dropout_p=0.4, is_causal=True)
     for shape in ((1, 2, 70, 75), (2, 2, 1, 75), (2, 2, 70, 75)):
         bias = draw(*shape, seed=5).bfloat16()
         _compare(mode, (query, key[:, one], value[:, one]), attn_bias=bias, enable_gqa=True)
