@@ -377,7 +377,7 @@ def test_backend_of_the_model():
 
 def test_a_backend_that_could_never_run_is_refused(monkeypatch):
     model = make_bert()
-    with pytest.raises(ValueError, match="backend is 'torch', expected one of auto, triton, cpu, reference for BertSelfAttent"):
+    with pytest.raises(ValueError, match="backend is 'torch', expected one of auto, cuda, triton, cpu, reference for BertSelf"):
         transfuse.accelerate(model, backend="torch")
     monkeypatch.setattr(transfuse.dispatch, "backends", lambda: {"triton": "no GPU here"})
     with pytest.raises(ValueError, match="accelerate: backend is 'triton', which is not available: no GPU here"):

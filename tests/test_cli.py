@@ -174,7 +174,7 @@ def test_explain(capsys):
     cases_shown = printed.count("attention(device=cpu")
     assert cases_shown == len([case for case in cases.PARITY_CASES if case.op == "attention"]) > 3
     assert printed.count("-> reference") == cases_shown
-    others = ("triton", "cpu")
+    others = ("cuda", "triton", "cpu")
     assert printed.count("use_backend('reference') is in force") == len(others) * cases_shown
     assert main(["explain", "attention", "--case", "no such case"]) == 2
     assert "--case is 'no such case', expected all or one of plain, " in capsys.readouterr().err
