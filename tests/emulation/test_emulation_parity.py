@@ -53,9 +53,13 @@ def is_kept(promise):
     assert outcome.status == "ok", f"{outcome.reason} {outcome.figure}"
 
 
-@pytest.mark.parametrize(
-    "promise", [promise for promise in PROMISES if promise not in OF_ATTENTION], ids=lambda promise: promise.id
-)
+def _as_case(promise):
+    """Invariance of attention is asked of thousands of tokens: minutes here. test_emulation_attention.py asks of few."""
+    slow = promise.op in ("attention", "varlen_attention") and promise.section == 3
+    return pytest.param(promise, id=promise.id, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("promise", [_as_case(promise) for promise in PROMISES if promise not in OF_ATTENTION])
 def test_promise_is_kept(promise):
     is_kept(promise)
 
