@@ -72,11 +72,9 @@ void decode_attention_append(const Tensor key_cache, const Tensor value_cache, c
 
 // Partial results, where the cache has room for more than one part.
 std::vector<Tensor> allocate_parts(const CudaCall& call, cuda::DecodeParams& d) {
-  const AttentionParams& p = d.problem;
-  d.parts = cuda::attention_decode_parts(d.cache.capacity);
-  d.partial_columns = (p.value_head_dim + 3) / 4 * 4;
+  cuda::attention_decode_cut(d);
   if (d.parts == 1) return {};
-  const int64_t rows = p.num_sequences * p.num_heads * p.max_seqlen_q;
+  const int64_t rows = d.problem.num_sequences * d.problem.num_kv_heads * d.slice_rows;
   std::vector<Tensor> kept{call.empty({rows, d.parts, d.partial_columns}, ScalarType::Float),
                            call.empty({rows, d.parts, cuda::decode_stats}, ScalarType::Float)};
   d.partial_outputs = static_cast<float*>(kept[0].mutable_data_ptr());

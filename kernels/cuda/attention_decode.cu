@@ -83,18 +83,29 @@ DecodeParams prepared(DecodeParams d) {
   return d;
 }
 
+int64_t rows_of_problem(const AttentionParams& p) {
+  return static_cast<int64_t>(p.num_heads / p.num_kv_heads) * p.max_seqlen_q;
+}
+
 template <class T, class Policy>
 cudaError_t launch_decode(void (*kernel)(DecodeParams), const DecodeParams& params, cudaStream_t stream) {
-  const DecodeParams d = prepared<T>(params);
-  const AttentionParams& p = d.problem;
-  const int64_t rows = static_cast<int64_t>(p.num_heads / p.num_kv_heads) * p.max_seqlen_q;
-  const int64_t groups = p.num_sequences * p.num_kv_heads, tiles = (rows + Policy::rows - 1) / Policy::rows;
-  if (groups * tiles * d.parts > most_blocks || groups * rows > most_blocks) return cudaErrorInvalidConfiguration;
-  const cudaError_t error = launch(kernel, dim3(static_cast<unsigned>(groups * tiles * d.parts)),
-                                   dim3(decode_threads), Policy::shared_bytes, stream, d);
-  if (error != cudaSuccess || d.parts == 1) return error;
-  return launch(attention_decode_fold_kernel<T>, dim3(static_cast<unsigned>(groups * rows)), dim3(decode_threads), 0,
-                stream, d);
+  static_assert(decode_most_tile_rows % Policy::rows == 0, "slices are whole tiles");
+  DecodeParams d = prepared<T>(params);
+  const int64_t rows = rows_of_problem(d.problem), groups = d.problem.num_sequences * d.problem.num_kv_heads;
+  for (int64_t first = 0; first < rows; first += params.slice_rows) {
+    d.slice_first = static_cast<int>(first);
+    d.slice_rows = static_cast<int>(rows - first < params.slice_rows ? rows - first : params.slice_rows);
+    const int64_t tiles = (d.slice_rows + Policy::rows - 1) / Policy::rows;
+    if (groups * tiles * d.parts > most_blocks || groups * d.slice_rows > most_blocks)
+      return cudaErrorInvalidConfiguration;
+    cudaError_t error = launch(kernel, dim3(static_cast<unsigned>(groups * tiles * d.parts)), dim3(decode_threads),
+                               Policy::shared_bytes, stream, d);
+    if (error == cudaSuccess && d.parts > 1)
+      error = launch(attention_decode_fold_kernel<T>, dim3(static_cast<unsigned>(groups * d.slice_rows)),
+                     dim3(decode_threads), 0, stream, d);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 template <class T, int HeadDim>
@@ -117,10 +128,20 @@ cudaError_t decode_16_bits(const DecodeParams& d, int widest, cudaStream_t strea
 
 }  // namespace
 
-// Not those of the longest entry: where that one's parts are longer than the shortest, a shorter entry may have more.
-int attention_decode_parts(int capacity) {
-  const int shortest = (capacity + decode_part_keys - 1) / decode_part_keys;
-  return shortest < 1 ? 1 : shortest < decode_most_parts ? shortest : decode_most_parts;
+void attention_decode_cut(DecodeParams& d) {
+  const AttentionParams& p = d.problem;
+  // Not the parts of the longest entry: where that one's are longer than the shortest, a shorter entry may have more.
+  const int shortest = (d.cache.capacity + decode_part_keys - 1) / decode_part_keys;
+  d.parts = shortest < 1 ? 1 : shortest < decode_most_parts ? shortest : decode_most_parts;
+  d.partial_columns = (p.value_head_dim + 3) / 4 * 4;
+  d.slice_first = 0;
+  d.slice_rows = p.num_kv_heads ? static_cast<int>(rows_of_problem(p)) : 0;
+  if (d.parts == 1) return;
+  const int64_t of_row = p.num_sequences * p.num_kv_heads * d.parts * (d.partial_columns + decode_stats) *
+      static_cast<int64_t>(sizeof(float));
+  const int64_t fit = of_row ? decode_most_scratch / of_row / decode_most_tile_rows : 0;
+  const int64_t most = (fit > 1 ? fit : 1) * decode_most_tile_rows;
+  if (d.slice_rows > most) d.slice_rows = static_cast<int>(most);
 }
 
 cudaError_t attention_decode_forward(const DecodeParams& d, DType dtype, cudaStream_t stream) {

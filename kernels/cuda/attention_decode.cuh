@@ -12,6 +12,8 @@ namespace transfuse::cuda {
 constexpr int decode_part_keys = 256;  // of the shortest part
 constexpr int decode_most_parts = 64;  // of one entry: longer ones have longer parts
 constexpr int decode_widest_head_dim = 256;
+constexpr int decode_most_tile_rows = 16;
+constexpr int64_t decode_most_scratch = int64_t{256} << 20;  // bytes of partial results, where more than a tile each
 
 // Where an entry's keys lie. A contiguous cache has one block of `capacity` rows per entry.
 struct DecodeCache {
@@ -26,10 +28,12 @@ struct DecodeCache {
 struct DecodeParams {
   AttentionParams problem;  // key's and value's batch stride goes from block to block, row's within one
   DecodeCache cache;
-  int parts;             // the most that an entry in a cache of this capacity has
-  int partial_columns;   // value_head_dim in whole vectors of four
-  float* partial_outputs;  // [B, Hkv, rows, parts, partial_columns]; where parts > 1
-  float* partial_stats;    // [B, Hkv, rows, parts, decode_stats]
+  int parts;               // the most that an entry in a cache of this capacity has
+  int partial_columns;     // value_head_dim in whole vectors of four
+  int slice_rows;          // rows of each problem that are computed together; where there are more, launch by launch
+  int slice_first;         // the first of them: the launcher's
+  float* partial_outputs;  // [B, Hkv, slice_rows, parts, partial_columns]; where parts > 1
+  float* partial_stats;    // [B, Hkv, slice_rows, parts, decode_stats]
 };
 constexpr int decode_stats = 3;  // of a row of a part: maximum, anchor, sum
 
@@ -44,8 +48,9 @@ struct DecodeAppendParams {
   int64_t batch;
 };
 
-// The most that an entry of up to `capacity` keys has.
-int attention_decode_parts(int capacity);
+// How the work is cut: the most parts of an entry of that capacity, and how many rows have their partial results at
+// once. Neither changes a bit.
+void attention_decode_cut(DecodeParams& params);
 
 cudaError_t attention_decode_forward(const DecodeParams& params, DType dtype, cudaStream_t stream);
 cudaError_t attention_decode_append(const DecodeAppendParams& params, DType dtype, cudaStream_t stream);

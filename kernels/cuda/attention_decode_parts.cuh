@@ -68,14 +68,14 @@ struct DecodeWork {
   AttentionTask task;
   int part;
   KeyRange keys;  // of the part, that some row of the tile sees
-  int64_t first_row;  // of the tile, among the rows of the problem
+  int64_t first_row;  // of the tile, among those of all problems that the launch takes
 
   __device__ __forceinline__ DecodeWork(const DecodeParams& d, int tile_rows, int64_t block)
       : task(AttentionTask::KeysAlone{}, d.problem, 0, 0) {
     const AttentionParams& p = d.problem;
     const int group = p.num_heads / p.num_kv_heads;
-    const int64_t rows = static_cast<int64_t>(group) * p.max_seqlen_q, tiles = (rows + tile_rows - 1) / tile_rows;
-    const int64_t tile = block % tiles;
+    const int tiles = (d.slice_rows + tile_rows - 1) / tile_rows;
+    const int row_of_slice = static_cast<int>(block % tiles) * tile_rows;
     block /= tiles;
     part = static_cast<int>(block % d.parts);
     block /= d.parts;
@@ -84,9 +84,9 @@ struct DecodeWork {
     task.packed_heads = group;
     task.sequence.batch = block / p.num_kv_heads;
     task.sequence.seqlen_k = length_of_entry(d.cache, task.sequence.batch);
-    task.first_row = static_cast<int>(tile * tile_rows);
-    task.num_rows = static_cast<int>(clamped(rows - tile * tile_rows, 0, tile_rows));
-    first_row = block * rows + tile * tile_rows;
+    task.first_row = d.slice_first + row_of_slice;
+    task.num_rows = min(d.slice_rows - row_of_slice, tile_rows);
+    first_row = block * d.slice_rows + row_of_slice;
     const int length = task.sequence.seqlen_k, part_keys = decode_keys_of_part(length);
     const KeyRange seen = task.seen_by_some(p, 0, tile_rows);
     keys = {static_cast<int>(clamped(static_cast<int64_t>(part) * part_keys, seen.begin, seen.end)),
@@ -94,17 +94,17 @@ struct DecodeWork {
   }
 };
 
-// Rows [row, row + 1) of the problem that a thread of the second kernel folds.
+// The row that a block of the second kernel folds.
 __device__ __forceinline__ void take_row(AttentionTask& task, const DecodeParams& d, int64_t row) {
   const AttentionParams& p = d.problem;
   const int group = p.num_heads / p.num_kv_heads;
-  const int64_t rows = static_cast<int64_t>(group) * p.max_seqlen_q, head = row / rows;
+  const int64_t head = row / d.slice_rows;
   task.kv_head = static_cast<int>(head % p.num_kv_heads);
   task.first_head = task.kv_head * group;
   task.packed_heads = group;
   task.sequence.batch = head / p.num_kv_heads;
   task.sequence.seqlen_k = length_of_entry(d.cache, task.sequence.batch);
-  task.first_row = static_cast<int>(row % rows);
+  task.first_row = d.slice_first + static_cast<int>(row % d.slice_rows);
   task.num_rows = 1;
 }
 

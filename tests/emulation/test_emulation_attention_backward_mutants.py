@@ -4,19 +4,18 @@ One head dimension, one type; what the forward saves is the CPU's, so that a mut
 """
 
 import contextlib
-import shutil
+import functools
 
-import emulated_ops
 import emulator
 import pytest
 import torch
-from test_emulation_mutants import MUTANT_NAMESPACE, WRONG_RESULT, KernelMutant, replaced, side_by_side
+from kernel_mutants import ATTENTION_HEAD_DIM as HEAD_DIM
+from kernel_mutants import WRONG_RESULT, KernelMutant, is_killed, mode_of, mutated_attention, side_by_side
 
 import transfuse
 from transfuse import scaled_dot_product_attention
 from transfuse.testing import draw
 
-HEAD_DIM = 32
 BACKWARD, KEYS, PAIRS, BIAS = (f"attention_backward{part}.cuh" for part in ("", "_keys", "_pairs", "_bias"))
 MUTANTS = (
     KernelMutant(
@@ -97,47 +96,11 @@ MUTANTS = (
     ),
     KernelMutant("dsink without its sign", PAIRS, "-factor * share * delta", "factor * share * delta", (WRONG_RESULT,)),
 )
-# The backward in bfloat16 alone.
-NARROWED = (
-    ("if (dtype == DType::f32) return attention_forward_f32(prepared<float>(params), stream);\n", ""),
-    ("if (dtype == DType::f32) return attention_backward_f32(prepared<float>(params), stream);\n", ""),
-    (
-        "dtype == DType::f16 ? attention_forward_##of_unit##_f16(p, general, stream)     \\\n"
-        "                               : attention_forward_##of_unit##_bf16(p, general, stream);",
-        "cudaErrorNotSupported;",
-    ),
-    (
-        "dtype == DType::f16 ? attention_backward_##of_unit##_f16(g, general, stream)     \\\n"
-        "                               : attention_backward_##of_unit##_bf16(g, general, stream);",
-        "attention_backward_##of_unit##_bf16(g, general, stream);",
-    ),
-)
-UNIT = f"""#include "cuda/attention_launch.cuh"
-namespace transfuse::cuda {{
-cudaError_t attention_backward_{HEAD_DIM}_bf16(const AttentionGradParams& g, bool general, cudaStream_t stream) {{
-  return attention_backward_of<bf16, {HEAD_DIM}>(g, general, stream);
-}}
-}}  // namespace transfuse::cuda
-"""
-
-
-def _mutated(mutant):
-    name = mutant.name.replace(" ", "_") if mutant else "none"
-    folder = emulator.BUILD / "mutants" / f"attention_backward_{name}"
-    shutil.copytree(emulator.ROOT / "kernels" / "cuda", folder / "cuda", dirs_exist_ok=True)
-    changes = [("attention.cu", *change) for change in NARROWED]
-    for file, old, new in (*changes, *([(mutant.file, mutant.old, mutant.new)] if mutant else ())):
-        path = folder / "cuda" / file
-        path.write_text(replaced(path.read_text(), old, new))
-    (folder / "unit.cu").write_text(UNIT)
-    kernels = [folder / "cuda" / "attention.cu", folder / "cuda" / "attention_extra_grads.cu", folder / "unit.cu"]
-    defines = (f"-DTRANSFUSE_ATTENTION_HEAD_DIMS=TRANSFUSE_UNIT({HEAD_DIM})",)
-    return emulated_ops.compiled("attention", MUTANT_NAMESPACE, kernels, [folder], defines)
 
 
 @pytest.fixture(scope="module")
 def mutated():
-    return side_by_side(_mutated, (None, *MUTANTS))
+    return side_by_side(functools.partial(mutated_attention, "backward"), (None, *MUTANTS))
 
 
 EXTRAS = ("attn_bias", "sinks")  # what gets a gradient beside query, key and value
@@ -207,15 +170,11 @@ def _saturated(mode):
 
 @pytest.mark.filterwarnings("ignore:.*[Oo]verriding a previously registered kernel")
 def test_the_backward_as_it_ships_passes_what_its_mutants_must_not(mutated):
-    loaded = emulated_ops.load(mutated[None], MUTANT_NAMESPACE)
     for seed in (0, 1):
-        check_backward(emulated_ops.EmulatedKernels(seed, MUTANT_NAMESPACE, loaded))
+        check_backward(mode_of(mutated[None], seed))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 @pytest.mark.filterwarnings("ignore:.*[Oo]verriding a previously registered kernel")
 def test_mutant_of_the_backward_is_killed(mutated, mutant):
-    loaded = emulated_ops.load(mutated[mutant], MUTANT_NAMESPACE)  # registers in front of the mutant before it
-    with pytest.raises(emulator.KernelError) as found:
-        check_backward(emulated_ops.EmulatedKernels(1, MUTANT_NAMESPACE, loaded))
-    assert found.value.kind in mutant.kinds, str(found.value)
+    is_killed(mutant, mutated[mutant], check_backward, seeds=(1,))

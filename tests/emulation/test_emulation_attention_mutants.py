@@ -3,18 +3,17 @@
 One head dimension, one type, forward: a mutant then compiles in seconds.
 """
 
-import shutil
+import functools
 
-import emulated_ops
 import emulator
 import pytest
 import torch
-from test_emulation_mutants import MUTANT_NAMESPACE, WRONG_RESULT, KernelMutant, replaced, side_by_side
+from kernel_mutants import ATTENTION_HEAD_DIM as HEAD_DIM
+from kernel_mutants import WRONG_RESULT, KernelMutant, is_killed, mode_of, mutated_attention, side_by_side
 
 import transfuse
 from transfuse import scaled_dot_product_attention
 
-HEAD_DIM = 32
 MUTANTS = (
     KernelMutant(
         "a stage is overwritten while it is read",
@@ -108,47 +107,11 @@ MUTANTS = (
         (WRONG_RESULT,),
     ),
 )
-# The forward in bfloat16 alone.
-NARROWED = (
-    ("attention.cu", "if (dtype == DType::f32) return attention_forward_f32(prepared<float>(params), stream);\n", ""),
-    ("attention.cu", "if (dtype == DType::f32) return attention_backward_f32(prepared<float>(params), stream);\n", ""),
-    (
-        "attention.cu",
-        "dtype == DType::f16 ? attention_forward_##of_unit##_f16(p, general, stream)     \\\n"
-        "                               : attention_forward_##of_unit##_bf16(p, general, stream);",
-        "attention_forward_##of_unit##_bf16(p, general, stream);",
-    ),
-    (
-        "attention.cu",
-        "dtype == DType::f16 ? attention_backward_##of_unit##_f16(g, general, stream)     \\\n"
-        "                               : attention_backward_##of_unit##_bf16(g, general, stream);",
-        "cudaErrorNotSupported;",
-    ),
-)
-UNIT = f"""#include "cuda/attention_launch.cuh"
-namespace transfuse::cuda {{
-cudaError_t attention_forward_{HEAD_DIM}_bf16(const AttentionParams& p, bool general, cudaStream_t stream) {{
-  return attention_forward_of<bf16, {HEAD_DIM}>(p, general, stream);
-}}
-}}  // namespace transfuse::cuda
-"""
-
-
-def _mutated(mutant):
-    folder = emulator.BUILD / "mutants" / ("attention_" + (mutant.name if mutant else "none").replace(" ", "_"))
-    shutil.copytree(emulator.ROOT / "kernels" / "cuda", folder / "cuda", dirs_exist_ok=True)
-    for file, old, new in (*NARROWED, *([(mutant.file, mutant.old, mutant.new)] if mutant else ())):
-        path = folder / "cuda" / file
-        path.write_text(replaced(path.read_text(), old, new))
-    (folder / "unit.cu").write_text(UNIT)
-    kernels = [folder / "cuda" / "attention.cu", folder / "cuda" / "attention_extra_grads.cu", folder / "unit.cu"]
-    defines = (f"-DTRANSFUSE_ATTENTION_HEAD_DIMS=TRANSFUSE_UNIT({HEAD_DIM})",)
-    return emulated_ops.compiled("attention", MUTANT_NAMESPACE, kernels, [folder], defines)
 
 
 @pytest.fixture(scope="module")
 def mutated():
-    return side_by_side(_mutated, (None, *MUTANTS))
+    return side_by_side(functools.partial(mutated_attention, "forward"), (None, *MUTANTS))
 
 
 def _compare(mode, tensors, **options):
@@ -200,16 +163,11 @@ def _dropout(mode, query, key):
 
 @pytest.mark.filterwarnings("ignore:.*[Oo]verriding a previously registered kernel")
 def test_attention_as_it_ships_passes_what_its_mutants_must_not(mutated):
-    loaded = emulated_ops.load(mutated[None], MUTANT_NAMESPACE)
     for seed in (0, 1):
-        check_attention(emulated_ops.EmulatedKernels(seed, MUTANT_NAMESPACE, loaded))
+        check_attention(mode_of(mutated[None], seed))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 @pytest.mark.filterwarnings("ignore:.*[Oo]verriding a previously registered kernel")
 def test_mutant_of_attention_is_killed(mutated, mutant):
-    loaded = emulated_ops.load(mutated[mutant], MUTANT_NAMESPACE)  # registers in front of the mutant before it
-    for seed in (1, 2):
-        with pytest.raises(emulator.KernelError) as found:
-            check_attention(emulated_ops.EmulatedKernels(seed, MUTANT_NAMESPACE, loaded))
-        assert found.value.kind in mutant.kinds, str(found.value)
+    is_killed(mutant, mutated[mutant], check_attention, seeds=(1, 2))

@@ -5,15 +5,13 @@ by is named too: a report of that kind, or the comparison of the results where t
 """
 
 import ctypes
-import os
-import shutil
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import emulated_ops
 import emulator
 import pytest
 import torch
+from kernel_mutants import NAMESPACE, WRONG_RESULT, KernelMutant, copied, is_killed, replaced, side_by_side
 
 import transfuse
 
@@ -21,7 +19,6 @@ import transfuse
 
 SAMPLE = "tests/emulation/kernels/sample.cu"
 ROWS, COLUMNS = 3, 300  # the last of three tiles is cut
-WRONG_RESULT = "wrong result"
 
 
 class Mutant(NamedTuple):
@@ -107,22 +104,11 @@ MUTANTS = (
 )
 
 
-def replaced(text, old, new):
-    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times"
-    return text.replace(old, new)
-
-
 def _library(mutant):
     folder = emulator.BUILD / "mutants" / mutant.name.replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sample.cu").write_text(replaced((emulator.ROOT / SAMPLE).read_text(), mutant.old, mutant.new))
     return emulator.compiled("sample_mutant", [folder / "sample.cu"])
-
-
-def side_by_side(build, mutants):
-    emulator.core_path()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(mutants, pool.map(build, mutants), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -161,15 +147,6 @@ def test_mutant_is_killed(mutated, mutant, seed):
 
 # ---- mistakes in layer_norm as it ships ----
 
-
-class KernelMutant(NamedTuple):
-    name: str
-    file: str  # in kernels/cuda
-    old: str
-    new: str
-    kinds: tuple[str, ...]
-
-
 KERNEL_MUTANTS = (
     KernelMutant(
         "missing barrier",
@@ -205,7 +182,6 @@ KERNEL_MUTANTS = (
         ("misaligned access",),
     ),
 )
-MUTANT_NAMESPACE = "transfuse_mutant"
 # The forward in one dtype is enough, and compiles in a fraction of the time.
 NARROWED = (
     (
@@ -218,12 +194,8 @@ NARROWED = (
 
 
 def _mutated_layer_norm(mutant):
-    folder = emulator.BUILD / "mutants" / ("layer_norm_" + mutant.name.replace(" ", "_"))
-    shutil.copytree(emulator.ROOT / "kernels" / "cuda", folder / "cuda", dirs_exist_ok=True)
-    for file, old, new in (*NARROWED, (mutant.file, mutant.old, mutant.new)):
-        path = folder / "cuda" / file
-        path.write_text(replaced(path.read_text(), old, new))
-    return emulated_ops.compiled("layer_norm", MUTANT_NAMESPACE, [folder / "cuda" / "layer_norm.cu"], [folder])
+    folder = copied("layer_norm", mutant, NARROWED)
+    return emulated_ops.compiled("layer_norm", NAMESPACE, [folder / "cuda" / "layer_norm.cu"], [folder])
 
 
 @pytest.fixture(scope="module")
@@ -258,8 +230,4 @@ def test_layer_norm_as_it_ships_passes_what_its_mutants_must_not():
 @pytest.mark.parametrize("mutant", KERNEL_MUTANTS, ids=lambda mutant: mutant.name)
 @pytest.mark.filterwarnings("ignore:.*[Oo]verriding a previously registered kernel")
 def test_mutant_of_layer_norm_is_killed(mutated_kernels, mutant):
-    loaded = emulated_ops.load(mutated_kernels[mutant], MUTANT_NAMESPACE)  # registers in front of the mutant before it
-    for seed in (0, 1):
-        with pytest.raises(emulator.KernelError) as found:
-            check_layer_norm(emulated_ops.EmulatedKernels(seed, MUTANT_NAMESPACE, loaded))
-        assert found.value.kind in mutant.kinds, str(found.value)
+    is_killed(mutant, mutated_kernels[mutant], check_layer_norm, seeds=(0, 1))
