@@ -77,6 +77,7 @@ void finish(Thread& thread) {
   thread.groups.clear();
   thread.copies.clear();
   --thread.block->alive;
+  thread.block->running[thread.warp] &= ~(1u << thread.lane);
   thread_exited(*thread.block);
 }
 
@@ -109,7 +110,9 @@ void start(Block& block, unsigned rank, uint3 index) {
   block.ready.clear();
   block.cluster_waiting.clear();
   for (auto& barrier : block.barriers) barrier = {};
-  block.gatherings.assign((count + warp_size - 1) / warp_size, {});
+  const unsigned num_warps = (count + warp_size - 1) / warp_size;
+  block.gatherings.assign(num_warps, {});
+  block.running.assign(num_warps, 0);
   block.dynamic_bytes = machine.launch.shared_bytes;
   if (block.dynamic_storage.size() < block.dynamic_bytes + 1024)
     block.dynamic_storage.resize(block.dynamic_bytes + 1024);
@@ -130,6 +133,7 @@ void start(Block& block, unsigned rank, uint3 index) {
     thread.copies.clear();
     thread.groups.clear();
     block.threads.push_back(&thread);
+    block.running[thread.warp] |= 1u << thread.lane;
   }
   block.ready.assign(block.threads.begin(), block.threads.end());
   shuffle_order(block.ready);

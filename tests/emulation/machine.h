@@ -4,6 +4,7 @@
 #include <csetjmp>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <deque>
 #include <memory>
 #include <string>
@@ -43,6 +44,7 @@ struct Shadow {
   struct Entry {
     Stamp writer, reader, other_reader;
     uint32_t writer_pc, reader_pc, other_reader_pc, unused;
+    bool operator==(const Entry& other) const { return std::memcmp(this, &other, sizeof(Entry)) == 0; }
   };
   Entry* entries = nullptr;
   size_t bytes = 0;
@@ -118,6 +120,7 @@ struct Block {
   BarrierState barriers[num_barriers];
   std::vector<Thread*> cluster_waiting;
   std::vector<std::vector<Gathering>> gatherings;  // per warp
+  std::vector<unsigned> running;                   // per warp: the lanes that exist and have not exited
 
   std::vector<std::byte> dynamic_storage;
   std::byte* dynamic_shared = nullptr;
@@ -167,8 +170,17 @@ std::string place(const void* pc);
 void wait(const char* what, const Site& site, const void* pc);
 void make_ready(Thread& thread);
 
-// Did what the stamp stands for happen before the current thread's next access?
-bool happened_before(Stamp stamp);
+// Did what the stamp stands for happen before the current thread's next access? Full barriers raise the block's epoch,
+// smaller ones join what the threads know.
+inline bool happened_before(Stamp stamp) {
+  if (stamp.epoch() < machine.launch_epoch) return true;    // an earlier launch
+  if (stamp.epoch() < machine.cluster_epoch) return false;  // another block: nothing orders blocks of one launch
+  const Block& block = *current->block;
+  const unsigned rank = stamp.slot() / max_block_threads, number = stamp.slot() % max_block_threads;
+  if (rank != block.rank) return stamp.epoch() < machine.blocks[rank]->cluster_epoch;
+  if (stamp.epoch() < block.epoch || number == current->number) return true;
+  return current->known_epoch == block.epoch && current->known[number] >= stamp.clock();
+}
 // These threads have met: what each had done and seen, those that waited have seen.
 Arrival arrive(Thread& thread, bool waits);
 void join(const std::vector<Arrival>& arrivals);

@@ -266,7 +266,18 @@ void check(uintptr_t address, size_t bytes, Access access, const void* pc) {
   const auto pc_offset = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(pc) - machine.library->base);
   const uint32_t oldest = location.region ? machine.launch_epoch : machine.cluster_epoch;
   const Visit visit{location, address, bytes, access, stamp_now(), oldest, written_before, pc_offset, pc};
-  for (size_t i = 0; i < bytes; ++i) visit.look_at(location.shadow->entries[location.offset + i]);
+  // Bytes that were written and read together have one history: it is judged once.
+  Shadow::Entry* const entries = location.shadow->entries + location.offset;
+  Shadow::Entry before = entries[0];
+  visit.look_at(entries[0]);
+  for (size_t i = 1; i < bytes; ++i) {
+    if (entries[i] == before) {
+      entries[i] = entries[i - 1];
+    } else {
+      before = entries[i];
+      visit.look_at(entries[i]);
+    }
+  }
 }
 
 // The thread's own stack, and everything in host code, is nobody's business.

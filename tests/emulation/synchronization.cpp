@@ -8,17 +8,7 @@
 
 namespace emulation {
 
-// ---- happened before: full barriers raise the block's epoch, smaller ones join what the threads know ----
-
-bool happened_before(Stamp stamp) {
-  if (stamp.epoch() < machine.launch_epoch) return true;    // an earlier launch
-  if (stamp.epoch() < machine.cluster_epoch) return false;  // another block: nothing orders blocks of one launch
-  const Block& block = *current->block;
-  const unsigned rank = stamp.slot() / max_block_threads, number = stamp.slot() % max_block_threads;
-  if (rank != block.rank) return stamp.epoch() < machine.blocks[rank]->cluster_epoch;
-  if (stamp.epoch() < block.epoch || number == current->number) return true;
-  return current->known_epoch == block.epoch && current->known[number] >= stamp.clock();
-}
+// ---- what threads that have met know of each other ----
 
 void join(const std::vector<Arrival>& arrivals) {
   const Block& block = *arrivals.front().thread->block;
@@ -51,7 +41,8 @@ void raise_epoch(Block& block) {
 }
 
 bool same_place(const Site& a, const Site& b) {
-  return a.line() == b.line() && std::strcmp(a.file_name(), b.file_name()) == 0;
+  return a.line() == b.line() &&
+         (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
 }
 
 // Everyone a barrier waits for has come: hands out the votes, orders memory, lets the waiting go on.
@@ -154,12 +145,13 @@ void gather(const char* name, unsigned mask, void* argument, Apply apply, const 
   if (!(mask & mine))
     fail("wrong lane mask",
          std::string("calls ") + name + " with mask " + lanes_of(mask) + ", which leaves out its own lane", pc);
-  for (unsigned lane = 0; lane < warp_size; ++lane)
-    if (mask >> lane & 1 && (lane >= num_lanes || lanes[lane]->state == Thread::State::finished))
-      fail("wrong lane mask",
-           std::string("calls ") + name + " with mask " + lanes_of(mask) + ", but lane " + std::to_string(lane) +
-               (lane >= num_lanes ? " does not exist" : " has exited"),
-           pc);
+  if (const unsigned missing = mask & ~thread.block->running[thread.warp]) {
+    const auto lane = static_cast<unsigned>(std::countr_zero(missing));
+    fail("wrong lane mask",
+         std::string("calls ") + name + " with mask " + lanes_of(mask) + ", but lane " + std::to_string(lane) +
+             (lane >= num_lanes ? " does not exist" : " has exited"),
+         pc);
+  }
 
   auto& gatherings = thread.block->gatherings[thread.warp];
   Gathering* joined = nullptr;

@@ -39,36 +39,32 @@ float operand(Operand type, unsigned bits) {
   return 0.0f;
 }
 
-int exponent_of(float value, int smallest) { return std::max(std::ilogb(value), smallest); }
+// A number as the adder takes it: (-1)^negative * size * 2^(exponent - fraction bits). Zero has no exponent to align to.
+struct Aligned {
+  int size, exponent, negative;
+};
 
-// The sum of count products and c as the hardware's adder gives it.
-float add_block(const float* a, const float* b, int count, float c, Operand type) {
-  const int smallest_operand = type == Operand::f16 ? -14 : smallest_exponent;
-  double special = c;  // NaN and infinities behave as in any sum
-  int largest = c == 0.0f ? INT32_MIN : exponent_of(c, smallest_exponent);
-  for (int k = 0; k < count; ++k) {
-    special += static_cast<double>(a[k]) * b[k];
-    if (a[k] != 0.0f && b[k] != 0.0f && std::isfinite(a[k]) && std::isfinite(b[k]))
-      largest = std::max(largest, exponent_of(a[k], smallest_operand) + exponent_of(b[k], smallest_operand));
-  }
-  if (!std::isfinite(special)) return static_cast<float>(special);
-  if (largest == INT32_MIN) return 0.0f;
-  // Every addend as a whole number of the last kept place.
-  const int last_place = largest - float_fraction_bits - adder.extra_bits;
-  const auto cut = [last_place](double value) {
-    return static_cast<int64_t>(std::trunc(std::ldexp(value, -last_place)));
-  };
-  int64_t sum = cut(c);
-  for (int k = 0; k < count; ++k)
-    sum += cut(static_cast<double>(a[k]) * b[k]);  // products of 11 bits are exact in double
-  if (sum == 0) return 0.0f;
-  const uint64_t size = static_cast<uint64_t>(std::abs(sum));
-  const int top = 63 - std::countl_zero(size) + last_place;
-  const int kept_place = std::max(top, smallest_exponent) - float_fraction_bits;
-  const double kept = kept_place > last_place
-                          ? std::ldexp(static_cast<double>(size >> std::min(63, kept_place - last_place)), kept_place)
-                          : std::ldexp(static_cast<double>(size), last_place);
-  return static_cast<float>(sum < 0 ? -kept : kept);
+constexpr int no_exponent = -10000, smallest_sum = 2 * smallest_exponent;
+
+Aligned aligned(float value, int fraction_bits, int smallest) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  const int biased = static_cast<int>(bits >> 23 & 0xff);
+  const int fraction = static_cast<int>(bits & 0x7fffff);
+  const int negative = -static_cast<int>(bits >> 31);
+  if (biased == 0 && fraction == 0) return {0, no_exponent, negative};
+  // Below the operand's normal numbers the leading one stands further right.
+  const int exponent = std::max(biased - 127, smallest_exponent);
+  const int size = biased == 0 ? fraction : fraction | 1 << 23;
+  const int raised = std::max(exponent, smallest);
+  return {size >> (float_fraction_bits - fraction_bits + raised - exponent), raised, negative};
+}
+
+// The sum, a whole number of `last_place`s, cut off to float32.
+float cut_off(int64_t sum, int last_place) {
+  const double exact = static_cast<double>(sum) * std::bit_cast<double>(static_cast<int64_t>(1023 + last_place) << 52);
+  const float nearest = static_cast<float>(exact);
+  const bool too_far = std::abs(nearest) > std::abs(exact) && std::abs(exact) < 0x1p128;
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(nearest) - too_far);
 }
 
 struct MatrixLane {
@@ -112,42 +108,109 @@ struct ProductLane {
 
 constexpr int m = 16, n = 8, max_k = 16;
 
+// One operand of a product: element (k, i) at [k][i], so that the adders of all i take one step of k together.
+template <int rows>
+struct Matrix {
+  float values[max_k][rows];
+  int sizes[max_k][rows], exponents[max_k][rows], signs[max_k][rows];
+  bool is_finite = true;
+
+  void set(int k, int i, float value, int fraction_bits, int smallest) {
+    const Aligned number = aligned(value, fraction_bits, smallest);
+    values[k][i] = value;
+    sizes[k][i] = number.size;
+    exponents[k][i] = number.exponent;
+    signs[k][i] = number.negative;
+    is_finite = is_finite && std::isfinite(value);
+  }
+};
+
+// d[j] += the products of row `row` of a with the n columns of b, steps k of [start, start + count).
+void add_products(const Matrix<m>& a, const Matrix<n>& b, int row, int start, int count, float (&d)[n],
+                  int fraction_bits) {
+  Aligned c[n];
+  int largest[n];
+  for (int j = 0; j < n; ++j) {
+    c[j] = aligned(d[j], float_fraction_bits, smallest_exponent);
+    largest[j] = c[j].exponent;
+  }
+  for (int k = start; k < start + count; ++k)
+    for (int j = 0; j < n; ++j)
+      largest[j] = std::max(largest[j], a.exponents[k][row] + b.exponents[k][j]);
+  // Every product as a whole number of the last kept place: 22 bits at most, moved up by 5, and 16 of them.
+  const int up = float_fraction_bits + adder.extra_bits - 2 * fraction_bits;
+  int sums[n] = {};
+  for (int k = start; k < start + count; ++k)
+    for (int j = 0; j < n; ++j) {
+      const int below = std::min(largest[j] - a.exponents[k][row] - b.exponents[k][j], 31);
+      const int sign = a.signs[k][row] ^ b.signs[k][j];
+      sums[j] += (((a.sizes[k][row] * b.sizes[k][j]) << up >> below) ^ sign) - sign;
+    }
+  for (int j = 0; j < n; ++j) {
+    largest[j] = std::max(largest[j], smallest_sum);  // nothing but zeros
+    const int addend = c[j].size << adder.extra_bits >> std::min(largest[j] - c[j].exponent, 31);
+    d[j] = cut_off(static_cast<int64_t>(sums[j]) + ((addend ^ c[j].negative) - c[j].negative),
+                        largest[j] - float_fraction_bits - adder.extra_bits);
+  }
+}
+
+// NaN and infinities, in an operand or before it, behave as in any sum.
+void keep_special(const Matrix<m>& a, const Matrix<n>& b, int row, int start, int count, const float (&before)[n],
+                  float (&d)[n]) {
+  for (int j = 0; j < n; ++j) {
+    if (a.is_finite && b.is_finite && std::isfinite(before[j])) continue;
+    double sum = before[j];
+    for (int k = start; k < start + count; ++k) sum += static_cast<double>(a.values[k][row]) * b.values[k][j];
+    if (!std::isfinite(sum)) d[j] = static_cast<float>(sum);
+  }
+}
+
 void apply_product(void* const* lanes, unsigned, Thread&) {
   const Operand type = static_cast<ProductLane*>(lanes[0])->type;
   const bool wide = type == Operand::tf32;
   const int k = wide ? 8 : 16, block = wide ? adder.block_tf32 : adder.block_16bit;
-  float a[m][max_k], b[n][max_k];
+  const int fraction_bits = type == Operand::bf16 ? 7 : 10;
+  const int smallest = type == Operand::f16 ? -14 : smallest_exponent;
+  Matrix<m> a;
+  Matrix<n> b;
+  float d[m][n];
   for (unsigned lane = 0; lane < warp_size; ++lane) {
     const auto& mine = *static_cast<ProductLane*>(lanes[lane]);
     const unsigned group = lane / 4, member = lane % 4;
+    const auto set = [&](auto& matrix, unsigned column, unsigned row, unsigned bits) {
+      matrix.set(column, row, operand(type, bits), fraction_bits, smallest);
+    };
     for (unsigned r = 0; r < 4; ++r) {
       const unsigned row = group + r % 2 * 8;
       if (wide) {
-        a[row][member + r / 2 * 4] = operand(type, mine.a[r]);
+        set(a, member + r / 2 * 4, row, mine.a[r]);
       } else {
         const unsigned column = member * 2 + r / 2 * 8;
-        a[row][column] = operand(type, mine.a[r] & 0xffff);
-        a[row][column + 1] = operand(type, mine.a[r] >> 16);
+        set(a, column, row, mine.a[r] & 0xffff);
+        set(a, column + 1, row, mine.a[r] >> 16);
       }
+      d[lane / 4 + r / 2 * 8][lane % 4 * 2 + r % 2] = mine.d[r];
     }
     for (unsigned r = 0; r < 2; ++r) {
       if (wide) {
-        b[group][member + r * 4] = operand(type, mine.b[r]);
+        set(b, member + r * 4, group, mine.b[r]);
       } else {
         const unsigned row = member * 2 + r * 8;
-        b[group][row] = operand(type, mine.b[r] & 0xffff);
-        b[group][row + 1] = operand(type, mine.b[r] >> 16);
+        set(b, row, group, mine.b[r] & 0xffff);
+        set(b, row + 1, group, mine.b[r] >> 16);
       }
     }
   }
-  for (unsigned lane = 0; lane < warp_size; ++lane) {
-    float* d = static_cast<ProductLane*>(lanes[lane])->d;
-    for (unsigned r = 0; r < 4; ++r) {
-      const unsigned row = lane / 4 + r / 2 * 8, column = lane % 4 * 2 + r % 2;
-      for (int start = 0; start < k; start += block)
-        d[r] = add_block(a[row] + start, b[column] + start, block, d[r], type);
+  for (int row = 0; row < m; ++row)
+    for (int start = 0; start < k; start += block) {
+      float before[n];
+      std::copy(d[row], d[row] + n, before);
+      add_products(a, b, row, start, block, d[row], fraction_bits);
+      keep_special(a, b, row, start, block, before, d[row]);
     }
-  }
+  for (unsigned lane = 0; lane < warp_size; ++lane)
+    for (unsigned r = 0; r < 4; ++r)
+      static_cast<ProductLane*>(lanes[lane])->d[r] = d[lane / 4 + r / 2 * 8][lane % 4 * 2 + r % 2];
 }
 
 // One unit of the last place up or down, or neither, decided by the bits of the argument: within what is documented,
