@@ -46,7 +46,7 @@ def sources_of(stem):
 # Of attention's units: one whose rows are whole groups of eight chunks, one of four, and the widest; `make test FULL=1`
 # asks for all. A problem takes the next larger one.
 ATTENTION_HEAD_DIMS = tuple(map(int, os.environ.get("TRANSFUSE_EMULATED_HEAD_DIMS", "64 96 256").split()))
-# Attention in float32 multiplies on no tensor core: here, each of its multiplications costs as much as 2048 of theirs.
+# Attention in float32 multiplies on no tensor core: every product is a thread's own, and costs most here.
 FLOAT32_SEEDS = int(os.environ.get("TRANSFUSE_EMULATED_SEEDS", "8"))
 
 
@@ -82,15 +82,15 @@ def _schemas(namespace):
     return fragment
 
 
-def compiled(stem, namespace="transfuse_emulated", kernels=None, include=(), defines=()):
+def compiled(stem, namespace="transfuse_emulated", kernels=None, include=(), options=()):
     """Path of the library of one op, for load(). kernels: instead of those of kernels/cuda."""
     shipped, host = sources_of(stem)
     if kernels is None:
         kernels = shipped
         if stem == "attention":
-            units, defines = attention_units()
+            units, options = attention_units()
             kernels = [*shipped, *units]
-    return emulator.compiled(stem, kernels, host, include, namespace, defines)
+    return emulator.compiled(stem, kernels, host, include, namespace, options)
 
 
 def load(path, namespace="transfuse_emulated"):

@@ -132,7 +132,7 @@ def core():
     return library
 
 
-def compiled(name, sources, host_sources=(), include=(), namespace="emulated", defines=()):
+def compiled(name, sources, host_sources=(), include=(), namespace="emulated", options=()):
     """Path of the library made of these sources, compiled if it is not there yet.
 
     Args:
@@ -141,12 +141,12 @@ def compiled(name, sources, host_sources=(), include=(), namespace="emulated", d
         host_sources: of csrc, compiled with host.h and without checks.
         include: folders searched for the kernels' headers before kernels/, as mutants use them.
         namespace: of torch.ops that host_sources register in.
-        defines: -D for the kernels.
+        options: of the compiler, for the kernels.
     """
     ours = [header for header in sorted(HERE.glob("*.h")) if header.name not in INSIDES]
     kernels, host = ROOT / "kernels", ROOT / "csrc"
     folders = (*map(Path, include), kernels)
-    flags = (*KERNEL_FLAGS, *_hardware_flags(), *defines, *_search(*folders, HERE))
+    flags = (*KERNEL_FLAGS, *_hardware_flags(), *options, *_search(*folders, HERE))
     headers = [*ours, *(path for folder in folders for path in sorted(folder.rglob("*.*h")))]
     compilations = [(ROOT / source, flags, headers) for source in sources]
     flags = (*HOST_FLAGS, f"-DTRANSFUSE_EMULATED_NAMESPACE={namespace}", *_search(kernels, HERE))

@@ -15,6 +15,7 @@ import pytest
 
 NAMESPACE = "transfuse_mutant"
 WRONG_RESULT = "wrong result"
+SOON = ("-O0",)  # a mutant is compiled once and runs for a second
 
 
 class KernelMutant(NamedTuple):
@@ -91,5 +92,5 @@ def mutated_attention(direction, mutant):
     unit = UNIT.format(direction=direction, head_dim=ATTENTION_HEAD_DIM, params=params, params_name=params[-1])
     (folder / "unit.cu").write_text(unit)
     kernels = [folder / "cuda" / "attention.cu", folder / "cuda" / "attention_extra_grads.cu", folder / "unit.cu"]
-    defines = (f"-DTRANSFUSE_ATTENTION_HEAD_DIMS=TRANSFUSE_UNIT({ATTENTION_HEAD_DIM})",)
-    return emulated_ops.compiled("attention", NAMESPACE, kernels, [folder], defines)
+    options = (*SOON, f"-DTRANSFUSE_ATTENTION_HEAD_DIMS=TRANSFUSE_UNIT({ATTENTION_HEAD_DIM})")
+    return emulated_ops.compiled("attention", NAMESPACE, kernels, [folder], options)

@@ -20,6 +20,7 @@ namespace {
 
 constexpr unsigned max_grid_x = 0x7fffffff, max_grid_yz = 65535;
 constexpr size_t page_bytes = 4096;
+constexpr size_t stack_stagger = 17 * 64;  // stacks that began at the same place in a page would share few lines of cache
 constexpr size_t max_shared_bytes = 227 * 1024;  // of sm_90; the gates of the build hold kernels to their own
 constexpr int success = 0, invalid_configuration = 9, launch_failure = 719;
 
@@ -63,7 +64,7 @@ bool resume(Thread& thread) {
     thread.started = true;
     getcontext(&thread.entry);
     thread.entry.uc_stack.ss_sp = thread.stack;
-    thread.entry.uc_stack.ss_size = stack_bytes;
+    thread.entry.uc_stack.ss_size = stack_bytes - thread.slot * stack_stagger % (stack_bytes / 4);
     thread.entry.uc_link = nullptr;
     makecontext(&thread.entry, fiber, 0);
     setcontext(&thread.entry);

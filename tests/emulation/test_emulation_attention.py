@@ -1,6 +1,6 @@
 """Attention's CUDA kernels: a pairwise cover of features, head dimensions, types and layouts, each against float64.
 
-The promises (test_emulation_parity.py) judge numerics and invariance; here every two features meet, on every tile.
+The promises (emulated_promises.py) judge numerics and invariance; here every two features meet, on every tile.
 """
 
 import itertools

@@ -1,15 +1,11 @@
 """Attention's CUDA kernels keep the promises of CONTRACT section 2: every named family, forward and backward."""
 
-import emulated_ops
 import pytest
-import torch
-from test_emulation_parity import OF_ATTENTION, is_kept, measured_anew  # noqa: F401  a fixture
+from emulated_promises import PROMISES, each, is_kept, measured_anew  # noqa: F401  a fixture
 
-from transfuse.promises import attention_numerics
+pytestmark = pytest.mark.usefixtures("measured_anew")
 
 
-@pytest.mark.parametrize("promise", OF_ATTENTION, ids=lambda promise: promise.id)
+@each([promise for promise in PROMISES if promise.op == "attention" and promise.section == 2])
 def test_promise_is_kept(promise, monkeypatch):
-    if promise.dtype == torch.float32:
-        monkeypatch.setattr(attention_numerics, "SEEDS", emulated_ops.FLOAT32_SEEDS)
-    is_kept(promise)
+    is_kept(promise, monkeypatch)

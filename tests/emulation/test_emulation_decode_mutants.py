@@ -8,7 +8,7 @@ import emulator
 import kernel_mutants
 import pytest
 import torch
-from kernel_mutants import WRONG_RESULT, KernelMutant, copied, is_killed, mode_of, side_by_side
+from kernel_mutants import SOON, WRONG_RESULT, KernelMutant, copied, is_killed, mode_of, side_by_side
 from test_emulation_decode import in_pages
 
 import transfuse
@@ -129,7 +129,7 @@ NAMESPACE = f"{kernel_mutants.NAMESPACE}_decode"
 
 def _mutated(mutant):
     folder = copied("decode", mutant, NARROWED)
-    return emulated_ops.compiled("attention_decode", NAMESPACE, [folder / "cuda" / LAUNCHERS], [folder])
+    return emulated_ops.compiled("attention_decode", NAMESPACE, [folder / "cuda" / LAUNCHERS], [folder], SOON)
 
 
 @pytest.fixture(scope="module")

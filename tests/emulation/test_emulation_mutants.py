@@ -11,7 +11,7 @@ import emulated_ops
 import emulator
 import pytest
 import torch
-from kernel_mutants import NAMESPACE, WRONG_RESULT, KernelMutant, copied, is_killed, replaced, side_by_side
+from kernel_mutants import NAMESPACE, SOON, WRONG_RESULT, KernelMutant, copied, is_killed, replaced, side_by_side
 
 import transfuse
 
@@ -195,7 +195,7 @@ NARROWED = (
 
 def _mutated_layer_norm(mutant):
     folder = copied("layer_norm", mutant, NARROWED)
-    return emulated_ops.compiled("layer_norm", NAMESPACE, [folder / "cuda" / "layer_norm.cu"], [folder])
+    return emulated_ops.compiled("layer_norm", NAMESPACE, [folder / "cuda" / "layer_norm.cu"], [folder], SOON)
 
 
 @pytest.fixture(scope="module")

@@ -1,67 +1,24 @@
-"""The CUDA kernels keep the contract: its promises about numerics, layout and invariance, run on the emulated kernels.
-
-Nothing here knows a bound or a family of inputs: transfuse.promises does, the same that `transfuse verify` runs on a
-GPU. Every access of every thread is checked on the way (README.md), and the order of blocks and threads differs from
-promise to promise.
-"""
+"""The CUDA kernels keep the contract: the promises of all ops but attention, sizes that no CPU goes through, and orders."""
 
 import itertools
-import zlib
 
 import emulated_ops
 import emulator
 import pytest
 import torch
+from emulated_promises import ATTENTION_OPS, OPS, PROMISES, each, is_kept, measured_anew  # noqa: F401  a fixture
 
 import transfuse
 from transfuse import _C, promises
 from transfuse.dispatch import dtype_name
-from transfuse.promises.cases import OPS, PARITY_CASES, gradients_of, selected
+from transfuse.promises.cases import PARITY_CASES, gradients_of, selected
 
-OPS = [op for op in OPS if emulated_ops.stem_of(f"{op}_")]
-SECTIONS = {
-    1: None,  # masks, as rules
-    2: None,  # numerics: every named family, forward and backward
-    3: ("batch", "position"),  # what threads and processes do is the host's
-    4: ("strides", "far-apart", "written", "backward-twice"),
-}
-PROMISES = [
-    promise
-    for promise in promises.every()
-    if promise.op in OPS and promise.dtype in emulated_ops.DTYPES and promise.section in SECTIONS and not promise.slow
-    if not promise.id.endswith(".compiled")  # torch.compile does not look through a dispatch mode
-    if SECTIONS[promise.section] is None or promise.id.rpartition(".")[2] in SECTIONS[promise.section]
-]
-# The families of attention are in a file of their own, so that they run beside these.
-OF_ATTENTION = [promise for promise in PROMISES if promise.op == "attention" and promise.section == 2]
+pytestmark = pytest.mark.usefixtures("measured_anew")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def measured_anew():
-    """What one promise has measured the next may use; what the CPU's kernels measured it may not."""
-    emulated_ops.libraries()  # a kernel that does not compile is one failure
-    promises.forget()
-    yield
-    promises.forget()
-
-
-def is_kept(promise):
-    """Fails unless the emulated kernels keep it."""
-    torch.set_num_threads(1)
-    with emulated_ops.EmulatedKernels(seed=zlib.crc32(promise.id.encode())):
-        outcome = promises.check(promise, "cpu")
-    assert outcome.status == "ok", f"{outcome.reason} {outcome.figure}"
-
-
-def _as_case(promise):
-    """Invariance of attention is asked of thousands of tokens: minutes here. test_emulation_attention.py asks of few."""
-    slow = promise.op in ("attention", "varlen_attention") and promise.section == 3
-    return pytest.param(promise, id=promise.id, marks=[pytest.mark.slow] if slow else [])
-
-
-@pytest.mark.parametrize("promise", [_as_case(promise) for promise in PROMISES if promise not in OF_ATTENTION])
-def test_promise_is_kept(promise):
-    is_kept(promise)
+@each([promise for promise in PROMISES if promise.op not in ATTENTION_OPS])
+def test_promise_is_kept(promise, monkeypatch):
+    is_kept(promise, monkeypatch)
 
 
 def test_every_cuda_kernel_is_emulated():
