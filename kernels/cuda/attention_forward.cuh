@@ -85,6 +85,7 @@ struct ForwardBlock {
   const AttentionSequence& sequence;
   const typename Policy::QueryTile query_tile;
   const typename Policy::KeyTile first_key_tile, first_value_tile;  // of the ring's first stage
+  const int warp_row;                                               // the warp's first row in the tile
   float output[m_tiles][columns][4];
   SoftmaxRows rows[m_tiles];
   bool saturated;  // some row of the thread asks for an exact walk
@@ -97,17 +98,15 @@ struct ForwardBlock {
         sequence(its.task.sequence),
         query_tile{tiles},
         first_key_tile{tiles + Policy::queries * Policy::head_dim},
-        first_value_tile{first_key_tile.data + Policy::stages * keys * Policy::head_dim} {}
+        first_value_tile{first_key_tile.data + Policy::stages * keys * Policy::head_dim},
+        warp_row(static_cast<int>(threadIdx.x) / warp_size * Policy::warp_rows) {}
 
   __device__ __forceinline__ typename Policy::KeyTile stage_of(const typename Policy::KeyTile& first, int stage) const {
     return {first.data + stage * keys * Policy::head_dim};
   }
-  static __device__ __forceinline__ int warp_of_block() { return static_cast<int>(threadIdx.x) / warp_size; }
-  // The warp's first row in the tile.
-  static __device__ __forceinline__ int warp_row() { return warp_of_block() * Policy::warp_rows; }
   // Row of the tile of a thread's fragment t, `half` 0 or 1 for its two rows.
   __device__ __forceinline__ int tile_row(int t, int half) const {
-    return warp_row() + 16 * t + fragment_row() + 8 * half;
+    return warp_row + 16 * t + fragment_row() + 8 * half;
   }
 
   // ---- load ----
@@ -182,7 +181,7 @@ struct ForwardBlock {
     const RowAnchor anchor = follow_maximum(rows[t], maxima, p.logit_scale);
     refine_scores<T, Policy::head_dim / 16>(
         scores, p, sequence, places_of(t).row, anchor,
-        RowsOperand<typename Policy::QueryTile>(query_tile, warp_row() + 16 * t),
+        RowsOperand<typename Policy::QueryTile>(query_tile, warp_row + 16 * t),
         ProductsOperand<typename Policy::KeyTile>(stage_of(first_key_tile, stage)), key, Policy::general);
     row_maxima(scores, maxima);
   }
@@ -192,7 +191,7 @@ struct ForwardBlock {
   // Each fragment of keys and values meets all rows of the warp.
   __device__ __forceinline__ void take_keys(int key, int stage, bool edge) {
     ScoreFragment<keys> scores[m_tiles];
-    multiply_keys(scores, query_tile, stage_of(first_key_tile, stage), warp_row());
+    multiply_keys(scores, query_tile, stage_of(first_key_tile, stage), warp_row);
 #pragma unroll
     for (int t = 0; t < m_tiles; ++t) finish_scores(scores[t], t, key, edge);
 #pragma unroll
@@ -204,7 +203,7 @@ struct ForwardBlock {
 #pragma unroll
     for (int t = 0; t < m_tiles; ++t) {
       ScoreFragment<keys> scores[1];
-      multiply_keys(scores, query_tile, stage_of(first_key_tile, stage), warp_row() + 16 * t);
+      multiply_keys(scores, query_tile, stage_of(first_key_tile, stage), warp_row + 16 * t);
       finish_scores(scores[0], t, key, edge);
       update_softmax<true>(scores[0], t, key, stage);
       float(&sums)[1][columns][4] = reinterpret_cast<float(&)[1][columns][4]>(output[t]);
@@ -228,7 +227,7 @@ struct ForwardBlock {
 #pragma unroll
         for (int e = 0; e < 4; ++e) output[t][n][e] = 0;
     }
-    const int warp = warp_of_block();
+    const int warp = static_cast<int>(threadIdx.x) / warp_size;
     const KeyRange& walked = shared.walked;
     const int first = walked.begin / keys * keys;
     KeyStream key_stream(rows_from(p.key, first), p.key.row), value_stream(rows_from(p.value, first), p.value.row);
@@ -305,7 +304,7 @@ struct ForwardBlock {
     constexpr int chunks = Policy::QueryTile::chunks;
 #pragma unroll 1
     for (int place = lane_of_warp(); place < Policy::warp_rows * chunks; place += warp_size) {
-      const int row = warp_row() + place / chunks, chunk = place % chunks;
+      const int row = warp_row + place / chunks, chunk = place % chunks;
       if (row >= task.num_rows || chunk * width<T> >= p.value_head_dim) continue;
       T* to = row_of<T>(p.output, sequence.batch, task.head(row), sequence.query_row) + task.query(row) * p.output.row;
       const uint4 v = *reinterpret_cast<const uint4*>(query_tile.at(row, chunk));
