@@ -8,10 +8,12 @@ two together. Source: https://docs.nvidia.com/cuda/parallel-thread-execution/, s
 """
 
 import ctypes
+import math
 import shutil
 import subprocess
 import sys
 import tempfile
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -214,6 +216,52 @@ def accumulators(matrix):
     return np.array(lanes, dtype=np.float32).view(np.uint32)
 
 
+ADDERS = {80: ({"f16": 8, "bf16": 8, "tf32": 4}, 1), 90: ({"f16": 16, "bf16": 16, "tf32": 8}, 2)}
+
+
+def added_by_hardware(kind, architecture, a, b, c):
+    """a @ b + c as tensor_core.cpp says that tensor cores add, here in exact arithmetic.
+
+    So many products at once, each cut off some bits below float32's last place beside the largest, as is their sum.
+    """
+    blocks, extra_bits = ADDERS[architecture]
+    smallest = -14 if kind == "f16" else -126
+
+    def top(value):  # of a number over a power of two
+        return abs(value.numerator).bit_length() - value.denominator.bit_length()
+
+    def cut(value, place):
+        return Fraction(math.trunc(value / Fraction(2) ** place)) * Fraction(2) ** place
+
+    def add(total, pairs):
+        pairs = [(Fraction(float(x)), Fraction(float(y))) for x, y in pairs if x and y]
+        exponents = [max(top(x), smallest) + max(top(y), smallest) for x, y in pairs]
+        exponents += [max(top(total), -126)] if total else []
+        if not exponents:
+            return total
+        place = max(exponents) - 23 - extra_bits
+        total = sum((cut(x * y, place) for x, y in pairs), cut(total, place))
+        return cut(total, max(top(total), -126) - 23) if total else total
+
+    result = np.empty(c.shape, dtype=np.float32)
+    for row, column in np.ndindex(*c.shape):
+        total = Fraction(float(c[row, column]))
+        for start in range(0, a.shape[1], blocks[kind]):
+            steps = slice(start, start + blocks[kind])
+            total = add(total, zip(a[row, steps], b[steps, column], strict=True))
+        result[row, column] = float(total)
+    return result
+
+
+def of_every_size(generator, kind, shape):
+    """Operands from 2^-22 to 2^6, subnormal ones of float16 among them, and zeros."""
+    values = np.ldexp(generator.standard_normal(shape), generator.integers(-20, 5, shape)).astype(np.float32)
+    values[generator.random(shape) < 0.1] = 0
+    if kind == "f16":
+        return values.astype(np.float16).astype(np.float32)
+    return (values.view(np.uint32) & np.uint32(0xFFFF0000 if kind == "bf16" else 0xFFFFE000)).view(np.float32)
+
+
 def products():
     """mma.sync: layout with whole numbers, whose sums are exact in any order; then the hardware's way of adding."""
     generator = np.random.default_rng(2)
@@ -250,6 +298,10 @@ def products():
         zero = np.zeros((16, 8), dtype=np.float32)
         yield case("addends cut off, sm_80", ones, small, zero, zero + 1, only=(80, 89))
         yield case("addends cut off, sm_90", ones, small, zero, zero + np.float32(1 + 2.0**-23), only=(90, 90))
+        mixed = [of_every_size(generator, kind, shape) for shape in ((16, k), (k, 8), (16, 8))]
+        for architecture, last in ((80, 89), (90, 90)):
+            expected = added_by_hardware(kind, architecture, *mixed)
+            yield case(f"numbers of every size, sm_{architecture}", *mixed, expected, only=(architecture, last))
         # -(1 + 2^-23 + 2^-24) is cut towards 0, where rounding to nearest would give -(1 + 2^-22).
         cut = np.zeros((16, k), dtype=np.float32)
         cut[:, 0], cut[:, 1] = -1, -(2.0**-11)

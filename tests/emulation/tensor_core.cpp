@@ -137,7 +137,7 @@ void add_products(const Matrix<m>& a, const Matrix<n>& b, int row, int start, in
   for (int k = start; k < start + count; ++k)
     for (int j = 0; j < n; ++j)
       largest[j] = std::max(largest[j], a.exponents[k][row] + b.exponents[k][j]);
-  // Every product as a whole number of the last kept place: 22 bits at most, moved up by 5, and 16 of them.
+  // Every product as a whole number of the last kept place: 27 bits at most once it is moved up, and 16 of them.
   const int up = float_fraction_bits + adder.extra_bits - 2 * fraction_bits;
   int sums[n] = {};
   for (int k = start; k < start + count; ++k)
@@ -150,7 +150,7 @@ void add_products(const Matrix<m>& a, const Matrix<n>& b, int row, int start, in
     largest[j] = std::max(largest[j], smallest_sum);  // nothing but zeros
     const int addend = c[j].size << adder.extra_bits >> std::min(largest[j] - c[j].exponent, 31);
     d[j] = cut_off(static_cast<int64_t>(sums[j]) + ((addend ^ c[j].negative) - c[j].negative),
-                        largest[j] - float_fraction_bits - adder.extra_bits);
+                   largest[j] - float_fraction_bits - adder.extra_bits);
   }
 }
 
