@@ -44,7 +44,8 @@ demo: build
 # JOBS files at a time, each with torch's threads, which must not spin while they wait.
 JOBS ?= 2
 test: build
-	$(if $(FULL),TRANSFUSE_EMULATED_HEAD_DIMS="32 64 96 128 192 256" TRANSFUSE_EMULATED_SEEDS=32) \
+	$(if $(FULL),TRANSFUSE_EMULATED_HEAD_DIMS="32 64 96 128 192 256" TRANSFUSE_EMULATED_SEEDS=32 \
+	  TRANSFUSE_EMULATED_BATCH=512) \
 	  PATH="$$PATH:$$(echo $(NVCC_FOLDER))" OMP_WAIT_POLICY=passive $(PY) -m pytest tests -n $(JOBS) --dist loadfile \
 	  --no-loadscope-reorder $(if $(FULL),--table tests/full.md,-m "not slow") $(ARGS)
 	TRITON_INTERPRET=1 OMP_WAIT_POLICY=passive $(PY) -m pytest tests/triton -n $(JOBS) --dist worksteal \

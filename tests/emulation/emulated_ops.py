@@ -48,6 +48,8 @@ def sources_of(stem):
 ATTENTION_HEAD_DIMS = tuple(map(int, os.environ.get("TRANSFUSE_EMULATED_HEAD_DIMS", "64 96 256").split()))
 # Attention in float32 multiplies on no tensor core: every product is a thread's own, and costs most here.
 FLOAT32_SEEDS = int(os.environ.get("TRANSFUSE_EMULATED_SEEDS", "8"))
+# Entries of the batches that attention's invariance is asked of: each is blocks of its own. FULL=1 takes all 512.
+LARGEST_BATCH = int(os.environ.get("TRANSFUSE_EMULATED_BATCH", "17"))
 
 
 def attention_units(head_dims=ATTENTION_HEAD_DIMS, types=("f16", "bf16")):
